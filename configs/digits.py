@@ -1,0 +1,35 @@
+"""scikit-learn's digits: 1,797 real images of 8x8, no download. The default job.
+
+dtrak-jax run configs/digits.py --workdir runs/digits
+"""
+
+from dtrak_jax.config import (
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(source="digits", train=1000, validation=200),
+        model=ModelConfig(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+            dropout=0.0,
+        ),
+        train=TrainConfig(
+            steps=2000, batch_size=64, learning_rate=2e-3, save_every=250
+        ),
+        sample=SampleConfig(count=64),
+        features=FeaturesConfig(timesteps=(100, 200, 300, 400, 500), dim=2048),
+    )

@@ -1,0 +1,51 @@
+"""How far a projection distorts the inner products of somebody's own gradients."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dtrak_jax import parallel
+from dtrak_jax.features.featurize import featurize
+from dtrak_jax.features.projection import Projection
+from dtrak_jax.features.task import Task
+
+
+class Distortion(NamedTuple):
+    """Errors of normalised inner products, (<phi, phi'> - <g, g'>) / (|g| |g'|).
+
+    A random projection to k dimensions has a root mean square error of about
+    1/sqrt(k) where gradients are unrelated, and more where they are alike.
+    """
+
+    rms: float
+    """Root mean square over pairs of different examples, and over timesteps."""
+    largest: float
+    """Largest absolute error of such a pair."""
+    norm_rms: float
+    """Root mean square of |phi|^2 / |g|^2 - 1."""
+    examples: int
+    """Number of examples compared."""
+
+
+def distortion(
+    task: Task, params, images: np.ndarray, projection: Projection, **options
+) -> Distortion:
+    """Measures the distortion of a projection on the gradients of some images.
+
+    Holds their whole gradients in memory: len(images) x p numbers for each pair of a
+    timestep and a draw, so give it a handful of images.
+
+    Args:
+      task: of one measurement; see `featurize`.
+      params: the network's parameters.
+      images: two or more [n, H, W, C].
+      projection: to be judged.
+      **options: as `featurize` takes them: ids, cond, batch_size.
+    """
+    if len(images) < 2:
+        raise ValueError("distortion compares pairs: give two or more images.")
+    options = {"description": "distortion"} | options
+    exact = featurize(task, params, images, Projection("none"), **options)
+    ours = featurize(task, params, images, projection, **options)
+    return _compare(exact.kernels(), ours.kernels())

@@ -1,0 +1,101 @@
+"""What decides the values of features, as a small dict that can be compared."""
+
+import hashlib
+from importlib import metadata
+
+import jax
+import numpy as np
+
+from dtrak_jax.features.gradients import parameter_paths
+from dtrak_jax.features.projection import Projection
+from dtrak_jax.features.task import Task
+
+FORMAT = 1
+"""Raised when the meaning of a stored number changes."""
+
+
+def fingerprint(
+    task: Task,
+    params,
+    projection: Projection,
+    images: np.ndarray,
+    ids: tuple[str, ...],
+    cond: np.ndarray | None,
+) -> dict[str, object]:
+    """Everything that features depend on, apart from rounding.
+
+    Functions of the user's are known by the program that JAX makes of them, so an
+    edited network or measurement does not go unnoticed.
+    """
+    x = jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32)
+    t = jax.ShapeDtypeStruct((1,), np.int32)
+    condition = (
+        None if cond is None else jax.ShapeDtypeStruct((1, *cond.shape[1:]), cond.dtype)
+    )
+    scalar = jax.ShapeDtypeStruct((), np.int32)
+    return {
+        "format": FORMAT,
+        "dtrak_jax": metadata.version("dtrak-jax"),
+        "jax": jax.__version__,
+        "network": _program(task.apply, params, x, t, condition),
+        "params": _digest_tree(params),
+        "images": _digest_rows(images),
+        "ids": _digest(*(i.encode() for i in ids)),
+        "cond": None if cond is None else _digest_rows(cond),
+        "schedule": _digest(repr(task.schedule).encode()),
+        "measurements": {
+            name: _program(
+                lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar
+            )
+            for name, f in task.measurements.items()
+        },
+        "timesteps": list(task.grid),
+        "draws": task.draws,
+        "per_timestep": task.per_timestep,
+        "noise": task.noise,
+        "noise_batch": task.noise_batch if task.noise == "reference" else None,
+        "noise_seed": task.seed,
+        "parameters": task.parameters,
+        "projection": projection.kind,
+        "dim": None if projection.kind == "none" else projection.dim,
+        "projection_seed": None if projection.kind == "none" else projection.seed,
+    }
+
+
+def difference(there: dict, here: dict, skip: tuple[str, ...] = ()) -> str | None:
+    """Names the first field that differs, with both values; None if none does."""
+    for field in dict.fromkeys([*here, *there]):
+        if field not in skip and there.get(field) != here.get(field):
+            return f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
+    return None
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _digest_rows(array: np.ndarray) -> str:
+    """Of an array's shape, type and content, 64 rows in memory at a time."""
+    digest = hashlib.blake2b(f"{array.dtype}{array.shape}".encode(), digest_size=16)
+    for start in range(0, len(array), 64):
+        digest.update(np.ascontiguousarray(array[start : start + 64]).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_tree(params) -> str:
+    leaves = zip(parameter_paths(params), jax.tree.leaves(params), strict=True)
+    parts = []
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        head = f"{path} {array.dtype} {array.shape} ".encode()
+        parts.append(_digest(head, array.tobytes()).encode())
+    return _digest(*parts)
+
+
+def _program(function, *arguments) -> str:
+    """Of the function's StableHLO at these shapes."""
+    return _digest(jax.jit(function).lower(*arguments).as_text().encode())

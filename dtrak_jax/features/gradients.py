@@ -1,0 +1,143 @@
+"""Per-example gradients of several measurements from one forward pass."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dtrak_jax.features.projection import Projection, project
+from dtrak_jax.features.task import Task
+from dtrak_jax.parallel import P
+
+
+class Slots(NamedTuple):
+    """The gradients to compute together, one a slot; S slots of R noised images.
+
+    A slot's gradient is sum_r weight_r grad f(noised image r): one pair of weight 1
+    where timesteps are kept apart, a share of all pairs where they are averaged.
+    """
+
+    x: np.ndarray
+    """Images [S, H, W, C]."""
+    words: np.ndarray
+    """Their ids, uint32 [S, 2]."""
+    position: np.ndarray
+    """Their positions in the data set, int32 [S]."""
+    pair: np.ndarray
+    """Indices into `Task.pairs`, int32 [S, R]."""
+    weight: np.ndarray
+    """float32 [S, R]."""
+    cond: np.ndarray | None
+    """What the images are conditioned on [S, ...]."""
+
+
+def parameter_paths(params) -> list[str]:
+    """The path of every leaf, such as "mid_block/conv/kernel", in leaf order."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+    ]
+
+
+def chosen_leaves(task: Task, params) -> list[int]:
+    """Which leaves are differentiated: floating point, and found by the pattern.
+
+    Raises:
+      ValueError: the pattern finds none; lists some paths that there are.
+    """
+    paths = parameter_paths(params)
+    leaves = jax.tree.leaves(params)
+    chosen = [
+        i
+        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and re.search(task.parameters, path)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"parameters is {task.parameters!r}, which finds none of the "
+            f"{len(paths)} parameters, such as {', '.join(paths[:5])}."
+        )
+    return chosen
+
+
+@functools.cache
+def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
+    """Compiles (params, Slots) -> gradients and losses, slots spread over the mesh.
+
+    Returns:
+      A function whose results are {measurement: gradients float32 [S, p]} and the mean
+      squared error of every noised image [S, R].
+    """
+
+    def per_device(params, slots):
+        return jax.vmap(functools.partial(_slot_gradients, task, params))(slots)
+
+    # By hand and unchecked: XLA mispartitions vmapped convolutions, and checked mode
+    # would add up the gradients of the replicated parameters over the devices.
+    return jax.jit(
+        jax.shard_map(
+            per_device,
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+            check_vma=False,
+        )
+    )
+
+
+@functools.cache
+def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Callable:
+    """Compiles gradients [S, p] -> (features [S, k], squared gradient norms [S])."""
+
+    def per_device(gradients):
+        return project(projection, gradients), jnp.sum(gradients**2, axis=1)
+
+    return jax.jit(
+        jax.shard_map(
+            per_device,
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+            check_vma=False,
+        )
+    )
+
+
+def _slot_gradients(task: Task, params, slot: Slots) -> tuple[dict, jax.Array]:
+    """{measurement: gradient [p]} and errors [R] of one slot (no leading axis)."""
+    copies = slot.pair.shape[0]
+    x = jnp.broadcast_to(slot.x, (copies, *slot.x.shape))
+    cond = slot.cond
+    if cond is not None:
+        cond = jnp.broadcast_to(cond, (copies, *cond.shape))
+    t = jnp.asarray(task.pairs, jnp.int32)[slot.pair, 0]
+    eps = jax.vmap(
+        lambda pair: task.eps(pair, slot.words, slot.position, slot.x.shape)
+    )(slot.pair)
+    x_t = task.schedule.add_noise(x, eps, t)
+    target = task.schedule.target(x, eps, t)
+
+    leaves, treedef = jax.tree.flatten(params)
+    chosen = chosen_leaves(task, params)
+
+    def predict(differentiated):
+        replaced = dict(zip(chosen, differentiated, strict=True))
+        all_leaves = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return task.apply(treedef.unflatten(all_leaves), x_t, t, cond)
+
+    prediction, pull_back = jax.vjp(predict, [leaves[i] for i in chosen])
+    gradients = {}
+    for name, measure in task.measurements.items():
+        per_image = jax.vmap(
+            jax.grad(lambda p, y, s, f=measure: f(p, y, s, task.schedule))
+        )(prediction, target, t)
+        weight = slot.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
+        (pulled,) = pull_back(weight * per_image)
+        flat = [leaf.reshape(-1).astype(jnp.float32) for leaf in pulled]
+        gradients[name] = jnp.concatenate(flat)
+    error = jnp.mean((prediction - target) ** 2, axis=tuple(range(1, prediction.ndim)))
+    return gradients, error

@@ -1,0 +1,79 @@
+"""Measurements f: the scalar of the network's output whose gradient is the feature.
+
+Each takes the prediction and the target of one noised image (arrays of d elements),
+its timestep and the schedule, and returns a scalar. Names and formulas are those of
+"Intriguing Properties of Data Attribution on Diffusion Models" (D-TRAK, section 4).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dtrak_jax.config import MEASUREMENTS, one_of
+from dtrak_jax.diffusion.schedule import Schedule
+
+Measurement = Callable[[jax.Array, jax.Array, jax.Array, Schedule], jax.Array]
+
+
+def loss(prediction, target, t, schedule):
+    """(1/d) |prediction - target|^2: TRAK."""
+    return jnp.mean((prediction - target) ** 2)
+
+
+def square(prediction, target, t, schedule):
+    """(1/d) |prediction|^2: D-TRAK."""
+    return jnp.mean(prediction**2)
+
+
+def mean(prediction, target, t, schedule):
+    """(1/d) sum_j prediction_j."""
+    return jnp.mean(prediction)
+
+
+def l1(prediction, target, t, schedule):
+    """sum_j |prediction_j|."""
+    return jnp.sum(jnp.abs(prediction))
+
+
+def l2(prediction, target, t, schedule):
+    """sqrt(sum_j prediction_j^2)."""
+    return jnp.sqrt(jnp.sum(prediction**2))
+
+
+def linf(prediction, target, t, schedule):
+    """max_j |prediction_j|."""
+    return jnp.max(jnp.abs(prediction))
+
+
+def elbo(prediction, target, t, schedule):
+    """(w_t/d) |eps_hat - eps|^2, w_t = beta_t / (2 alpha_t (1 - alpha_bar_t)).
+
+    A network that predicts v errs in eps by sqrt(alpha_bar_t) times its error in v.
+    """
+    weight = jnp.asarray(schedule.elbo_weights)[t]
+    if schedule.prediction == "v":
+        weight *= jnp.asarray(schedule.alpha_bar)[t]
+    return weight * jnp.mean((prediction - target) ** 2)
+
+
+FUNCTIONS = {f.__name__: f for f in (loss, square, mean, l1, l2, linf, elbo)}
+
+
+def named(measurement: str | Measurement) -> tuple[str, Measurement]:
+    """A measurement's name and function, from its name, an alias or the function.
+
+    Raises:
+      ValueError: an unknown name (lists the known ones), or a function without one.
+    """
+    if callable(measurement):
+        name = getattr(measurement, "__name__", "")
+        if not name.isidentifier():
+            raise ValueError(
+                f"the measurement {measurement!r} has no name to file its features "
+                "under; define it with `def`."
+            )
+        return name, measurement
+    one_of("measurement", measurement, MEASUREMENTS)
+    name = MEASUREMENTS[measurement]
+    return name, FUNCTIONS[name]

@@ -1,0 +1,65 @@
+"""Files that are either whole or not there, on a local disk or on gs://."""
+
+import io
+import json
+import os
+
+import numpy as np
+from etils import epath
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes a file that no reader ever sees half-written.
+
+    Raises:
+      OSError: the disk is full or not writable; an older file is left as it was.
+    """
+    path = epath.Path(path)
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}; {path} was not written, and what was there "
+            "before is unchanged. Free space or mend the permissions, then rerun",
+            str(path),
+        ) from error
+
+
+def write_json(path: epath.PathLike, value: object) -> None:
+    """Writes `value` as indented JSON; atomic, see `write_bytes`."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: epath.PathLike) -> dict:
+    """Reads a JSON file; one that is cut off or edited raises a ValueError."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it and rerun."
+        ) from error
+
+
+def write_npz(path: epath.PathLike, **arrays) -> None:
+    """Writes named arrays as a compressed .npz; atomic, see `write_bytes`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz; a damaged file raises a ValueError."""
+    try:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes())) as archive:
+            return dict(archive)
+    except (ValueError, EOFError, OSError, KeyError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it and rerun."
+        ) from error

@@ -1,0 +1,231 @@
+"""The denoising network: a UNet that computes what diffusers' `UNet2DModel` computes.
+
+Submodules have diffusers' names, so the tensor `down_blocks.0.resnets.1.conv1.weight`
+there is the parameter `down_blocks_0/resnets_1/conv1/kernel` here. Images are
+[B, H, W, C]. Everything is float32; the precision of convolutions and matrix products
+is the one set by `jax_default_matmul_precision`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dtrak_jax.config import ModelConfig
+
+
+def norm(name, x, config):
+    """A group normalisation of the calling module."""
+    # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
+    return nn.GroupNorm(
+        config.norm_num_groups,
+        epsilon=config.norm_eps,
+        use_fast_variance=False,
+        name=name,
+    )(x)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t [B], then two linear layers: [B, 4 * block_out_channels[0]]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, t):
+        width = self.config.block_out_channels[0]
+        half = width // 2
+        # Rounded as in PyTorch, and on the host, as t multiplies their errors by up to
+        # a thousand.
+        exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+        exponents /= np.float32(half - self.config.freq_shift)
+        frequencies = np.exp(exponents, dtype=np.float64).astype(np.float32)
+        angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+        waves = [jnp.sin(angles), jnp.cos(angles)]
+        if self.config.flip_sin_to_cos:
+            waves.reverse()
+        h = jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 2)))
+        h = nn.silu(nn.Dense(4 * width, name="linear_1")(h))
+        return nn.Dense(4 * width, name="linear_2")(h)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the second conditioned on the time, and a skip connection."""
+
+    config: ModelConfig
+    features: int
+    scale_factor: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, temb, train):
+        features = self.features
+        h = nn.silu(norm("norm1", x, self.config))
+        h = nn.Conv(features, (3, 3), name="conv1")(h)
+        scale_shift = self.config.resnet_time_scale_shift == "scale_shift"
+        project = nn.Dense(features * (1 + scale_shift), name="time_emb_proj")
+        temb = project(nn.silu(temb))[:, None, None, :]
+        if scale_shift:
+            scale, shift = jnp.split(temb, 2, axis=-1)
+            h = norm("norm2", h, self.config) * (1 + scale) + shift
+        else:
+            h = norm("norm2", h + temb, self.config)
+        h = nn.Dropout(self.config.dropout, deterministic=not train)(nn.silu(h))
+        h = nn.Conv(features, (3, 3), name="conv2")(h)
+        if x.shape[-1] != features:
+            x = nn.Conv(features, (1, 1), name="conv_shortcut")(x)
+        return (x + h) / self.scale_factor
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, and a skip connection."""
+
+    config: ModelConfig
+    normalize: bool = True
+    scale_factor: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        head_dim = self.config.attention_head_dim or channels
+        h = norm("group_norm", x, self.config) if self.normalize else x
+        h = h.reshape(batch, height * width, channels)
+        q, k, v = (
+            nn.Dense(channels, name=name)(h).reshape(*h.shape[:2], -1, head_dim)
+            for name in ("to_q", "to_k", "to_v")
+        )
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim))
+        h = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(h.shape)
+        h = nn.Dense(channels, name="to_out_0")(h)
+        return (x + h.reshape(x.shape)) / self.scale_factor
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2: [B, H, W, C] -> [B, H/2, W/2, C]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        padding = (self.config.downsample_padding, 1)
+        return nn.Conv(
+            x.shape[-1], (3, 3), strides=2, padding=(padding, padding), name="conv"
+        )(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour and a convolution: [B, H, W, C] -> [B, 2H, 2W, C]."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return nn.Conv(x.shape[-1], (3, 3), name="conv")(x)
+
+
+class Down(nn.Module):
+    """One level of the way down: its output, and all that the way up will need."""
+
+    config: ModelConfig
+    features: int
+    attention: bool
+    last: bool
+
+    @nn.compact
+    def __call__(self, x, temb, train):
+        skips = []
+        for i in range(self.config.layers_per_block):
+            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(
+                x, temb, train
+            )
+            if self.attention:
+                x = Attention(self.config, name=f"attentions_{i}")(x)
+            skips.append(x)
+        if not self.last:
+            x = Downsample(self.config, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class Mid(nn.Module):
+    """The lowest level."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, temb, train):
+        scale = self.config.mid_block_scale_factor
+        features = x.shape[-1]
+        x = ResBlock(self.config, features, scale, name="resnets_0")(x, temb, train)
+        if self.config.add_attention:
+            normalize = self.config.mid_attention_norm
+            x = Attention(self.config, normalize, scale, name="attentions_0")(x)
+        return ResBlock(self.config, features, scale, name="resnets_1")(x, temb, train)
+
+
+class Up(nn.Module):
+    """One level of the way up; takes the last of `skips` first."""
+
+    config: ModelConfig
+    features: int
+    attention: bool
+    last: bool
+
+    @nn.compact
+    def __call__(self, x, skips, temb, train):
+        for i, skip in enumerate(reversed(skips)):
+            x = jnp.concatenate([x, skip], axis=-1)
+            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(
+                x, temb, train
+            )
+            if self.attention:
+                x = Attention(self.config, name=f"attentions_{i}")(x)
+        if not self.last:
+            x = Upsample(name="upsamplers_0")(x)
+        return x
+
+
+class UNet2D(nn.Module):
+    """diffusers' `UNet2DModel` (Ho et al. 2020, arXiv 2006.11239).
+
+    `module.apply({"params": params}, x, t)` takes images x [B, H, W, in_channels] in
+    [-1, 1] and integer timesteps t [B], and returns the prediction
+    [B, H, W, out_channels]. With `train=True` dropout is on and needs
+    `rngs={"dropout": key}`. Parameters come from `init` or `from_diffusers`; those of
+    flax's `module.init` have flax's distribution. Raises a ValueError for other shapes.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+        config = self.config
+        channels = config.block_out_channels
+        last = len(channels) - 1
+        wrong = x.ndim != 4 or x.shape[-1] != config.in_channels
+        if wrong or t.shape != x.shape[:1] or any(n % 2**last for n in x.shape[1:3]):
+            raise ValueError(
+                f"x has shape {x.shape} and t has shape {t.shape}; they must be "
+                f"[B, H, W, {config.in_channels}] and [B], H and W multiples of "
+                f"{2**last}."
+            )
+        if config.center_input_sample:
+            x = 2 * x - 1
+        temb = TimeEmbedding(config, name="time_embedding")(t)
+        x = nn.Conv(channels[0], (3, 3), name="conv_in")(x)
+        skips = [x]
+        for i, kind in enumerate(config.down_block_types):
+            attention = kind == "AttnDownBlock2D"
+            x, more = Down(
+                config, channels[i], attention, i == last, name=f"down_blocks_{i}"
+            )(x, temb, train)
+            skips += more
+        x = Mid(config, name="mid_block")(x, temb, train)
+        for i, kind in enumerate(config.up_block_types):
+            attention = kind == "AttnUpBlock2D"
+            split = len(skips) - (config.layers_per_block + 1)
+            x = Up(
+                config, channels[last - i], attention, i == last, name=f"up_blocks_{i}"
+            )(x, skips[split:], temb, train)
+            skips = skips[:split]
+        x = nn.silu(norm("conv_norm_out", x, config))
+        return nn.Conv(config.out_channels, (3, 3), name="conv_out")(x)

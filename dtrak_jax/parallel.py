@@ -1,0 +1,49 @@
+"""Devices and processes.
+
+One mesh axis, "data", and `shard_map` over it: whatever is vmapped over examples is
+split by hand, since XLA's automatic partitioning of a vmapped convolution's gradient
+gives silently wrong values.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+P = jax.P
+
+
+def start() -> None:
+    """Joins the other processes of a multi-process run; call before any device use.
+
+    Finds its peers by itself on Cloud TPU, Slurm and Kubernetes. Elsewhere JAX needs
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    jax.distributed.initialize()
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come here; `name` must be the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """A mesh with the one axis "data" over the devices.
+
+    Auto mode, so that `shard_map` places its arguments itself; nothing is computed
+    outside of it.
+    """
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), auto, devices=devices)
+
+
+def pad(array: np.ndarray, count: int) -> np.ndarray:
+    """Repeats the last row until there are `count` rows."""
+    return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])

@@ -1,0 +1,757 @@
+"""dtrak_jax.data: choices are functions of ids, pixels are those of the files."""
+
+import io
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from dtrak_jax.config import DataConfig
+from dtrak_jax.data import (
+    check_ids,
+    check_images,
+    choose,
+    load,
+    preprocess,
+    subset_mask,
+)
+
+IDS = [f"example-{i}" for i in range(1000)]
+LABELS = np.arange(1000) % 10
+UNEQUAL = np.repeat(np.arange(101), [900] + [1] * 100)
+
+
+def noise(*shape, seed=0):
+    """Random uint8 pixels."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels, **options):
+    """PNG bytes of uint8 pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", **options)
+    return file.getvalue()
+
+
+def scaled(pixels):
+    """uint8 [H, W, C] as a model sees it."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+# Choices
+
+
+@pytest.mark.parametrize("labels", [None, LABELS, UNEQUAL], ids=["no", "ten", "101"])
+def test_choice_ignores_the_order_of_the_examples(labels):
+    order = np.random.default_rng(0).permutation(1000)
+    chosen = choose(IDS, labels, 321, seed=3, stream="s")
+    shuffled = choose(
+        np.array(IDS)[order], None if labels is None else labels[order], 321, 3, "s"
+    )
+    assert len(set(chosen)) == 321 and list(chosen) == sorted(chosen)
+    assert set(order[shuffled]) == set(chosen)
+
+
+@pytest.mark.parametrize("labels", [LABELS, UNEQUAL, np.sqrt(np.arange(1000)) // 1])
+@pytest.mark.parametrize("count", [0, 1, 7, 55, 500, 550, 993, 1000])
+def test_every_label_gets_its_share_to_within_one(labels, count):
+    chosen = choose(IDS, labels, count, seed=0, stream="s")
+    assert len(chosen) == count
+    have = Counter(labels[chosen])
+    for label, size in Counter(labels).items():
+        assert abs(have[label] - count * size / 1000) < 1
+
+
+def test_choice_never_changes():
+    ids, labels = list("abcdefgh"), list("xxxxxyyy")
+    assert choose(ids, None, 3, seed=0, stream="train").tolist() == GOLDEN[0]
+    assert choose(ids, labels, 4, seed=1, stream="train").tolist() == GOLDEN[1]
+    assert np.flatnonzero(subset_mask(ids, labels, 0, 5)).tolist() == GOLDEN[2]
+
+
+GOLDEN = [1, 4, 5], [0, 1, 2, 5], [2, 3, 4, 7]
+
+
+def test_choice_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="'b' occurs more than once"):
+        choose(["a", "b", "b"], None, 1, 0, "s")
+    with pytest.raises(ValueError, match="4 of 3 examples"):
+        choose(list("abc"), None, 4, 0, "s")
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\); there are 3 ids"):
+        choose(list("abc"), [0, 1], 1, 0, "s")
+    assert choose([], None, 0, 0, "s").shape == (0,)
+
+
+def test_members_are_independent_halves():
+    masks = np.array([subset_mask(IDS, LABELS, 0, member) for member in range(40)])
+    assert masks.dtype == bool and (masks.sum(1) == 500).all()
+    overlaps = (masks.astype(int) @ masks.T)[np.triu_indices(40, 1)]
+    # Ten hypergeometric draws of 50 out of 100, of which 50 are marked.
+    variance = 10 * 50 * 0.25 * 50 / 99
+    assert abs(overlaps.mean() - 250) < 4 * np.sqrt(variance / len(overlaps))
+    assert 0.8 < overlaps.var() / variance < 1.2
+    # Each example is in Binomial(40, 1/2) of them: chi-square with about 990 degrees.
+    statistic = ((masks.sum(0) - 20) ** 2 / 10).sum()
+    assert abs(statistic - 990) < 4 * np.sqrt(2 * 990)
+
+
+def test_seeds_and_streams_are_independent():
+    halves = np.array(
+        [subset_mask(IDS, LABELS, seed, 0) for seed in range(5)]
+        + [np.isin(np.arange(1000), choose(IDS, LABELS, 500, 0, "train"))]
+    )
+    overlaps = (halves.astype(int) @ halves.T)[np.triu_indices(6, 1)]
+    assert (abs(overlaps - 250) < 4 * np.sqrt(63)).all()
+
+
+def test_labels_of_one_example_are_in_about_half_of_the_subsets():
+    masks = np.array([subset_mask(IDS, UNEQUAL, 0, member) for member in range(60)])
+    rate = masks[:, 900:].mean(0)
+    assert abs(rate.mean() - 0.5) < 0.02 and (abs(rate - 0.5) < 0.3).all()
+
+
+def test_subsets_refuse_what_they_cannot_do():
+    for fraction in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}"):
+            subset_mask(IDS, None, 0, 0, fraction)
+    with pytest.raises(ValueError, match="member is -1"):
+        subset_mask(IDS, None, 0, -1)
+    assert subset_mask(IDS[:10], None, 0, 0, 0.31).sum() == 3
+
+
+# Checks
+
+
+def test_images_are_checked():
+    good = np.zeros((3, 4, 4, 1), np.float32)
+    check_images(good)
+    bad = good.copy()
+    bad[2, 0, 0, 0] = np.nan
+    infinite = good.copy()
+    infinite[1, 3, 3, 0] = np.inf
+    for images, message in (
+        (good[0], r"shape \(4, 4, 1\); they must be \[n, height, width, channels\]"),
+        (good[:0], "there are none"),
+        (good.astype(np.uint8), "uint8; divide them by 127.5 and subtract 1"),
+        (good.astype(np.float64), "float64; they must be float32"),
+        (bad, "1 of 3 images .* not finite; the first one has index 2"),
+        (infinite, "1 of 3 images .* not finite; the first one has index 1"),
+        (good + 255, "between 255 and 255; they must be in .* divide by 127.5"),
+        (good - 1.01, "between -1.01 and -1.01"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_images(images)
+
+
+def test_ids_are_checked():
+    check_ids(["a", "b"], 2)
+    check_ids(np.array(["a", "b"]), 2)
+    with pytest.raises(ValueError, match="there are 2 ids for 3 examples"):
+        check_ids(["a", "b"], 3)
+    with pytest.raises(ValueError, match="the id 'a' occurs more than once"):
+        check_ids(np.array(["a", "b", "a"]), 3)
+    with pytest.raises(TypeError, match=r"ids\[1\] is 7; ids must be strings"):
+        check_ids(["a", 7], 2)
+
+
+# Preprocessing
+
+RAMP = np.tile(np.array([0, 70, 140, 210], np.uint8), (4, 1))
+
+
+def test_resizing_is_bilinear_with_antialiasing():
+    # A triangle of radius 2 around output pixels at 1 and 3: weights 3, 3, 1 of 7.
+    expected = scaled(np.tile(np.array([50, 160]), (2, 1)))[..., None]
+    np.testing.assert_array_equal(preprocess(Image.fromarray(RAMP), 2, 1), expected)
+    upright = preprocess(Image.fromarray(RAMP.T.copy()), 2, 1)
+    np.testing.assert_array_equal(upright, expected.transpose(1, 0, 2))
+
+
+def test_the_centre_is_cut_before_resizing():
+    framed = np.pad(RAMP, 1, constant_values=255)
+    np.testing.assert_array_equal(
+        preprocess(Image.fromarray(framed), 2, 1, center_crop=4),
+        preprocess(Image.fromarray(RAMP), 2, 1),
+    )
+    # CelebA: of 178x218 pixels, columns 19 to 158 and rows 39 to 178.
+    pixels = noise(218, 178, 3)
+    np.testing.assert_array_equal(
+        preprocess(Image.fromarray(pixels), 140, 3, center_crop=140),
+        scaled(pixels[39:179, 19:159]),
+    )
+    with pytest.raises(ValueError, match="4x4 pixels, fewer than data.center_crop=5"):
+        preprocess(Image.fromarray(RAMP), 2, 1, center_crop=5)
+
+
+@pytest.mark.parametrize(("side", "start"), [(5, 0), (6, 1), (7, 2), (9, 2), (11, 4)])
+def test_crops_start_at_half_the_rest_rounded_to_even(side, start):
+    wide = noise(4, side, 3)
+    expected = scaled(wide[:, start : start + 4])
+    np.testing.assert_array_equal(preprocess(Image.fromarray(wide), 4, 3), expected)
+    tall = Image.fromarray(wide.transpose(1, 0, 2).copy())
+    np.testing.assert_array_equal(preprocess(tall, 4, 3), expected.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "sides"), [(7, 5, (4, 3)), (5, 7, (3, 4)), (10, 3, (10, 3))]
+)
+def test_the_shorter_side_is_resized_and_the_longer_one_rounded_down(
+    width, height, sides
+):
+    image = Image.fromarray(noise(height, width))
+    left, top = (round((side - 3) / 2) for side in sides)
+    resized = np.asarray(image.resize(sides, Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(
+        preprocess(image, 3, 1)[..., 0], scaled(resized[top : top + 3, left : left + 3])
+    )
+
+
+def test_modes_become_grey_or_colour():
+    colour = noise(6, 6, 3)
+    image = Image.fromarray(colour)
+    luma = np.asarray(image.convert("L"))[..., None]
+    np.testing.assert_allclose(luma[..., 0], colour @ [0.299, 0.587, 0.114], atol=1)
+    np.testing.assert_array_equal(preprocess(image, 6, 1), scaled(luma))
+    grey = Image.fromarray(luma[..., 0])
+    np.testing.assert_array_equal(
+        preprocess(grey, 6, 3), scaled(np.repeat(luma, 3, axis=2))
+    )
+    alpha = image.copy()
+    alpha.putalpha(Image.fromarray(noise(6, 6, seed=1)))
+    np.testing.assert_array_equal(preprocess(alpha, 6, 3), scaled(colour))
+    np.testing.assert_array_equal(preprocess(alpha, 6, 1), scaled(luma))
+    palette = image.quantize(36)
+    np.testing.assert_array_equal(
+        preprocess(palette, 6, 3), scaled(np.asarray(palette.convert("RGB")))
+    )
+    deep = Image.fromarray(np.full((6, 6), 40_000, np.uint16))
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
+        preprocess(deep, 6, 1)
+    with pytest.raises(ValueError, match="channels is 2; images have 1 .* or 3"):
+        preprocess(image, 6, 2)
+
+
+def test_float_images_keep_their_scale():
+    pixels = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+    image = Image.fromarray(pixels)
+    np.testing.assert_array_equal(preprocess(image, 8, 1)[..., 0], pixels)
+    np.testing.assert_array_equal(
+        preprocess(image, 8, 3), np.repeat(pixels[..., None], 3, axis=2)
+    )
+    larger = preprocess(image, 16, 1)
+    assert larger.shape == (16, 16, 1)
+    check_images(larger[None])
+
+
+# Digits
+
+
+def test_digits_end_to_end():
+    config = DataConfig(train=1000, validation=200, seed=1)
+    splits = load(config, 8, 1)
+    train, validation = splits.train, splits.validation
+    assert train.images.shape == (1000, 8, 8, 1) and train.images.dtype == np.float32
+    assert validation.images.shape == (200, 8, 8, 1)
+    check_images(train.images)
+    check_ids([*train.ids, *validation.ids], 1200)
+    assert train.label_names == tuple("0123456789") and train.captions is None
+    data = load_digits()
+    for part in (train, validation):
+        index = [int(name.removeprefix("digit-")) for name in part.ids]
+        assert index == sorted(index)
+        np.testing.assert_array_equal(part.images[..., 0], data.images[index] / 8 - 1)
+        np.testing.assert_array_equal(part.labels, data.target[index])
+        share = np.bincount(data.target) * len(part.ids) / len(data.target)
+        assert (abs(np.bincount(part.labels) - share) < 2).all()
+
+    again = load(config, 8, 1)
+    np.testing.assert_array_equal(again.train.ids, train.ids)
+    other = load(DataConfig(train=1000, validation=200, seed=2), 8, 1)
+    assert 400 < len(set(other.train.ids) & set(train.ids)) < 700
+
+
+def test_the_number_of_validation_images_does_not_change_the_training_images():
+    without = load(DataConfig(train=100, validation=0), 8, 1)
+    with_some = load(DataConfig(train=100, validation=30), 8, 1)
+    np.testing.assert_array_equal(without.train.images, with_some.train.images)
+    assert without.validation.images.shape == (0, 8, 8, 1)
+    assert without.validation.ids.shape == without.validation.labels.shape == (0,)
+
+
+def test_ids_survive_npz(tmp_path):
+    train = load(DataConfig(train=10, validation=0), 8, 1).train
+    np.savez(tmp_path / "ids.npz", ids=train.ids)
+    with np.load(tmp_path / "ids.npz") as saved:
+        np.testing.assert_array_equal(saved["ids"], train.ids)
+
+
+def test_labels_are_kept_by_name_or_number():
+    splits = load(DataConfig(labels=("3", "8"), train=200, validation=100), 8, 1)
+    assert set(splits.train.labels) == set(splits.validation.labels) == {3, 8}
+    assert splits.train.label_names == tuple("0123456789")
+    with pytest.raises(ValueError, match="data.labels has 'three'; .* 0, 1, .* 9; or"):
+        load(DataConfig(labels=("three",), train=2), 8, 1)
+    with pytest.raises(ValueError, match="data.labels has '10'"):
+        load(DataConfig(labels=("10",), train=2), 8, 1)
+
+
+def test_too_few_examples():
+    with pytest.raises(ValueError, match="data.train is 1798, .* only 1797 examples"):
+        load(DataConfig(train=1798), 8, 1)
+    with pytest.raises(ValueError, match="data.validation is 98, .* only 97 .* not tr"):
+        load(DataConfig(train=1700, validation=98), 8, 1)
+    with pytest.raises(ValueError, match=r"only 183 examples with data.labels=\('3',"):
+        load(DataConfig(labels=("3",), train=184), 8, 1)
+
+
+# Folders
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    """A folder with images of several kinds, and the RGB pixels of the lossless."""
+    pixels = {
+        "a/grey.png": noise(9, 12, seed=1),
+        "a/wide.PNG": noise(8, 13, 3, seed=2),
+        "b.png": noise(8, 8, 4, seed=3),
+        "tall.png": noise(15, 8, 3, seed=4),
+    }
+    (tmp_path / "a").mkdir()
+    for name, array in pixels.items():
+        (tmp_path / name).write_bytes(png(array))
+    Image.fromarray(noise(20, 16, 3, seed=5)).save(tmp_path / "photo.jpeg")
+    Image.fromarray(noise(8, 8, 3, seed=6)).quantize(9).save(tmp_path / "palette.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden.png").write_text("not an image either")
+    return tmp_path, pixels
+
+
+def from_folder(path, channels=3, train=1, validation=0, **settings):
+    """The training images of a folder at size 8."""
+    config = DataConfig(
+        source="folder", name=str(path), train=train, validation=validation, **settings
+    )
+    return load(config, 8, channels).train
+
+
+def test_a_folder_is_read_by_relative_path(gallery):
+    path, pixels = gallery
+    data = from_folder(path, train=6)
+    assert data.ids.tolist() == [
+        "a/grey.png",
+        "a/wide.PNG",
+        "b.png",
+        "palette.png",
+        "photo.jpeg",
+        "tall.png",
+    ]
+    assert data.labels is None and data.captions is None and data.label_names == ()
+    np.testing.assert_array_equal(data.images[1], scaled(pixels["a/wide.PNG"][:, 2:10]))
+    np.testing.assert_array_equal(data.images[2], scaled(pixels["b.png"][..., :3]))
+    np.testing.assert_array_equal(data.images[5], scaled(pixels["tall.png"][4:12]))
+    with Image.open(path / "photo.jpeg") as image:
+        np.testing.assert_array_equal(data.images[4], preprocess(image, 8, 3))
+    assert from_folder(path, channels=1, train=6).images.shape == (6, 8, 8, 1)
+
+
+def test_a_folder_is_split(gallery):
+    path, _ = gallery
+    config = DataConfig(source="folder", name=str(path), train=4, validation=2)
+    splits = load(config, 8, 3)
+    check_ids([*splits.train.ids, *splits.validation.ids], 6)
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    pixels = noise(8, 8, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    (tmp_path / "turned.png").write_bytes(png(pixels, exif=exif))
+    data = from_folder(tmp_path)
+    np.testing.assert_array_equal(data.images[0], scaled(np.rot90(pixels, -1)))
+
+
+def test_a_csv_gives_labels_and_captions(gallery):
+    path, _ = gallery
+    (path / "list.csv").write_bytes(
+        "\ufefffile,artist,label,caption\n"
+        "tall.png,x,ukiyo_e,an ukiyo e painting\n"
+        './b.png,y,baroque,"a painting, baroque"\n'
+        "a/grey.png,z,ukiyo_e,ein Gemälde\n".encode()
+    )
+    data = from_folder(path, train=3, csv="list.csv")
+    assert data.ids.tolist() == ["a/grey.png", "b.png", "tall.png"]
+    assert data.label_names == ("baroque", "ukiyo_e")
+    assert data.labels.tolist() == [1, 0, 1]
+    assert data.captions == (
+        "ein Gemälde",
+        "a painting, baroque",
+        "an ukiyo e painting",
+    )
+    only = from_folder(path, train=2, csv="list.csv", labels=("ukiyo_e",))
+    assert only.ids.tolist() == ["a/grey.png", "tall.png"]
+    assert only.captions == ("ein Gemälde", "an ukiyo e painting")
+
+    (path / "labels.csv").write_text("label,file\nx,b.png\n")
+    assert from_folder(path, csv="labels.csv").captions is None
+    (path / "captions.csv").write_text("caption,file\nx,b.png\n")
+    assert from_folder(path, csv="captions.csv").labels is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has the columns \(none\); it must have `file`, and"),
+        ("file,artist\nb.png,x\n", "has the columns file, artist; it must have"),
+        ("name,label\nb.png,x\n", "has the columns name, label; it must have"),
+        ("file,label\n", "lists no files"),
+        ("file,label\nb.png,x\nno.png,x\n", "line 3: there is no file .*no.png"),
+        ("file,label\nb.png,x\n./b.png,y\n", "line 3: b.png is listed twice"),
+        ("file,label\nb.png, \n", "line 2: `label` is empty"),
+        ("file,label,caption\nb.png,x\n", "line 2: `caption` is empty"),
+        ("file,label\n,x\n", "line 2: `file` is empty"),
+        ("file,caption\nb.png,a, b\n", "line 2: more cells than the header"),
+    ],
+)
+def test_a_wrong_csv_is_refused(gallery, text, message):
+    path, _ = gallery
+    (path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_folder(path, csv="list.csv")
+
+
+def test_a_csv_in_another_encoding_is_refused(gallery):
+    path, _ = gallery
+    (path / "list.csv").write_bytes("file,label\nb.png,Gemälde\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="list.csv is not a text in UTF-8"):
+        from_folder(path, csv="list.csv")
+
+
+def test_wrong_folders_are_refused(gallery):
+    path, _ = gallery
+    with pytest.raises(ValueError, match="nowhere', which is not a folder"):
+        from_folder(path / "nowhere")
+    (path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no PNG or JPEG files below .*empty"):
+        from_folder(path / "empty")
+    with pytest.raises(ValueError, match="there is no file .*missing.csv"):
+        from_folder(path, csv="missing.csv")
+    with pytest.raises(ValueError, match="data.labels .* images have no labels"):
+        from_folder(path, labels=("x",))
+    with pytest.raises(ValueError, match=r"The image .*: .* data.center_crop=99"):
+        from_folder(path, center_crop=99)
+
+
+def test_corrupt_images_are_named(tmp_path):
+    whole = png(noise(40, 40, 3))
+    for name, content in (("text", b"GIF? no"), ("half", whole[: len(whole) // 2])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.png").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.png is not a readable image"):
+            from_folder(folder)
+
+
+# tensorflow-datasets
+
+
+TINY = {"train": 30, "test": 12}
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """Encoded images of different sizes, with ids, labels and captions."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(encoding_format="png"),
+                    "label": tfds.features.ClassLabel(names=["cat", "dog", "owl"]),
+                    "caption": tfds.features.Text(),
+                    "id": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, manager):
+        return {split: self._generate_examples(split) for split in TINY}
+
+    def _generate_examples(self, split):
+        for index in range(TINY[split]):
+            name = f"{split}_{index}"
+            yield (
+                name,
+                {
+                    "image": png(self.pixels(name)),
+                    "label": index % 3,
+                    "caption": f"ein schönes {name}",
+                    "id": name,
+                },
+            )
+
+    @staticmethod
+    def pixels(name):
+        """The pixels of an example: 8 rows, 8 to 10 columns."""
+        split, index = name.split("_")
+        index = int(index)
+        return noise(8, 8 + index % 3, 3, seed=index + 100 * (split == "test"))
+
+
+class TinyTensor(tfds.core.GeneratorBasedBuilder):
+    """Plain grey tensors, with nothing else; every pixel is the position."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {"pixels": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8)}
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index in range(20):
+            yield index, {"pixels": np.full((8, 8, 1), index, np.uint8)}
+
+
+class TinyDepth(tfds.core.GeneratorBasedBuilder):
+    """No image that could be used."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {"depth": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.float32)}
+            ),
+        )
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"depth": np.zeros((8, 8, 1), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A directory in which the three sets above are prepared, without TensorFlow."""
+    path = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    for builder in (Tiny, TinyTensor, TinyDepth):
+        builder(data_dir=path, file_format="array_record").download_and_prepare()
+    return path
+
+
+@pytest.fixture
+def data_dir(store, monkeypatch):
+    """The same, as if TFDS_DATA_DIR had named it before tfds was imported."""
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(store))
+    return store
+
+
+def from_tfds(name, size=8, channels=3, train=10, validation=5, **settings):
+    """The splits of a prepared data set."""
+    config = DataConfig(
+        source="tfds", name=name, train=train, validation=validation, **settings
+    )
+    return load(config, size, channels)
+
+
+def test_prepared_images_keep_pixels_labels_captions_and_ids(data_dir):
+    splits = from_tfds("tiny", train=10, validation=6)
+    assert all(name.startswith("train_") for name in splits.train.ids)
+    assert all(name.startswith("test_") for name in splits.validation.ids)
+    assert splits.train.label_names == ("cat", "dog", "owl")
+    assert sorted(np.bincount(splits.train.labels)) == [3, 3, 4]
+    assert np.bincount(splits.validation.labels).tolist() == [2, 2, 2]
+    for part in (splits.train, splits.validation):
+        for name, image, label, caption in zip(
+            part.ids, part.images, part.labels, part.captions, strict=True
+        ):
+            pixels = Tiny.pixels(name)
+            left = round((pixels.shape[1] - 8) / 2)
+            np.testing.assert_array_equal(image, scaled(pixels[:, left : left + 8]))
+            assert label == int(name.split("_")[1]) % 3
+            assert caption == f"ein schönes {name}"
+
+
+def test_only_chosen_images_are_decoded(data_dir, monkeypatch):
+    from dtrak_jax.data import prepared
+
+    names = []
+    original = prepared.decode
+    monkeypatch.setattr(
+        prepared,
+        "decode",
+        lambda file, name: (names.append(name), original(file, name))[1],
+    )
+    splits = from_tfds("tiny", train=4, validation=3)
+    assert names == [f"tiny {i}" for i in (*splits.train.ids, *splits.validation.ids)]
+
+
+def test_a_prepared_set_is_filtered_by_label(data_dir):
+    splits = from_tfds("tiny", labels=("dog", "2"), train=8, validation=4)
+    assert np.bincount(splits.train.labels).tolist() == [0, 4, 4]
+    assert np.bincount(splits.validation.labels).tolist() == [0, 2, 2]
+
+
+def test_one_split_is_shared(data_dir):
+    splits = from_tfds("tiny", train=20, validation=10, validation_split="train")
+    check_ids([*splits.train.ids, *splits.validation.ids], 30)
+    with pytest.raises(ValueError, match="data.validation is 11, .* only 10 examples"):
+        from_tfds("tiny", train=20, validation=11, validation_split="train")
+
+
+def test_positions_are_ids_where_there_are_none(data_dir):
+    splits = from_tfds(
+        "tiny_tensor",
+        channels=1,
+        train=6,
+        validation=16,
+        train_split="train[10:16]",
+        validation_split="test[15:]+train[3:]",
+    )
+    assert splits.train.ids.tolist() == [f"train-{i:06d}" for i in range(10, 16)]
+    # Slices overlap, and still no training image is a validation image.
+    left = [*range(3, 10), *range(16, 20)]
+    assert splits.validation.ids.tolist() == [
+        *(f"test-{i:06d}" for i in range(15, 20)),
+        *(f"train-{i:06d}" for i in left),
+    ]
+    for part in (splits.train, splits.validation):
+        for name, image in zip(part.ids, part.images, strict=True):
+            assert (image == np.float32(int(name[-6:])) / np.float32(127.5) - 1).all()
+    assert splits.train.labels is None and splits.train.captions is None
+
+
+def test_a_set_that_is_not_prepared(data_dir):
+    with pytest.raises(
+        ValueError,
+        match="cifar10 is not prepared in .*cifar10.* pip install tensorflow-cpu && "
+        "tfds build cifar10 --file_format=array_record",
+    ):
+        from_tfds("cifar10")
+
+
+def test_wrong_names_and_splits(data_dir):
+    with pytest.raises(
+        ValueError, match="'cifr10', .* not know; did you mean .*cifar10"
+    ):
+        from_tfds("cifr10")
+    with pytest.raises(ValueError, match="data.name is 'tiny:9.9.9': .*only: 1.0.0"):
+        from_tfds("tiny:9.9.9")
+    with pytest.raises(ValueError, match="data.name is 'a b': "):
+        from_tfds("a b")
+    with pytest.raises(ValueError, match="Unknown split 'valid'.*'train', 'test'"):
+        from_tfds("tiny", validation_split="valid")
+    with pytest.raises(ValueError, match="tiny cannot be read: .*train.:3"):
+        from_tfds("tiny", train_split="train[:3")
+    with pytest.raises(ValueError, match="the id 'train_.*' occurs more than once"):
+        from_tfds("tiny", train_split="train+train")
+    with pytest.raises(ValueError, match="tiny_depth has no .* image .*; it has depth"):
+        from_tfds("tiny_depth")
+
+
+def test_a_format_that_needs_tensorflow(data_dir, tmp_path, monkeypatch):
+    shutil.copytree(data_dir / "tiny", tmp_path / "tiny")
+    info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
+    content = json.loads(info.read_text())
+    info.write_text(json.dumps(content | {"fileFormat": "tfrecord"}))
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="as tfrecord, .* tfds build tiny --file_form"):
+        from_tfds("tiny")
+
+
+@pytest.fixture
+def mocked(tmp_path, monkeypatch):
+    """mock_data with the metadata of a prepared set: (name, n, splits) -> context."""
+    encoder = "tensorflow_datasets.core.features.image_feature._ImageEncoder"
+    mocking = "tensorflow_datasets.testing.mocking"
+
+    def encode(self, pixels):
+        return png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+    def as_stored(self, index):
+        features = self._features
+        example = tfds.testing.mocking.RandomFakeGenerator.__getitem__(self, index)
+        return type(features).deserialize_example_np(
+            features,
+            features.serialize_example(example),
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+
+    # Unpatched, the first needs TensorFlow, and the second returns what no file does.
+    monkeypatch.setattr(f"{encoder}._encode_image", encode)
+    monkeypatch.setattr(f"{mocking}.EncodedRandomFakeGenerator.__getitem__", as_stored)
+
+    def mock(name, examples, splits, names=None):
+        builder = tfds.builder(name, data_dir=tmp_path)
+        builder.info.set_splits(
+            tfds.core.splits.SplitDict(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[examples],
+                    num_bytes=0,
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        data_dir=builder.data_path,
+                        dataset_name=name,
+                        split=split,
+                        filetype_suffix="array_record",
+                    ),
+                )
+                for split in splits
+            )
+        )
+        builder.info.set_file_format("array_record", override=True)
+        if names:
+            builder.info.features["label"].names = names
+        builder.data_path.mkdir(parents=True)
+        builder.info.write_to_directory(builder.data_path)
+        return tfds.testing.mock_data(num_examples=examples, data_dir=tmp_path)
+
+    return mock
+
+
+def test_cifar2(mocked):
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
+    with mocked("cifar10", 150, ("train", "test"), names):
+        splits = from_tfds("cifar10", 32, labels=("automobile", "7"))
+    assert splits.train.images.shape == (10, 32, 32, 3)
+    assert set(splits.train.labels) == set(splits.validation.labels) == {1, 7}
+    # The mock has the same records in both splits.
+    check_ids([*splits.train.ids, *splits.validation.ids], 15)
+
+
+def test_mnist(mocked):
+    with mocked("mnist", 40, ("train", "test")):
+        splits = from_tfds("mnist", 32, channels=1, train=40)
+    assert splits.train.images.shape == (40, 32, 32, 1)
+    assert splits.train.ids.tolist() == [f"train-{i:06d}" for i in range(40)]
+    assert all(name.startswith("test-") for name in splits.validation.ids)
+    assert splits.train.label_names == tuple("0123456789")
+
+
+def test_celeba(mocked):
+    with mocked("celeb_a", 12, ("train", "validation")):
+        splits = from_tfds(
+            "celeb_a", 64, center_crop=140, validation_split="validation"
+        )
+    assert splits.train.images.shape == (10, 64, 64, 3)
+    assert splits.validation.images.shape == (5, 64, 64, 3)
+    assert splits.train.labels is None and splits.train.label_names == ()
+    assert splits.validation.ids[0].startswith("validation-")
