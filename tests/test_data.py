@@ -198,7 +198,7 @@ def test_crops_start_at_half_the_rest_rounded_to_even(side, start):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "sides"), [(7, 5, (4, 3)), (5, 7, (3, 4)), (10, 3, (10, 3))]
+    ("width", "height", "sides"), [(8, 5, (4, 3)), (5, 8, (3, 4)), (10, 3, (10, 3))]
 )
 def test_the_shorter_side_is_resized_and_the_longer_one_rounded_down(
     width, height, sides

@@ -224,7 +224,9 @@ def _chunk(
     n, pairs = len(x), len(task.pairs)
     losses = np.concatenate(losses)
     if not task.per_timestep:
-        merged = ({m: np.concatenate(a) for m, a in d.items()} for d in (phi, squared_norms))
+        merged = (
+            {m: np.concatenate(a) for m, a in d.items()} for d in (phi, squared_norms)
+        )
         return *merged, losses[:, :pairs].T
 
     def pairs_first(parts: list[np.ndarray]) -> np.ndarray:

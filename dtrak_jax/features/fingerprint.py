@@ -44,9 +44,7 @@ def fingerprint(
         "cond": None if cond is None else _digest_rows(cond),
         "schedule": _digest(repr(task.schedule).encode()),
         "measurements": {
-            name: _program(
-                lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar
-            )
+            name: _program(lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar)
             for name, f in task.measurements.items()
         },
         "timesteps": list(task.grid),

@@ -210,15 +210,12 @@ class Store:
             phi=self.phi[measurement],
             squared_norms=self.squared_norms[measurement].read().result(),
             losses=self.losses.read().result(),
-            fingerprint=fingerprint | {
-                "measurements": {measurement: fingerprint["measurements"][measurement]}
-            },
+            fingerprint=fingerprint
+            | {"measurements": {measurement: fingerprint["measurements"][measurement]}},
         )
 
 
-def _zarr(
-    path: epath.Path, shape: tuple[int, ...], chunk: list[int]
-) -> ts.TensorStore:
+def _zarr(path: epath.Path, shape: tuple[int, ...], chunk: list[int]) -> ts.TensorStore:
     """A float32 Zarr array, created if it is not there.
 
     NaN is what was not written. Features do not compress; a checksum finds damage.

@@ -1,0 +1,28 @@
+"""Data attribution for diffusion models in JAX."""
+
+from dtrak_jax import models
+from dtrak_jax.attribution import Scores, absolute, attribute, damping_path
+from dtrak_jax.diffusion import (
+    Schedule,
+    cosine_schedule,
+    linear_schedule,
+    scaled_linear_schedule,
+)
+from dtrak_jax.features import Features, Projection, Task, distortion, featurize
+
+__all__ = [
+    "Features",
+    "Projection",
+    "Schedule",
+    "Scores",
+    "Task",
+    "absolute",
+    "attribute",
+    "cosine_schedule",
+    "damping_path",
+    "distortion",
+    "featurize",
+    "linear_schedule",
+    "models",
+    "scaled_linear_schedule",
+]

@@ -1,0 +1,3 @@
+from dtrak_jax.cli import main
+
+main()

@@ -1,0 +1,170 @@
+"""Phi_q (Phi^T Phi + lambda I)^-1 Phi^T, for every lambda from one factorisation.
+
+The Gram matrix of the smaller side is added up on the devices in float32, which is the
+precision of the features; its eigendecomposition and all that divides by small numbers
+is done in float64 on the host. A float32 inverse is wrong for small lambda.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from dtrak_jax import parallel
+from dtrak_jax.config import positive
+from dtrak_jax.parallel import P
+
+GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
+"""Values of lambda worth trying, in units of the mean eigenvalue."""
+
+BLOCK = 2**26
+"""Entries of the features that are on the devices at one time."""
+
+
+class Damping(NamedTuple):
+    """lambda: `value` times the kernel's mean eigenvalue, or `value` itself."""
+
+    value: float
+    absolute: bool = False
+
+
+def absolute(value: float) -> Damping:
+    """lambda itself, in the units of Phi^T Phi, as the paper gives it."""
+    return Damping(value, absolute=True)
+
+
+class Kernel(NamedTuple):
+    """The eigendecomposition of Phi Phi^T (dual, n <= k) or Phi^T Phi (primal)."""
+
+    eigenvalues: np.ndarray
+    """float64 [m], ascending; m = min(n, k)."""
+    eigenvectors: np.ndarray
+    """float64 [m, m], in columns."""
+    dual: bool
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """trace(Phi Phi^T) / min(n, k)."""
+        return float(self.eigenvalues.mean())
+
+    @property
+    def floor(self) -> float:
+        """Below this, eigenvalues are rounding errors of float32 features."""
+        return float(np.finfo(np.float32).eps * self.eigenvalues[-1])
+
+    def damping(self, damping: Damping) -> float:
+        """lambda, for this kernel.
+
+        Raises:
+          ValueError: it is not above 0; or so small that rounding errors would decide
+            the scores.
+        """
+        positive("damping", damping.value)
+        value = damping.value * (1 if damping.absolute else self.mean_eigenvalue)
+        if value < self.floor and self.eigenvalues[0] < self.floor:
+            raise ValueError(
+                f"damping is {damping.value}, lambda = {value:.3g}; the kernel has "
+                f"eigenvalues below {self.floor:.3g}, which are rounding errors of "
+                "float32 features, and lambda must be at least that: damping >= "
+                f"{self.floor / (value / damping.value):.3g}."
+            )
+        return value
+
+
+def factorize(phi: np.ndarray) -> Kernel:
+    """Decomposes the kernel of the features phi [n, k] of the training set.
+
+    Raises:
+      MemoryError: min(n, k) is too large for this host; says what would fit.
+      ValueError: all features are 0.
+    """
+    n, k = phi.shape
+    _check_memory(min(n, k))
+    dual = n <= k
+    gram = gram_matrix(phi if dual else phi.T)
+    eigenvalues, eigenvectors = scipy.linalg.eigh(
+        gram.astype(np.float64), overwrite_a=True, driver="evd"
+    )
+    if not eigenvalues[-1] > 0:
+        raise ValueError(
+            "all features of the training set are 0; nothing to attribute."
+        )
+    # What is below 0 is a rounding error of the Gram matrix.
+    return Kernel(np.maximum(eigenvalues, 0), eigenvectors, dual)
+
+
+def solve(
+    kernel: Kernel, phi: np.ndarray, query: np.ndarray
+) -> Callable[[float], np.ndarray]:
+    """tau(lambda) = query (phi^T phi + lambda I)^-1 phi^T, float64 [q, n].
+
+    In the dual form the same as (query phi^T) (phi phi^T + lambda I)^-1.
+
+    Args:
+      kernel: `factorize(phi)`.
+      phi: features of the training set [n, k].
+      query: features of the queries [q, k].
+
+    Returns:
+      A function of lambda, absolute; each further value costs one product.
+    """
+    phi, query = (np.asarray(a, np.float64) for a in (phi, query))
+    vectors = kernel.eigenvectors
+    if kernel.dual:
+        rotated = query @ phi.T @ vectors
+
+        def tau(damping: float) -> np.ndarray:
+            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T
+
+    else:
+        rotated = query @ vectors
+
+        def tau(damping: float) -> np.ndarray:
+            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T @ phi.T
+
+    return tau
+
+
+def gram_matrix(a: np.ndarray) -> np.ndarray:
+    """a a^T, float32 [m, m], of a [m, c]; blocks of columns, spread over devices."""
+    mesh = parallel.mesh(jax.local_devices())
+    width = max(1, BLOCK // len(a))
+    width += -width % mesh.size
+    add_block = _gram_function(mesh)
+    total = np.zeros((len(a), len(a)), np.float32)
+    for start in range(0, a.shape[1], width):
+        block = np.asarray(a[:, start : start + width], np.float32)
+        block = np.pad(block, ((0, 0), (0, -block.shape[1] % mesh.size)))
+        total = add_block(total, block)
+    return np.asarray(total)
+
+
+@functools.cache
+def _gram_function(mesh: jax.sharding.Mesh) -> Callable:
+    def add_block(total, block):
+        part = jnp.matmul(block, block.T, precision="highest")
+        return total + jax.lax.psum(part, "data")
+
+    specs = (P(), P(None, "data"))
+    return jax.jit(
+        jax.shard_map(
+            add_block, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
+        )
+    )
+
+
+def _check_memory(m: int) -> None:
+    """Raises a MemoryError if an m x m eigendecomposition does not fit this host."""
+    need = 4 * 8 * m**2
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        raise MemoryError(
+            f"an eigendecomposition of {m} x {m} needs about {need / 2**30:.0f} GiB, "
+            f"this host has {have / 2**30:.0f}. min(n, k) must be at most "
+            f"{int((have / 32) ** 0.5)}: take a smaller projection dim."
+        )

@@ -1,0 +1,97 @@
+"""The command line: `dtrak-jax STAGE CONFIG --workdir DIR [--section.field VALUE]`."""
+
+import argparse
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from dtrak_jax import parallel, pipeline
+from dtrak_jax.config import Config
+
+COMMANDS = {
+    "run": "all of the stages below, in order",
+    "train": "train the model on the training images",
+    "sample": "generate images with it",
+    "featurize": "compute gradient features of training images and queries",
+    "attribute": "turn features into scores",
+    "report": "write report.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `dtrak-jax`; exits with 2 on an error and 130 on an interrupt."""
+    if os.environ.get("DTRAK_DISTRIBUTED"):
+        parallel.start()
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
+        workdir = pipeline.run(stage, config, workdir)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "stopped; the same command continues"
+        print(f"dtrak-jax: {said}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        if os.environ.get("DTRAK_TRACEBACK"):
+            raise
+        print(f"dtrak-jax: {error}\n(DTRAK_TRACEBACK=1 shows where.)", file=sys.stderr)
+        sys.exit(2)
+    if stage in ("run", "report"):
+        print(f"wrote {workdir / 'report.html'}")
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
+    """(stage, config, workdir) of a command line.
+
+    Raises:
+      SystemExit: it is not one; says what is wrong.
+      ValueError: a setting is.
+    """
+    stages = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="dtrak-jax",
+        usage="dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE ...]",
+        description="Data attribution for diffusion models.",
+        epilog=f"commands:\n{stages}\n\nEvery setting of the config is a flag; "
+        "`dtrak-jax COMMAND CONFIG --help` lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=not any(argument.endswith(".py") for argument in arguments),
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("config", metavar="CONFIG", help="such as configs/digits.py")
+    parser.add_argument("--workdir", metavar="DIR", help="the run directory")
+    known, flags = parser.parse_known_args(arguments)
+    default = load_config(known.config)
+    config = tyro.cli(
+        Config,
+        prog=f"dtrak-jax {known.command} {known.config} --workdir DIR",
+        default=default,
+        args=flags,
+        description=f"{COMMANDS[known.command].capitalize()}.",
+    )
+    if not known.workdir:
+        parser.error("--workdir is missing: name a folder for the results.")
+    return known.command, config, known.workdir
+
+
+def load_config(path: str) -> Config:
+    """What `get_config()` of a config file returns.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it has no get_config, or that returns something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no config file {path}.")
+    module = runpy.run_path(path)
+    config = module["get_config"]() if "get_config" in module else None
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"{path} must define get_config() that returns a dtrak_jax Config."
+        )
+    return config

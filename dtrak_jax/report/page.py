@@ -1,0 +1,2 @@
+def page(config, workdir, train, *, queries, scores):
+    return "x"
