@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
         print(f"dtrak-jax: {error}\n(DTRAK_TRACEBACK=1 shows where.)", file=sys.stderr)
@@ -84,14 +84,14 @@ def load_config(path: str) -> Config:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has no get_config, or that returns something else.
+      TypeError: it has no get_config, or that returns something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {path}.")
     module = runpy.run_path(path)
     config = module["get_config"]() if "get_config" in module else None
     if not isinstance(config, Config):
-        raise ValueError(
+        raise TypeError(
             f"{path} must define get_config() that returns a dtrak_jax Config."
         )
     return config

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dtrak_jax import data, diffusion, files, models, parallel, report, training
 from dtrak_jax.attribution import Damping, Scores, attribute
-from dtrak_jax.config import MEASUREMENTS, METHODS, Config, flatten
+from dtrak_jax.config import METHODS, Config, flatten
 from dtrak_jax.features import Features, Projection, Task, distortion, featurize
 
 FREE_FIELDS = ("features.batch_size", "sample.batch_size", "report.")

@@ -1,7 +1,7 @@
 """Gradient features: what is differentiated, projected and kept."""
 
 from dtrak_jax.features.distortion import Distortion, distortion
-from dtrak_jax.features.featurize import featurize
+from dtrak_jax.features.loop import featurize
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.store import Features
 from dtrak_jax.features.task import Task

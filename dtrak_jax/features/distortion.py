@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.features.featurize import featurize
+from dtrak_jax.features.loop import featurize
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 
@@ -28,25 +28,30 @@ class Distortion(NamedTuple):
 
 def distortion(
     task: Task, params, images: np.ndarray, projection: Projection, **options
-) -> Distortion:
+) -> Distortion | dict[str, Distortion]:
     """Measures the distortion of a projection on the gradients of some images.
 
     Holds their whole gradients in memory: len(images) x p numbers for each pair of a
     timestep and a draw, so give it a handful of images.
 
     Args:
-      task: of one measurement; see `featurize`.
+      task: see `featurize`.
       params: the network's parameters.
       images: two or more [n, H, W, C].
       projection: to be judged.
       **options: as `featurize` takes them: ids, cond, batch_size.
+
+    Returns:
+      The errors; or {measurement: errors} if the task has a tuple of them.
     """
     if len(images) < 2:
         raise ValueError("distortion compares pairs: give two or more images.")
     options = {"description": "distortion"} | options
     exact = featurize(task, params, images, Projection("none"), **options)
     ours = featurize(task, params, images, projection, **options)
-    return _compare(exact.kernels(), ours.kernels())
+    if not isinstance(exact, dict):
+        return _compare(exact.kernels(), ours.kernels())
+    return {m: _compare(exact[m].kernels(), ours[m].kernels()) for m in exact}
 
 
 def _compare(exact, ours) -> Distortion:

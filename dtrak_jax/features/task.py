@@ -47,6 +47,7 @@ class Task:
 
     Raises:
       ValueError: a field is out of range; says which, and what is allowed.
+      TypeError: apply is not a function.
     """
 
     apply: Callable
@@ -63,7 +64,7 @@ class Task:
 
     def __post_init__(self):
         if not callable(self.apply):
-            raise ValueError(
+            raise TypeError(
                 f"apply is {self.apply!r}; it must be a function "
                 "(params, x, t, cond) -> prediction."
             )

@@ -43,7 +43,7 @@ def init(model: UNet2D, key: jax.Array) -> dict:
         stop = start + leaf.size
         kernel = shapes.get((*path[:-1], "kernel"))
         if kernel is None:
-            value = jnp.full(leaf.shape, float(path[-1] == "scale"))
+            value = jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
         else:
             fan_in = kernel.size // kernel.shape[-1]
             value = draws[start:stop].reshape(leaf.shape) / math.sqrt(fan_in)

@@ -1,0 +1,48 @@
+"""One process of eight virtual CPU devices, and the small parts that tests share."""
+
+import os
+
+# Before anything computes: JAX reads these when it starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import jax
+import numpy as np
+import pytest
+
+from dtrak_jax import models
+from dtrak_jax.config import ModelConfig
+
+TINY = ModelConfig(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(4, 8),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=2,
+    dropout=0.0,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(apply, params) of a UNet with every kind of layer."""
+    model = models.build(TINY)
+    return models.apply_fn(model), models.init(model, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Twelve images [12, 8, 8, 1]."""
+    return np.random.default_rng(0).uniform(-1, 1, (12, 8, 8, 1)).astype(np.float32)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Makes the first device the only one."""
+    first = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: first)
+    monkeypatch.setattr(jax, "devices", lambda: first)

@@ -1,0 +1,115 @@
+"""Projections keep inner products, exactly as often as they promise."""
+
+import jax
+import numpy as np
+import pytest
+
+import dtrak_jax as dtrak
+from dtrak_jax.features import project, projection
+
+KINDS = ("sketch", "rademacher", "gaussian")
+
+
+def matrix(kind, p, k, seed=0):
+    """The p x k matrix of a projection, from the unit vectors."""
+    identity = np.eye(p, dtype=np.float32)
+    return np.asarray(project(dtrak.Projection(kind, k, seed), identity))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("p", "k"), [(300, 64), (257, 33), (1, 5), (64, 64)])
+def test_projecting_is_a_fixed_linear_map(kind, p, k):
+    gradients = np.random.default_rng(0).normal(size=(3, p)).astype(np.float32)
+    projected = project(dtrak.Projection(kind, k), gradients)
+    assert projected.shape == (3, k)
+    np.testing.assert_allclose(
+        projected, gradients @ matrix(kind, p, k), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inner_products_are_unbiased_with_the_promised_error(kind):
+    """Mean error 0 and variance (1 + c^2) / k, or less, over seeds; c the cosine."""
+    p, k, seeds = 500, 50, 400
+    u, v = np.random.default_rng(1).normal(size=(2, p)).astype(np.float32)
+    pair = np.stack([u / np.linalg.norm(u), v / np.linalg.norm(v)])
+    exact = pair[0] @ pair[1]
+    inner = jax.jit(
+        jax.vmap(
+            lambda seed: np.prod(project(_with_seed(kind, k, seed), pair), axis=0).sum()
+        )
+    )(np.arange(seeds))
+    error = np.asarray(inner) - exact
+    promised = (1 + exact**2) / k
+    assert abs(error.mean()) < 4 * (promised / seeds) ** 0.5
+    assert error.var() < 1.3 * promised
+    if kind != "sketch":
+        assert error.var() > 0.7 * promised
+
+
+def _with_seed(kind, k, seed):
+    """A projection whose seed is traced, so that many of them share one program."""
+    spec = dtrak.Projection(kind, k)
+    object.__setattr__(spec, "seed", seed)
+    return spec
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_entries_do_not_depend_on_the_tile(kind, monkeypatch):
+    whole = matrix(kind, 70, 40)
+    monkeypatch.setattr(projection, "TILE_ENTRIES", 3 * 40)
+    np.testing.assert_array_equal(matrix(kind, 70, 40), whole)
+
+
+def test_entries_follow_their_law():
+    signs = matrix("rademacher", 200, 300) * 300**0.5
+    np.testing.assert_allclose(np.abs(signs), 1, rtol=1e-6)
+    normal = matrix("gaussian", 200, 300) * 300**0.5
+    for entries in (signs, normal):
+        n = entries.size
+        assert abs(entries.mean()) < 4 / n**0.5
+        assert abs(entries.var() - 1) < 4 * (2 / n) ** 0.5
+        # Rows, and columns, are uncorrelated.
+        for e in (entries, entries.T):
+            correlation = np.corrcoef(e)
+            off = correlation[np.triu_indices(len(e), 1)]
+            assert np.abs(off).max() < 6 / e.shape[1] ** 0.5
+
+
+def test_a_sketch_has_one_sign_per_entry_and_no_meeting_within_a_row():
+    m = matrix("sketch", 300, 64)
+    assert (np.count_nonzero(m, axis=1) == 1).all()
+    assert set(np.unique(m)) == {-1, 0, 1}
+    for start in range(0, 300, 64):
+        columns = np.nonzero(m[start : start + 64])[1]
+        assert len(set(columns)) == len(columns)
+
+
+def test_a_sketch_wider_than_the_gradient_loses_nothing():
+    gradients = np.random.default_rng(0).normal(size=(4, 30)).astype(np.float32)
+    phi = np.asarray(project(dtrak.Projection("sketch", 100), gradients))
+    np.testing.assert_allclose(phi @ phi.T, gradients @ gradients.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeds_differ_and_repeat(kind):
+    np.testing.assert_array_equal(matrix(kind, 64, 64), matrix(kind, 64, 64))
+    other = matrix(kind, 64, 64, seed=1)
+    assert np.abs(np.corrcoef(matrix(kind, 64, 64).ravel(), other.ravel())[0, 1]) < 0.1
+
+
+def test_distortion_is_measured_on_the_users_gradients(tiny, images):
+    """Close to 1/sqrt(k), and 0 without a projection."""
+    task = dtrak.Task(tiny[0], dtrak.linear_schedule(), timesteps=(100, 500))
+    few = images[:6]
+    measured = dtrak.distortion(
+        task, tiny[1], few, dtrak.Projection("rademacher", dim=256), batch_size=2
+    )
+    assert 0.2 / 16 < measured.rms < 2 / 16
+    assert measured.rms <= measured.largest < 5 / 16
+    nothing = dtrak.distortion(
+        task, tiny[1], few, dtrak.Projection("none"), batch_size=2
+    )
+    assert nothing.largest < 1e-5
+    with pytest.raises(ValueError, match="two or more images"):
+        dtrak.distortion(task, tiny[1], few[:1], dtrak.Projection())
