@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -54,12 +56,11 @@ def write_npz(path: epath.PathLike, **arrays) -> None:
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz; a damaged file raises a ValueError."""
+    data = epath.Path(path).read_bytes()
     try:
-        with np.load(io.BytesIO(epath.Path(path).read_bytes())) as archive:
+        with np.load(io.BytesIO(data)) as archive:
             return dict(archive)
-    except (ValueError, EOFError, OSError, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it and rerun."
         ) from error
