@@ -189,14 +189,21 @@ class ModelConfig:
                     f"model.block_out_channels has {channels}, which "
                     f"model.norm_num_groups={self.norm_num_groups} does not divide."
                 )
-            if self.attention_head_dim and channels % self.attention_head_dim:
-                raise ValueError(
-                    f"model.block_out_channels has {channels}, which "
-                    f"model.attention_head_dim={self.attention_head_dim} does not "
-                    "divide."
-                )
         if self.attention_head_dim is not None:
             at_least("model.attention_head_dim", self.attention_head_dim, 1)
+            widths = self.block_out_channels
+            levels_and_mid = (
+                *zip(self.down_block_types, widths),
+                *zip(self.up_block_types, widths[::-1]),
+                ("AttnMid" if self.add_attention else "Mid", widths[-1]),
+            )
+            for kind, channels in levels_and_mid:
+                if kind.startswith("Attn") and channels % self.attention_head_dim:
+                    raise ValueError(
+                        f"model.block_out_channels has {channels}, which "
+                        f"model.attention_head_dim={self.attention_head_dim} does not "
+                        "divide."
+                    )
         factor = 2 ** (levels - 1)
         if self.sample_size % factor:
             raise ValueError(

@@ -32,12 +32,14 @@ def features(n, k, q=7, seed=0):
 def test_scores_equal_the_float64_ridge(n, k, value):
     """Dual where n <= k, primal where n > k."""
     phi, query = features(n, k)
-    assert factorize(phi).dual == (n <= k)
+    kernel = factorize(phi)
+    assert kernel.dual == (n <= k)
     scores = dtrak.attribute(phi, query, damping=dtrak.absolute(value)).scores
     expected = ridge(phi, query, value)
-    np.testing.assert_allclose(
-        scores, expected, rtol=0, atol=2e-5 * abs(expected).max()
-    )
+    # The Gram matrix is rounded to float32, and lambda magnifies what that changed.
+    rounding = 4 * kernel.floor / (kernel.eigenvalues[0] + value)
+    tolerance = max(1e-5, rounding) * np.abs(expected).max()
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance)
 
 
 def test_dual_equals_primal():

@@ -13,6 +13,7 @@ from dtrak_jax import parallel
 from dtrak_jax.features import gradients, loop, project
 from dtrak_jax.features.measurements import FUNCTIONS
 from dtrak_jax.streams import id_words
+from dtrak_jax.trees import named_leaves
 
 SCHEDULE = dtrak.linear_schedule()
 RAW = dtrak.Projection("none")
@@ -319,7 +320,7 @@ def test_aliases_are_the_same_measurement(small):
 
 
 def test_some_parameters_only(tiny, images, exact):
-    paths = gradients.parameter_paths(tiny[1])
+    paths = list(named_leaves(tiny[1]))
     sizes = [leaf.size for leaf in jax.tree.leaves(tiny[1])]
     entries = np.repeat(["mid_block" in path for path in paths], sizes)
     task = task_of(tiny, parameters="mid_block")
@@ -423,7 +424,7 @@ def test_wrong_parameters(small, images):
         dtrak.featurize(task, small[1], images, RAW)
     leaves, treedef = jax.tree.flatten(small[1])
     leaves[1] = leaves[1] * np.nan
-    path = gradients.parameter_paths(small[1])[1]
+    path = list(named_leaves(small[1]))[1]
     with pytest.raises(ValueError, match=f"{path} has entries that are not finite"):
         dtrak.featurize(task_of(small), treedef.unflatten(leaves), images, RAW)
 

@@ -66,7 +66,7 @@ def sample(
     )
     stride = schedule.steps // steps
     timesteps = np.arange(steps)[::-1] * stride
-    size = min(batch_size * len(devices), len(seeds))
+    size = max(1, min(batch_size * len(devices), len(seeds)))
     size += -size % len(devices)
     images = np.zeros((len(seeds), *shape), np.float32)
     starts = range(0, len(seeds), size)
@@ -93,6 +93,36 @@ def _initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     )
 
 
+def sampling_step(
+    schedule: Schedule,
+    prediction: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    s: jax.Array,
+    z: jax.Array | None,
+    *,
+    ancestral: bool,
+    eta: float,
+    clip: bool,
+) -> jax.Array:
+    """x_s [B, ...] of x_t [B, ...], one timestep t and one s for all; see `sample`.
+
+    z is standard normal noise, or None where the step has none.
+    """
+    x, eps = schedule.denoise(prediction, x_t, jnp.full(len(x_t), t))
+    if clip:
+        x = jnp.clip(x, -1, 1)
+    alpha_bar = jnp.asarray(schedule.alpha_bar)
+    now, after = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], 1.0)
+    if ancestral:
+        eta, eps = 1.0, (x_t - jnp.sqrt(now) * x) / jnp.sqrt(1 - now)
+    variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
+    # Rounding may leave a tiny negative number where eta is 1.
+    direction = jnp.sqrt(jnp.maximum(1 - after - variance, 0))
+    x_s = jnp.sqrt(after) * x + direction * eps
+    return x_s if z is None else x_s + jnp.sqrt(variance) * z
+
+
 @functools.cache
 def _step_function(
     apply: Callable,
@@ -104,28 +134,17 @@ def _step_function(
 ) -> Callable:
     """Compiles one sampling step for a batch spread over the mesh."""
 
+    def noise(seed, t, shape):
+        return jax.random.normal(fold_in(stream(seed, "sample-step"), t), shape)
+
     def step(params, x_t, seeds, cond, t, s):
-        ts = jnp.full(len(x_t), t)
-        x, eps = schedule.denoise(apply(params, x_t, ts, cond), x_t, ts)
-        if clip:
-            x = jnp.clip(x, -1, 1)
-        alpha_bar = jnp.asarray(schedule.alpha_bar)
-        now, after = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], 1.0)
-        if ancestral:
-            eps = (x_t - jnp.sqrt(now) * x) / jnp.sqrt(1 - now)
-        noise = 1.0 if ancestral else eta
-        variance = noise**2 * (1 - after) / (1 - now) * (1 - now / after)
-        # Rounding may leave a tiny negative number where eta is 1.
-        direction = jnp.sqrt(jnp.maximum(1 - after - variance, 0))
-        x_s = jnp.sqrt(after) * x + direction * eps
-        if noise:
-            z = jax.vmap(
-                lambda seed: jax.random.normal(
-                    fold_in(stream(seed, "sample-step"), t), x_t.shape[1:]
-                )
-            )(seeds)
-            x_s += jnp.sqrt(variance) * z
-        return x_s
+        z = None
+        if ancestral or eta:
+            z = jax.vmap(lambda seed: noise(seed, t, x_t.shape[1:]))(seeds)
+        prediction = apply(params, x_t, jnp.full(len(x_t), t), cond)
+        return sampling_step(
+            schedule, prediction, x_t, t, s, z, ancestral=ancestral, eta=eta, clip=clip
+        )
 
     specs = (P(), P("data"), P("data"), P("data"), P(), P())
     return jax.jit(

@@ -6,9 +6,9 @@ from importlib import metadata
 import jax
 import numpy as np
 
-from dtrak_jax.features.gradients import parameter_paths
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
+from dtrak_jax.trees import named_leaves
 
 FORMAT = 1
 """Raised when the meaning of a stored number changes."""
@@ -85,9 +85,8 @@ def _digest_rows(array: np.ndarray) -> str:
 
 
 def _digest_tree(params) -> str:
-    leaves = zip(parameter_paths(params), jax.tree.leaves(params), strict=True)
     parts = []
-    for path, leaf in leaves:
+    for path, leaf in named_leaves(params).items():
         array = np.asarray(leaf)
         head = f"{path} {array.dtype} {array.shape} ".encode()
         parts.append(_digest(head, array.tobytes()).encode())

@@ -12,6 +12,7 @@ import numpy as np
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.task import Task
 from dtrak_jax.parallel import P
+from dtrak_jax.trees import named_leaves
 
 
 class Slots(NamedTuple):
@@ -35,31 +36,22 @@ class Slots(NamedTuple):
     """What the images are conditioned on [S, ...]."""
 
 
-def parameter_paths(params) -> list[str]:
-    """The path of every leaf, such as "mid_block/conv/kernel", in leaf order."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
-    ]
-
-
 def chosen_leaves(task: Task, params) -> list[int]:
     """Which leaves are differentiated: floating point, and found by the pattern.
 
     Raises:
       ValueError: the pattern finds none; lists some paths that there are.
     """
-    paths = parameter_paths(params)
-    leaves = jax.tree.leaves(params)
+    leaves = named_leaves(params)
     chosen = [
         i
-        for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
+        for i, (path, leaf) in enumerate(leaves.items())
         if jnp.issubdtype(leaf.dtype, jnp.floating) and re.search(task.parameters, path)
     ]
     if not chosen:
         raise ValueError(
             f"parameters is {task.parameters!r}, which finds none of the "
-            f"{len(paths)} parameters, such as {', '.join(paths[:5])}."
+            f"{len(leaves)} parameters, such as {', '.join(list(leaves)[:5])}."
         )
     return chosen
 

@@ -18,6 +18,7 @@ from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 from dtrak_jax.streams import id_words
+from dtrak_jax.trees import named_leaves
 
 CHUNK_ROWS, CHUNK_BYTES = 64, 2**25
 """About how much of a store is written, and lost by a kill, at a time."""
@@ -120,8 +121,7 @@ def parameter_count(task: Task, params) -> int:
 
 def check_network(task: Task, params, images, cond) -> None:
     """Raises a ValueError if parameters or the network's output cannot be right."""
-    paths = gradients.parameter_paths(params)
-    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+    for path, leaf in named_leaves(params).items():
         if not np.isfinite(np.asarray(leaf, np.float32)).all():
             raise ValueError(f"params: {path} has entries that are not finite.")
     if cond is not None and len(cond) != len(images):

@@ -1,6 +1,6 @@
 """Training, and the checkpoints it leaves."""
 
 from dtrak_jax.training.batches import batch
-from dtrak_jax.training.train import TrainState, load_params, train
+from dtrak_jax.training.loop import TrainState, load_params, train
 
 __all__ = ["TrainState", "batch", "load_params", "train"]

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
+
+from dtrak_jax.trees import named_leaves
 
 
 def open_manager(
@@ -22,7 +23,11 @@ def open_manager(
         ),
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(epath.Path(directory).absolute(), options=options)
+    return ocp.CheckpointManager(
+        epath.Path(directory).absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
@@ -39,29 +44,26 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
     """
     folder = f"{manager.directory}/{step}"
     try:
-        saved = dict(_flatten(manager.item_metadata(step)))
-        state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        saved = named_leaves(manager.item_metadata(step).tree)
     except Exception as error:
-        saved = locals().get("saved", {})
-        for name, wanted in _flatten(abstract):
-            found = saved.get(name)
-            if found is None or tuple(found.shape) != tuple(wanted.shape):
-                shape = "absent" if found is None else f"of shape {found.shape}"
-                raise ValueError(
-                    f"the checkpoint {folder} is of another model: {name} is {shape}, "
-                    f"this run needs {wanted.shape}. Use the config it was trained "
-                    "with, or another --workdir."
-                ) from error
-        raise ValueError(
-            f"the checkpoint {folder} cannot be read and may be damaged; delete that "
-            "folder and rerun to continue from the one before."
-        ) from error
-    return state
+        raise _damaged(folder) from error
+    for name, wanted in named_leaves(abstract).items():
+        found = tuple(saved[name].shape) if name in saved else None
+        if found != wanted.shape:
+            shape = "absent" if found is None else f"of shape {found}"
+            raise ValueError(
+                f"the checkpoint {folder} is of another model: {name} is {shape}, "
+                f"this run needs {wanted.shape}. Use the config it was trained with, "
+                "or another --workdir."
+            )
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except Exception as error:
+        raise _damaged(folder) from error
 
 
-def _flatten(tree) -> list[tuple[str, object]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in leaves
-    ]
+def _damaged(folder: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint {folder} cannot be read and may be damaged; delete that "
+        "folder and rerun to continue from the one before."
+    )

@@ -37,6 +37,7 @@ CELEBA = {
     "block_out_channels": [4, 4, 6, 6, 8, 8],
     "down_block_types": 4 * ["DownBlock2D"] + ["AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + 4 * ["UpBlock2D"],
+    "layers_per_block": 1,
     "attention_head_dim": 2,
     "norm_num_groups": 2,
     "resnet_time_scale_shift": "scale_shift",
@@ -88,11 +89,11 @@ TIMESTEPS = (0, 417, 999)
 
 
 def parameter(rng, name, shape):
-    """Values of a size at which every parameter matters."""
+    """Values of about the size of PyTorch's own initialisation, norms included."""
     if "norm" in name:
         return name.endswith("weight") + 0.3 * rng.standard_normal(shape)
     fan_in = np.prod(shape[1:])
-    return rng.uniform(-1.5, 1.5, shape) / np.sqrt(fan_in)
+    return rng.uniform(-1, 1, shape) / np.sqrt(fan_in)
 
 
 def run(model, x, t, weights, dtype):
