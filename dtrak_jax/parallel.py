@@ -5,6 +5,7 @@ split by hand, since XLA's automatic partitioning of a vmapped convolution's gra
 gives silently wrong values.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -17,10 +18,13 @@ P = jax.P
 def start() -> None:
     """Joins the other processes of a multi-process run; call before any device use.
 
-    Finds its peers by itself on Cloud TPU, Slurm and Kubernetes. Elsewhere JAX needs
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Finds its peers by itself on Cloud TPU, Slurm and Kubernetes. Elsewhere set
+    JAX_COORDINATOR_ADDRESS, and JAX_NUM_PROCESSES and JAX_PROCESS_ID, which are read
+    here.
     """
-    jax.distributed.initialize()
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
+    jax.distributed.initialize(**given)
 
 
 def is_primary() -> bool:

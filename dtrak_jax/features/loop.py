@@ -87,7 +87,10 @@ def featurize(
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, parallel.P()))
     words = id_words(ids)
     missing = target.missing_chunks()
-    mine = missing[jax.process_index() :: jax.process_count()]
+    # Only what goes to disk is there for the other processes to read.
+    mine = missing
+    if store is not None:
+        mine = missing[jax.process_index() :: jax.process_count()]
     left = sum(chunk.stop - chunk.start for chunk in mine)
     with tqdm(
         total=len(ids),

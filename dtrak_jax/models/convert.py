@@ -76,7 +76,8 @@ def from_diffusers(folder: epath.PathLike) -> tuple[UNet2D, dict]:
 
     Returns the module and its parameters, as `init` would. Raises a FileNotFoundError
     if a file is missing, and a ValueError for a field or value of config.json that
-    this UNet does not have, and for a tensor that is missing, left over or misshapen.
+    this UNet does not have, for a tensor that is missing, left over or misshapen, and
+    for a damaged file.
     """
     folder = epath.Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -91,6 +92,11 @@ def from_diffusers(folder: epath.PathLike) -> tuple[UNet2D, dict]:
         tensors = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}.") from error
+    except KeyError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} has tensors of type {error}, which NumPy does not "
+            "have; they must be float32 or float16."
+        ) from error
     old = re.compile(rf"\.({'|'.join(RENAMED)})\.")
     tensors = {
         old.sub(lambda match: f".{RENAMED[match[1]]}.", name): tensor
