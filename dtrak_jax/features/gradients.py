@@ -28,9 +28,9 @@ class Slots(NamedTuple):
     """Their ids, uint32 [S, 2]."""
     position: np.ndarray
     """Their positions in the data set, int32 [S]."""
-    pair: np.ndarray
+    pair: np.ndarray | None
     """Indices into `Task.pairs`, int32 [S, R]."""
-    weight: np.ndarray
+    weight: np.ndarray | None
     """float32 [S, R]."""
     cond: np.ndarray | None
     """What the images are conditioned on [S, ...]."""

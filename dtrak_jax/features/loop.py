@@ -71,12 +71,12 @@ def featurize(
     pairs, k = len(task.pairs), projection.output_dim(p)
     kernels = pairs if task.per_timestep else 1
     unit = max(1, -(-slots // kernels))
-    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
+    chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
     metadata = {
         "fingerprint": fingerprint(task, params, projection, images, ids, cond),
         "shape": [pairs, len(ids), k] if task.per_timestep else [len(ids), k],
         "pairs": pairs,
-        "rows_per_chunk": unit * max(1, rows // unit),
+        "rows_per_chunk": unit * max(1, chunk_rows // unit),
         "ids": list(ids),
     }
     if store is None:
@@ -86,11 +86,12 @@ def featurize(
 
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, parallel.P()))
     words = id_words(ids)
-    missing = target.missing_chunks()
-    # Only what goes to disk is there for the other processes to read.
-    mine = missing
+    mine = target.missing_chunks()
     if store is not None:
-        mine = missing[jax.process_index() :: jax.process_count()]
+        # Only what goes to disk is there for the other processes to read; and none
+        # may start before all have seen the same chunks missing.
+        parallel.wait_for_all(f"share out {store}")
+        mine = mine[jax.process_index() :: jax.process_count()]
     left = sum(chunk.stop - chunk.start for chunk in mine)
     with tqdm(
         total=len(ids),
@@ -100,16 +101,19 @@ def featurize(
         disable=None,
     ) as bar:
         for chunk in mine:
-            index = np.arange(chunk.start, chunk.stop)
-            x = np.asarray(images[chunk], np.float32)
-            c = None if cond is None else np.asarray(cond[chunk])
-            results = _chunk(
-                task, params, projection, mesh, slots, copies, x, words[index], index, c
+            rows = Slots(
+                x=np.asarray(images[chunk], np.float32),
+                words=words[chunk],
+                position=np.arange(chunk.start, chunk.stop, dtype=np.int32),
+                pair=None,
+                weight=None,
+                cond=None if cond is None else np.asarray(cond[chunk]),
             )
-            _check_finite(results, [ids[i] for i in index], task)
+            results = _chunk(task, projection, mesh, params, rows, slots, copies)
+            _check_finite(results, ids[chunk], task)
             target.write(chunk, *results)
-            bar.update(len(index))
-    parallel.wait_for_all(f"featurize {store}")
+            bar.update(len(rows.x))
+    parallel.wait_for_all(f"finish {store}")
     features = {name: target.features(name) for name in task.measurements}
     if isinstance(task.measurement, tuple):
         return features
@@ -161,89 +165,85 @@ def _slots_and_copies(task: Task, batch_size: int, devices: int) -> tuple[int, i
     return devices, min(batch_size, len(task.pairs))
 
 
-def _work(
-    task: Task, rows: int, slots: int, copies: int
-) -> Iterator[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Splits a chunk into batches: (row [S], pair [S, R], weight [S, R]).
+def _batches(
+    task: Task, rows: Slots, slots: int, copies: int
+) -> Iterator[tuple[int, list[Slots]]]:
+    """Cuts a chunk of rows into batches of `slots` slots.
 
-    The batches of one list add up to one gradient per slot.
+    Args:
+      task: decides whether a slot is one pair of an image, or all of them.
+      rows: the images of the chunk; `pair` and `weight` are not there yet.
+      slots: S.
+      copies: R.
+
+    Yields:
+      How many slots count (the others fill up the last batch), and the parts whose
+      gradients add up to theirs: more than one if not all pairs fit in R.
     """
-    pairs = len(task.pairs)
+    n, pairs = len(rows.x), len(task.pairs)
     if task.per_timestep:
-        row, pair = np.divmod(np.arange(rows * pairs), pairs)
-        pair, weight = pair[:, None], np.ones((rows * pairs, 1))
-        pieces = [(pair, weight)]
+        row, pair = np.divmod(np.arange(n * pairs), pairs)
+        pair, weight = pair[:, None], np.ones((n * pairs, 1))
     else:
-        row = np.arange(rows)
+        row = np.arange(n)
         filled = np.arange(-(-pairs // copies) * copies)
-        weight = (filled < pairs) / pairs
-        pieces = [
-            (np.tile(pair, (rows, 1)), np.tile(w, (rows, 1)))
-            for pair, w in zip(
-                np.minimum(filled, pairs - 1).reshape(-1, copies),
-                weight.reshape(-1, copies),
-                strict=True,
-            )
-        ]
+        pair = np.tile(np.minimum(filled, pairs - 1), (n, 1))
+        weight = np.tile((filled < pairs) / pairs, (n, 1))
     for start in range(0, len(row), slots):
-        cut = slice(start, start + slots)
-        yield [(row[cut], pair[cut], weight[cut]) for pair, weight in pieces]
+        at = np.arange(start, start + slots).clip(max=len(row) - 1)
+        images = jax.tree.map(lambda column, at=at: column[row[at]], rows)
+        parts = [
+            images._replace(
+                pair=pair[at, part : part + copies].astype(np.int32),
+                weight=weight[at, part : part + copies].astype(np.float32),
+            )
+            for part in range(0, pair.shape[1], copies)
+        ]
+        yield min(slots, len(row) - start), parts
 
 
 def _chunk(
-    task, params, projection, mesh, slots, copies, x, words, position, cond
+    task: Task,
+    projection: Projection,
+    mesh: jax.sharding.Mesh,
+    params,
+    rows: Slots,
+    slots: int,
+    copies: int,
 ) -> tuple[dict, dict, np.ndarray]:
     """(phi, squared norms, losses) of a chunk of rows, as `Store.write` takes them."""
     gradient = gradients.gradient_function(task, mesh)
     project = gradients.projection_function(projection, mesh)
+    n, kernels = len(rows.x), len(task.pairs) if task.per_timestep else 1
     phi = {name: [] for name in task.measurements}
     squared_norms = {name: [] for name in task.measurements}
     losses = []
-    for batch in _work(task, len(x), slots, copies):
-        total, errors = None, []
-        for row, pair, weight in batch:
-            fill = slots - len(row)
-            at = np.pad(row, (0, fill), mode="edge")
-            part, error = gradient(
-                params,
-                Slots(
-                    x=x[at],
-                    words=words[at],
-                    position=position[at].astype(np.int32),
-                    pair=np.pad(pair, ((0, fill), (0, 0))).astype(np.int32),
-                    weight=np.pad(weight, ((0, fill), (0, 0))).astype(np.float32),
-                    cond=None if cond is None else cond[at],
-                ),
-            )
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+    for count, (first, *others) in _batches(task, rows, slots, copies):
+        total, errors = gradient(params, first)
+        errors = [errors]
+        for part in others:
+            more, error = gradient(params, part)
+            total = jax.tree.map(jnp.add, total, more)
             errors.append(error)
-        count = len(batch[0][0])
         for name, flat in total.items():
             features, norms = project(flat)
             phi[name].append(np.asarray(features)[:count])
             squared_norms[name].append(np.asarray(norms)[:count])
-        losses.append(np.concatenate([np.asarray(e)[:count] for e in errors], axis=1))
+        losses.append(np.concatenate(errors, axis=1)[:count])
 
-    n, pairs = len(x), len(task.pairs)
-    losses = np.concatenate(losses)
-    if not task.per_timestep:
-        merged = (
-            {m: np.concatenate(a) for m, a in d.items()} for d in (phi, squared_norms)
-        )
-        return *merged, losses[:, :pairs].T
-
-    def pairs_first(parts: list[np.ndarray]) -> np.ndarray:
+    def by_kernel(parts: list[np.ndarray]) -> np.ndarray:
         whole = np.concatenate(parts)
-        return np.moveaxis(whole.reshape(n, pairs, *whole.shape[1:]), 1, 0)
+        whole = np.moveaxis(whole.reshape(n, kernels, *whole.shape[1:]), 1, 0)
+        return whole if task.per_timestep else whole[0]
 
     return (
-        {name: pairs_first(parts) for name, parts in phi.items()},
-        {name: pairs_first(parts) for name, parts in squared_norms.items()},
-        losses.reshape(n, pairs).T,
+        {name: by_kernel(parts) for name, parts in phi.items()},
+        {name: by_kernel(parts) for name, parts in squared_norms.items()},
+        np.concatenate(losses).reshape(n, -1)[:, : len(task.pairs)].T,
     )
 
 
-def _check_finite(results, ids: list[str], task: Task) -> None:
+def _check_finite(results, ids: tuple[str, ...], task: Task) -> None:
     """Raises a FloatingPointError that names the first bad example."""
     _, squared_norms, losses = results
     for name, values in [("prediction", losses), *squared_norms.items()]:
