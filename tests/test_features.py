@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -505,3 +506,20 @@ def test_damaged_stores_are_refused(small, images, tmp_path):
         dtrak.featurize(*arguments, store=tmp_path / "photos")
     with pytest.raises(FileNotFoundError, match="no feature store"):
         dtrak.Features.load(tmp_path / "nowhere", "loss")
+
+
+def test_a_full_disk_keeps_the_chunks_before(small, images, tmp_path, monkeypatch):
+    """By a limit on the size of files, which fails a write in the same way."""
+    monkeypatch.setattr(loop, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(loop, "_slots_and_copies", lambda *_: (8, 1))
+    arguments = (task_of(small, timesteps=(9,)), small[1], images)
+    options = {"ids": IDS, "store": tmp_path / "s"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="examples 0 to 7 could not be stored"):
+            dtrak.featurize(*arguments, dtrak.Projection(dim=4096), **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    features = dtrak.featurize(*arguments, dtrak.Projection(dim=4096), **options)
+    assert np.isfinite(np.asarray(features["loss"])).all()

@@ -182,14 +182,25 @@ class Store:
         squared_norms: dict[str, np.ndarray],
         losses: np.ndarray,
     ) -> None:
-        """Writes one chunk of rows; it counts as done only when all of it is there."""
+        """Writes one chunk of rows; it counts as done only when all of it is there.
+
+        Raises:
+          OSError: the disk is full or not writable; chunks before this one are safe.
+        """
         pending = [self.phi[n][..., rows, :].write(a) for n, a in phi.items()]
         pending += [
             self.squared_norms[n][..., rows].write(a) for n, a in squared_norms.items()
         ]
-        for future in pending:
-            future.result()
-        self.losses[:, rows].write(losses).result()
+        try:
+            for future in pending:
+                future.result()
+            self.losses[:, rows].write(losses).result()
+        except ValueError as error:
+            raise OSError(
+                f"examples {rows.start} to {rows.stop - 1} could not be stored: {error}. "
+                "All before them are safe; free space or mend the permissions, then "
+                "rerun to continue."
+            ) from error
 
     def features(self, measurement: str) -> Features:
         """The finished features of one measurement.
