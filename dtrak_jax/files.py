@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -45,6 +46,25 @@ def read_json(path: epath.PathLike) -> dict:
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it and rerun."
         ) from error
+
+
+def write_json_lines(path: epath.PathLike, rows: Iterable[dict]) -> None:
+    """Writes a line of JSON for each row; atomic, see `write_bytes`."""
+    write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+
+
+def read_json_lines(path: epath.PathLike) -> list[dict]:
+    """Reads what `write_json_lines` wrote."""
+    return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """Says of each field that differs what it is in one and what in the other."""
+    return [
+        f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
+        for field in dict.fromkeys([*here, *there])
+        if there.get(field) != here.get(field)
+    ]
 
 
 def write_npz(path: epath.PathLike, **arrays) -> None:

@@ -6,7 +6,7 @@ gives silently wrong values.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -46,6 +46,20 @@ def mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     """
     auto = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((len(devices),), ("data",), auto, devices=devices)
+
+
+def over_mesh(
+    function: Callable, mesh: jax.sharding.Mesh, in_specs, out_specs, **jit_options
+) -> Callable:
+    """Compiles `function` to run on every device of the mesh, with its own shard.
+
+    Unchecked: checked mode would add up over the devices the gradients of parameters
+    that are the same on all of them. Sums over devices are written out instead.
+    """
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(mapped, **jit_options)
 
 
 def pad(array: np.ndarray, count: int) -> np.ndarray:

@@ -11,7 +11,6 @@ from importlib import metadata
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from dtrak_jax import data, diffusion, files, models, parallel, report, training
 from dtrak_jax.attribution import Damping, Scores, attribute
@@ -42,13 +41,11 @@ def open_run(config: Config, workdir: epath.PathLike) -> epath.Path:
             f"{workdir} is not empty and holds no run; name another --workdir."
         )
     if path.exists():
-        before = files.read_json(path)["config"]
-        differs = [
-            f"{field} is {before.get(field)!r} there and {settings.get(field)!r} here"
-            for field in dict.fromkeys([*before, *settings])
-            if before.get(field) != settings.get(field)
-            and not field.startswith(FREE_FIELDS)
-        ]
+        there, here = (
+            {k: v for k, v in one.items() if not k.startswith(FREE_FIELDS)}
+            for one in (files.read_json(path)["config"], settings)
+        )
+        differs = files.differences(there, here)
         if differs:
             raise ValueError(
                 f"{workdir} belongs to another config: {'; '.join(differs)}. Name "
@@ -126,13 +123,11 @@ def sample(config: Config, workdir: epath.Path) -> None:
         raise FloatingPointError(
             "a generated image has pixels that are not finite; is the model trained?"
         )
-    pixels = np.clip(np.round(images * 127.5 + 127.5), 0, 255).astype(np.uint8)
+    pixels = data.to_pixels(images)
     if parallel.is_primary():
         for i, image in enumerate(pixels):
             buffer = io.BytesIO()
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                buffer, "png"
-            )
+            data.to_picture(image).save(buffer, "png")
             files.write_bytes(workdir / "samples" / f"{i:05d}.png", buffer.getvalue())
         ids = np.array([f"generated-{i:05d}" for i in range(settings.count)])
         files.write_npz(path, images=pixels, ids=ids, seeds=seeds)
@@ -151,16 +146,21 @@ def load_samples(workdir: epath.Path) -> tuple[np.ndarray, np.ndarray]:
     return saved["images"].astype(np.float32) / 127.5 - 1, saved["ids"]
 
 
+def query_sets(config: Config) -> list[str]:
+    """Which of "validation" and "generated" a config has images of."""
+    counts = {"validation": config.data.validation, "generated": config.sample.count}
+    return [name for name, count in counts.items() if count]
+
+
 def load_queries(
     config: Config, workdir: epath.Path, splits: data.Splits
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"validation": (images, ids), "generated": (images, ids)}; no empty ones."""
-    queries = {}
-    if config.data.validation:
-        queries["validation"] = splits.validation.images, splits.validation.ids
-    if config.sample.count:
-        queries["generated"] = load_samples(workdir)
-    return queries
+    load = {
+        "validation": lambda: (splits.validation.images, splits.validation.ids),
+        "generated": lambda: load_samples(workdir),
+    }
+    return {name: load[name]() for name in query_sets(config)}
 
 
 def task(config: Config, noise: str) -> Task:
@@ -220,21 +220,13 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
 def compute_scores(config: Config, workdir: epath.Path) -> None:
     """Scores of every method for every set of queries; scores/METHOD-QUERIES.npz."""
     settings = config.attribution
-    names = [
-        name
-        for name, count in (
-            ("validation", config.data.validation),
-            ("generated", config.sample.count),
-        )
-        if count
-    ]
     for method in settings.methods:
         measurement = METHODS[method]
         scores = attribute(
             Features.load(workdir / "features" / "train", measurement),
             {
                 name: Features.load(workdir / "features" / name, measurement)
-                for name in names
+                for name in query_sets(config)
             },
             method=method,
             damping=Damping(settings.damping, settings.absolute),

@@ -1,6 +1,5 @@
 """Several processes do the same as one."""
 
-import json
 import os
 import socket
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, models, pipeline, training
+from dtrak_jax import cli, files, models, pipeline, training
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 FLAGS = {
@@ -28,8 +27,7 @@ FLAGS = {
 
 def losses(directory):
     """The loss of every step."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [row["loss"] for row in files.read_json_lines(directory / "metrics.jsonl")]
 
 
 def test_two_processes_equal_one(tmp_path):

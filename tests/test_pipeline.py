@@ -1,6 +1,5 @@
 """The whole path, as a person types it: killed, rerun, mistyped."""
 
-import json
 import os
 import resource
 import shutil
@@ -94,8 +93,8 @@ def arrays(workdir):
             features = dtrak.Features.load(workdir / "features" / name, measurement)
             found[name, measurement] = np.asarray(features)
             found[name, measurement, "norms"] = features.squared_norms
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found["losses"] = [(r["step"], r["loss"]) for r in map(json.loads, lines)]
+    rows = files.read_json_lines(workdir / "metrics.jsonl")
+    found["losses"] = [(row["step"], row["loss"]) for row in rows]
     return found
 
 

@@ -1,7 +1,6 @@
 """Training continues bit for bit, and does not depend on the devices."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dtrak_jax import diffusion, training
+from dtrak_jax import diffusion, files, training
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.training import loop
 
@@ -43,8 +42,8 @@ def run(images, directory, config=CONFIG, **options):
 
 
 def losses(directory):
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+    lines = files.read_json_lines(directory / "metrics.jsonl")
+    return [(line["step"], line["loss"]) for line in lines]
 
 
 def assert_same(a, b):

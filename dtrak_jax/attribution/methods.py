@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dtrak_jax import files
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.solver import GRID, Damping, factorize, solve
 from dtrak_jax.config import METHODS, one_of
-from dtrak_jax.features.fingerprint import difference
 from dtrak_jax.features.store import Features
 
 DEFAULT_DAMPING = 0.1
@@ -131,16 +131,18 @@ def _check_method(train, query, method: str | None) -> str:
         one_of("method", method, METHODS)
     if not isinstance(train, Features) or not isinstance(query, Features):
         return method or "kernel"
-    differs = difference(
-        train.fingerprint, query.fingerprint, ("images", "ids", "cond", "noise")
+    own = {"images", "ids", "cond"}
+    if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
+        own.add("noise")
+    there, here = (
+        {field: value for field, value in one.fingerprint.items() if field not in own}
+        for one in (train, query)
     )
-    noises = (train.fingerprint["noise"], query.fingerprint["noise"])
-    if not differs and noises[0] != noises[1] and noises != ("common", "cyclic"):
-        differs = f"noise is {noises[0]!r} there and {noises[1]!r} here"
+    differs = files.differences(there, here)
     if differs:
         raise ValueError(
             "training (there) and query (here) features do not belong together: "
-            f"{differs}."
+            f"{differs[0]}."
         )
     if method and METHODS[method] != train.measurement:
         raise ValueError(

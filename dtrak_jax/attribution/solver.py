@@ -150,12 +150,7 @@ def _gram_function(mesh: jax.sharding.Mesh) -> Callable:
         part = jnp.matmul(block, block.T, precision="highest")
         return total + jax.lax.psum(part, "data")
 
-    specs = (P(), P(None, "data"))
-    return jax.jit(
-        jax.shard_map(
-            add_block, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False
-        )
-    )
+    return parallel.over_mesh(add_block, mesh, (P(), P(None, "data")), P())
 
 
 def _check_memory(m: int) -> None:

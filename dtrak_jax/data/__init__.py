@@ -2,7 +2,7 @@
 
 from dtrak_jax.data.checks import check_ids, check_images
 from dtrak_jax.data.dataset import Dataset, Splits, load
-from dtrak_jax.data.preprocess import preprocess
+from dtrak_jax.data.preprocess import preprocess, to_picture, to_pixels
 from dtrak_jax.data.splits import choose, subset_mask
 
 __all__ = [
@@ -14,4 +14,6 @@ __all__ = [
     "load",
     "preprocess",
     "subset_mask",
+    "to_picture",
+    "to_pixels",
 ]

@@ -54,6 +54,16 @@ def preprocess(
     return pixels / 127.5 - 1
 
 
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] as 8-bit numbers, rounded; undone by x / 127.5 - 1."""
+    return np.clip(np.round(images * 127.5 + 127.5), 0, 255).astype(np.uint8)
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """8-bit pixels [H, W, 1 or 3] as a Pillow image."""
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
 def _crop(image: Image.Image, size: int) -> Image.Image:
     """The square in the centre."""
     left, top = (round((side - size) / 2) for side in image.size)

@@ -147,8 +147,4 @@ def _step_function(
         )
 
     specs = (P(), P("data"), P("data"), P("data"), P(), P())
-    return jax.jit(
-        jax.shard_map(
-            step, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False
-        )
-    )
+    return parallel.over_mesh(step, mesh, specs, P("data"))

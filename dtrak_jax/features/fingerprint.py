@@ -6,6 +6,7 @@ from importlib import metadata
 import jax
 import numpy as np
 
+from dtrak_jax.features.gradients import network_inputs
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.trees import named_leaves
@@ -27,11 +28,7 @@ def fingerprint(
     Functions of the user's are known by the program that JAX makes of them, so an
     edited network or measurement does not go unnoticed.
     """
-    x = jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32)
-    t = jax.ShapeDtypeStruct((1,), np.int32)
-    condition = (
-        None if cond is None else jax.ShapeDtypeStruct((1, *cond.shape[1:]), cond.dtype)
-    )
+    x, t, condition = network_inputs(images, cond, 1)
     scalar = jax.ShapeDtypeStruct((), np.int32)
     return {
         "format": FORMAT,
@@ -58,14 +55,6 @@ def fingerprint(
         "dim": None if projection.kind == "none" else projection.dim,
         "projection_seed": None if projection.kind == "none" else projection.seed,
     }
-
-
-def difference(there: dict, here: dict, skip: tuple[str, ...] = ()) -> str | None:
-    """Names the first field that differs, with both values; None if none does."""
-    for field in dict.fromkeys([*here, *there]):
-        if field not in skip and there.get(field) != here.get(field):
-            return f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
-    return None
 
 
 def _digest(*parts: bytes) -> str:

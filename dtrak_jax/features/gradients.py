@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.task import Task
-from dtrak_jax.parallel import P
+from dtrak_jax.parallel import P, over_mesh
 from dtrak_jax.trees import named_leaves
 
 
@@ -34,6 +34,17 @@ class Slots(NamedTuple):
     """float32 [S, R]."""
     cond: np.ndarray | None
     """What the images are conditioned on [S, ...]."""
+
+
+def network_inputs(
+    images: np.ndarray, cond: np.ndarray | None, count: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
+    """The shapes of (x, t, cond) for a batch of `count` of these images."""
+    x = jax.ShapeDtypeStruct((count, *images.shape[1:]), np.float32)
+    t = jax.ShapeDtypeStruct((count,), np.int32)
+    if cond is None:
+        return x, t, None
+    return x, t, jax.ShapeDtypeStruct((count, *cond.shape[1:]), cond.dtype)
 
 
 def chosen_leaves(task: Task, params) -> list[int]:
@@ -68,17 +79,7 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
     def per_device(params, slots):
         return jax.vmap(functools.partial(_slot_gradients, task, params))(slots)
 
-    # By hand and unchecked: XLA mispartitions vmapped convolutions, and checked mode
-    # would add up the gradients of the replicated parameters over the devices.
-    return jax.jit(
-        jax.shard_map(
-            per_device,
-            mesh=mesh,
-            in_specs=(P(), P("data")),
-            out_specs=P("data"),
-            check_vma=False,
-        )
-    )
+    return over_mesh(per_device, mesh, (P(), P("data")), P("data"))
 
 
 @functools.cache
@@ -88,15 +89,7 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
     def per_device(gradients):
         return project(projection, gradients), jnp.sum(gradients**2, axis=1)
 
-    return jax.jit(
-        jax.shard_map(
-            per_device,
-            mesh=mesh,
-            in_specs=P("data"),
-            out_specs=P("data"),
-            check_vma=False,
-        )
-    )
+    return over_mesh(per_device, mesh, P("data"), P("data"))
 
 
 def _slot_gradients(task: Task, params, slot: Slots) -> tuple[dict, jax.Array]:

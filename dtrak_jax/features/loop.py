@@ -135,11 +135,9 @@ def check_network(task: Task, params, images, cond) -> None:
         raise ValueError(
             f"cond has {len(cond)} rows and images {len(images)}; give one each."
         )
-    x = jax.ShapeDtypeStruct((2, *images.shape[1:]), np.float32)
-    t = jax.ShapeDtypeStruct((2,), np.int32)
-    c = None if cond is None else jax.ShapeDtypeStruct((2, *cond.shape[1:]), cond.dtype)
+    x, *others = gradients.network_inputs(images, cond, 2)
     try:
-        prediction = jax.eval_shape(task.apply, params, x, t, c)
+        prediction = jax.eval_shape(task.apply, params, x, *others)
     except Exception as error:
         raise ValueError(
             f"the network does not take images of shape {images.shape[1:]} with these "

@@ -8,7 +8,6 @@ import tensorstore as ts
 from etils import epath
 
 from dtrak_jax import files, parallel
-from dtrak_jax.features.fingerprint import difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +130,10 @@ class Store:
             files.write_json(path, metadata)
         parallel.wait_for_all(f"create {folder}")
         found = files.read_json(path)
-        differs = difference(found["fingerprint"], metadata["fingerprint"])
+        differs = files.differences(found["fingerprint"], metadata["fingerprint"])
         if differs:
             raise ValueError(
-                f"the store {folder} holds other features: {differs}. Name another "
+                f"the store {folder} holds other features: {differs[0]}. Name another "
                 "store, or delete it."
             )
         return cls.open(folder, found)

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dtrak_jax.data import to_picture, to_pixels
+
 SUPPORT, OPPOSE, INK, FAINT = "#0000a1", "#0000a2", "#0000a3", "#0000a4"
 """Stand-ins, which `_inline` turns into colours of page.css, light or dark."""
 
@@ -48,8 +50,7 @@ def data_uri(image: np.ndarray, largest: int = 128) -> str:
       image: the pixels.
       largest: height and width are scaled down to at most this.
     """
-    pixels = np.clip(np.round(image * 127.5 + 127.5), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    picture = to_picture(to_pixels(image))
     picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "png", optimize=True)

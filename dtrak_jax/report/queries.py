@@ -1,10 +1,11 @@
 """Sections of the page about queries: who supports them, and do methods agree."""
 
+import warnings
 from collections.abc import Mapping
 from html import escape
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import ConstantInputWarning, spearmanr
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data.dataset import Dataset
@@ -131,10 +132,8 @@ def distribution_section(scores: Mapping[tuple[str, str], Scores]) -> str:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two vectors; NaN if one of them is constant."""
-    a, b = rankdata(a), rankdata(b)
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm else float("nan")
+    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+        return float(spearmanr(a, b).statistic)
 
 
 def signed(score: float) -> str:

@@ -50,9 +50,8 @@ def model_section(
     """The training curve and some generated images; "" if there is neither."""
     parts = []
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if lines:
-        metrics = [json.loads(line) for line in lines]
+    metrics = files.read_json_lines(path) if path.exists() else []
+    if metrics:
         caption = (
             f"Training: the mean loss was {metrics[-1]['loss']:.3g} just before step "
             f"{metrics[-1]['step']:,}."

@@ -1,7 +1,6 @@
 """The training loop: AdamW on the denoising loss, resumable at any step."""
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -257,12 +256,8 @@ def _compile(
             *arrays, apply=apply, schedule=schedule, config=config, flip=flip
         )
 
-    data = P("data")
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), data, data, data), out_specs=P(),
-        check_vma=False,
-    )  # fmt: skip
-    return jax.jit(mapped, donate_argnums=0)
+    specs = (P(), P("data"), P("data"), P("data"))
+    return parallel.over_mesh(step, mesh, specs, P(), donate_argnums=0)
 
 
 def _place(mesh: jax.sharding.Mesh, *arrays: np.ndarray) -> list[jax.Array]:
@@ -286,8 +281,8 @@ class _Log:
         self.rate = learning_rate(config)
         self.step, self.time = start, time.time()
         # Steps after the checkpoint are done again, and their lines written again.
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.lines = [line for line in lines if json.loads(line)["step"] <= start]
+        before = files.read_json_lines(path) if path.exists() else []
+        self.lines = [line for line in before if line["step"] <= start]
 
     def write(self, step: int, loss_sum: jax.Array) -> float:
         """Adds the line of `step`; returns the mean loss since the line before."""
@@ -306,9 +301,9 @@ class _Log:
             "steps_per_second": (step - self.step) / (now - self.time),
         }
         self.step, self.time = step, now
-        self.lines.append(json.dumps(line))
+        self.lines.append(line)
         if parallel.is_primary():
-            files.write_bytes(self.path, ("\n".join(self.lines) + "\n").encode())
+            files.write_json_lines(self.path, self.lines)
         return loss
 
 
