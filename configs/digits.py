@@ -5,7 +5,9 @@ dtrak-jax run configs/digits.py --workdir runs/digits
 
 from dtrak_jax.config import (
     Config,
+    CounterfactualConfig,
     DataConfig,
+    EnsembleConfig,
     FeaturesConfig,
     ModelConfig,
     SampleConfig,
@@ -30,6 +32,10 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=2000, batch_size=64, learning_rate=2e-3, save_every=250
         ),
-        sample=SampleConfig(count=64),
+        sample=SampleConfig(count=200),
+        counterfactual=CounterfactualConfig(
+            queries=10, count=200, methods=("dtrak", "trak", "pixel-cosine")
+        ),
+        ensemble=EnsembleConfig(subsets=64, seeds=2, timesteps=25, draws=2),
         features=FeaturesConfig(timesteps=(100, 200, 300, 400, 500), dim=2048),
     )

@@ -1,6 +1,7 @@
 """The command line: `dtrak-jax STAGE CONFIG --workdir DIR [--section.field VALUE]`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import runpy
@@ -8,18 +9,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import tyro
 
 from dtrak_jax import parallel, pipeline
 from dtrak_jax.config import Config
+from dtrak_jax.evaluation import stages as evaluation
 
 COMMANDS = {
-    "run": "all of the stages below, in order",
+    "run": "the five stages below, in order",
     "train": "train the model on the training images",
     "sample": "generate images with it",
     "featurize": "compute gradient features of training images and queries",
     "attribute": "turn features into scores",
     "report": "write report.html",
+    "retrain": "train models on subsets, and measure the queries' losses under them",
+    "lds": "how well scores predict those losses; lds.json",
+    "counterfactual": "retrain without what scores say matters; counterfactual.json",
+    "ablate": "the same for other noises, kernels, timesteps, ...; ablations.json",
 }
 
 
@@ -30,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
-        workdir = pipeline.run(stage, config, workdir)
+        if stage in evaluation.STAGES:
+            use_all_cores()
+        runner = evaluation if stage in evaluation.STAGES else pipeline
+        workdir = runner.run(stage, config, workdir)
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
@@ -44,6 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote {workdir / 'report.html'}")
 
 
+def use_all_cores() -> None:
+    """One CPU device for each core, unless JAX_NUM_CPU_DEVICES says otherwise.
+
+    An ensemble trains a member on each device, and a small network's step gains
+    nothing from a second thread.
+    """
+    if jax.config.jax_num_cpu_devices < 0:
+        # It is too late where something has used the devices, as in a notebook.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+
 def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
     """(stage, config, workdir) of a command line.
 
@@ -51,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
       SystemExit: it is not one; says what is wrong.
       ValueError: a setting is.
     """
-    stages = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    stages = "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dtrak-jax",
         usage="dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE ...]",

@@ -28,8 +28,34 @@ MEASUREMENTS = {
 }
 """Every accepted name of a measurement, with the name it stands for."""
 
-METHODS = {"trak": "loss", "dtrak": "square"}
-"""Attribution methods, with the measurement whose features each one needs."""
+KERNELS = {
+    "trak": "loss",
+    "dtrak": "square",
+    "kernel-mean": "mean",
+    "kernel-l1": "l1",
+    "kernel-l2": "l2",
+    "kernel-linf": "linf",
+    "kernel-elbo": "elbo",
+}
+"""Methods with a kernel and nothing more, each with its measurement."""
+
+METHODS = KERNELS | {
+    "gradient-dot": "loss",
+    "gradient-cosine": "loss",
+    "tracin": "loss",
+    "gas": "loss",
+    "relative-influence": "loss",
+    "renormalised-influence": "loss",
+    "journey-trak": "loss",
+    "trak-ensemble": "loss",
+    "dtrak-ensemble": "square",
+    "empirical-influence": None,
+    "datamodels": None,
+    "pixel-dot": None,
+    "pixel-cosine": None,
+    "random": None,
+}
+"""Attribution methods, with the measurement whose features each one needs, if any."""
 
 NOISES = ("common", "independent", "reference", "cyclic")
 STRATEGIES = ("uniform", "cumulative")
@@ -387,6 +413,90 @@ class AttributionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """Models retrained on subsets of the training images: what scores must predict."""
+
+    subsets: int = 64
+    """How many subsets; more may be asked for later."""
+    seeds: int = 3
+    """Models trained on each subset, with the seeds 0, 1, ...; from 2 on there is a
+    noise ceiling."""
+    models: int = 0
+    """Models trained on everything, with the seeds 0, 1, ...: what the scores of
+    trak-ensemble and dtrak-ensemble are averaged over, beside the main model."""
+    fraction: float = 0.5
+    """Share of the training images, and of `train.steps`, that a member gets."""
+    timesteps: int | tuple[int, ...] = 1000
+    """At which the loss of a query is measured; how many, evenly spaced, or which."""
+    draws: int = 3
+    """Noise draws at each of them, the same for all members."""
+    batch_size: int = 256
+    """Noised queries at once on each device when losses are measured."""
+    seed: int = 0
+    """Decides the subsets and the noise of the measured losses."""
+
+    def __post_init__(self):
+        for name in ("subsets", "seeds", "draws", "batch_size"):
+            at_least(f"ensemble.{name}", getattr(self, name), 1)
+        at_least("ensemble.models", self.models, 0)
+        between("ensemble.fraction", self.fraction, 0.01, 0.99)
+        at_least("ensemble.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CounterfactualConfig:
+    """Retraining without the strongest training images of some generated images."""
+
+    queries: int = 60
+    """How many generated images, chosen by hash of their ids."""
+    count: int = 1000
+    """How many training images are removed for each."""
+    methods: tuple[str, ...] = ("dtrak", "trak")
+    """Whose strongest images; a random choice is always there too."""
+    seed: int = 0
+    """Chooses the queries and the random images."""
+
+    def __post_init__(self):
+        at_least("counterfactual.queries", self.queries, 1)
+        at_least("counterfactual.count", self.count, 1)
+        at_least("counterfactual.seed", self.seed, 0)
+        for method in self.methods:
+            one_of("counterfactual.methods", method, METHODS.keys() - {"random"})
+
+
+STUDIES = ("noise", "draws", "timesteps", "measurement", "projection", "checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Which choices `dtrak-jax ablate` compares; the rest is as in `features`."""
+
+    studies: tuple[str, ...] = STUDIES
+    timesteps: tuple[int, ...] = (100, 200, 300, 400, 500)
+    draws: int = 2
+    """Noise draws per timestep where noises and kernels are compared."""
+    noise_seeds: int = 2
+    """How often that comparison is repeated with other noise."""
+    most_draws: int = 64
+    """Up to how many draws of one timestep are tried; a power of 2."""
+    dims: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    """Dimensions of the sketch."""
+
+    def __post_init__(self):
+        if not self.studies:
+            raise ValueError("ablation.studies is empty; name one or more.")
+        for study in self.studies:
+            one_of("ablation.studies", study, STUDIES)
+        for name in ("draws", "noise_seeds", "most_draws"):
+            at_least(f"ablation.{name}", getattr(self, name), 1)
+        for name in ("timesteps", "dims"):
+            if not getattr(self, name):
+                raise ValueError(f"ablation.{name} is empty; name one or more.")
+        for dim in self.dims:
+            at_least("ablation.dims", dim, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """What report.html shows."""
 
@@ -411,16 +521,24 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    counterfactual: CounterfactualConfig = field(default_factory=CounterfactualConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self):
         have = {MEASUREMENTS[name] for name in self.features.measurements}
         for method in self.attribution.methods:
-            if METHODS[method] not in have:
+            if METHODS[method] not in have | {None}:
                 raise ValueError(
                     f"attribution.methods has {method!r}, which needs "
                     f"features.measurements to have {METHODS[method]!r}; "
                     f"it has {', '.join(sorted(have))}."
+                )
+            if method.endswith("-ensemble") and not self.ensemble.models:
+                raise ValueError(
+                    f"attribution.methods has {method!r}, which averages over further "
+                    "models: ensemble.models is 0; it must be 1 or more."
                 )
         if self.sample.steps > self.diffusion.steps:
             raise ValueError(

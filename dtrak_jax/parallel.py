@@ -1,8 +1,8 @@
 """Devices and processes.
 
-One mesh axis, "data", and `shard_map` over it: whatever is vmapped over examples is
-split by hand, since XLA's automatic partitioning of a vmapped convolution's gradient
-gives silently wrong values.
+Two mesh axes, "member" (models of an ensemble) and "data" (examples), and `shard_map`
+over them: both are split by hand, since XLA's automatic partitioning of a vmapped
+convolution's gradient gives silently wrong values.
 """
 
 import os
@@ -38,14 +38,15 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """A mesh with the one axis "data" over the devices.
+def mesh(devices: Sequence[jax.Device], members: int = 1) -> jax.sharding.Mesh:
+    """A mesh with the axes "member", of that size, and "data" over the devices.
 
     Auto mode, so that `shard_map` places its arguments itself; nothing is computed
     outside of it.
     """
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), auto, devices=devices)
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    shape = (members, len(devices) // members)
+    return jax.make_mesh(shape, ("member", "data"), auto, devices=devices)
 
 
 def over_mesh(

@@ -4,21 +4,46 @@ A stage reads what earlier stages left, computes what is not there yet, and writ
 running it again continues it. See the README for the files.
 """
 
+import dataclasses
 import io
 import platform
 from collections.abc import Callable
 from importlib import metadata
 
+import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, diffusion, files, models, parallel, report, training
-from dtrak_jax.attribution import Damping, Scores, attribute
-from dtrak_jax.config import METHODS, Config, flatten
-from dtrak_jax.features import Features, Projection, Task, distortion, featurize
+from dtrak_jax import (
+    data,
+    diffusion,
+    files,
+    models,
+    parallel,
+    report,
+    scoring,
+    training,
+)
+from dtrak_jax.attribution import Scores
+from dtrak_jax.config import Config, flatten
+from dtrak_jax.features import Projection, Task, distortion, featurize
 
-FREE_FIELDS = ("features.batch_size", "sample.batch_size", "report.")
-"""Settings that may change within a run directory: they change no result."""
+FREE_FIELDS = (
+    "ablation.",
+    "attribution.methods",
+    "ensemble.models",
+    "counterfactual.",
+    "ensemble.batch_size",
+    "ensemble.draws",
+    "ensemble.seeds",
+    "ensemble.subsets",
+    "ensemble.timesteps",
+    "features.batch_size",
+    "report.",
+    "sample.batch_size",
+)
+"""Settings that may change within a run directory: they change no file that is there,
+or only files that know their settings and are made again."""
 
 DISTORTION_EXAMPLES = 8
 
@@ -91,34 +116,38 @@ def train(config: Config, workdir: epath.Path):
     )
 
 
-def load_params(config: Config, workdir: epath.Path):
-    """The trained parameters."""
+def load_params(config: Config, workdir: epath.Path, step: int | None = None):
+    """The parameters of a step that training kept; of the last one if None."""
     model = models.build(config.model)
     return training.load_params(
-        lambda key: models.init(model, key), config.train, workdir
+        lambda key: models.init(model, key), config.train, workdir, step
     )
+
+
+def load_model(config: Config, workdir: epath.Path, name: str):
+    """The parameters of one of `scoring.model_names`."""
+    model = models.build(config.model)
+    try:
+        stack = training.load_members(
+            lambda key: models.init(model, key),
+            [name],
+            config.train,
+            workdir / "ensemble",
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Run `dtrak-jax retrain` with this config and workdir first."
+        ) from error
+    return jax.tree.map(lambda leaf: leaf[0], stack)
 
 
 def sample(config: Config, workdir: epath.Path) -> None:
     """Generates images: samples/00000.png, ..., and all of them in samples.npz."""
-    settings, model = config.sample, config.model
+    settings = config.sample
     path = workdir / "samples" / "samples.npz"
     if settings.count == 0 or path.exists():
         return
-    # The reference's seeds: image i of seed s has s * 1000 + i.
-    seeds = settings.seed * 1000 + np.arange(settings.count)
-    images = diffusion.sample(
-        models.apply_fn(models.build(model)),
-        load_params(config, workdir),
-        diffusion.build(config.diffusion),
-        seeds,
-        (model.sample_size, model.sample_size, model.out_channels),
-        sampler=settings.sampler,
-        steps=settings.steps,
-        eta=settings.eta,
-        clip=settings.clip,
-        batch_size=settings.batch_size,
-    )
+    images = generate(config, load_params(config, workdir))
     if not np.isfinite(images).all():
         raise FloatingPointError(
             "a generated image has pixels that are not finite; is the model trained?"
@@ -130,8 +159,32 @@ def sample(config: Config, workdir: epath.Path) -> None:
             data.to_picture(image).save(buffer, "png")
             files.write_bytes(workdir / "samples" / f"{i:05d}.png", buffer.getvalue())
         ids = np.array([f"generated-{i:05d}" for i in range(settings.count)])
-        files.write_npz(path, images=pixels, ids=ids, seeds=seeds)
+        files.write_npz(path, images=pixels, ids=ids, seeds=sample_seeds(config))
     parallel.wait_for_all("sample")
+
+
+def sample_seeds(config: Config) -> np.ndarray:
+    """One for each image to generate; image i of seed s has s * 1000 + i, as in the
+    reference."""
+    return config.sample.seed * 1000 + np.arange(config.sample.count)
+
+
+def generate(config: Config, params, seeds: np.ndarray | None = None, **options):
+    """What `diffusion.sample` makes with the config's model and sampler."""
+    settings, model = config.sample, config.model
+    return diffusion.sample(
+        models.apply_fn(models.build(model)),
+        params,
+        diffusion.build(config.diffusion),
+        sample_seeds(config) if seeds is None else seeds,
+        (model.sample_size, model.sample_size, model.out_channels),
+        sampler=settings.sampler,
+        steps=settings.steps,
+        eta=settings.eta,
+        clip=settings.clip,
+        batch_size=settings.batch_size,
+        **options,
+    )
 
 
 def load_samples(workdir: epath.Path) -> tuple[np.ndarray, np.ndarray]:
@@ -163,6 +216,12 @@ def load_queries(
     return {name: load[name]() for name in query_sets(config)}
 
 
+def projection(config: Config) -> Projection:
+    """The config's projection."""
+    settings = config.features
+    return Projection(settings.projection, settings.dim, settings.seed)
+
+
 def task(config: Config, noise: str) -> Task:
     """What the config's features are gradients of."""
     settings = config.features
@@ -182,59 +241,123 @@ def task(config: Config, noise: str) -> Task:
 
 
 def compute_features(config: Config, workdir: epath.Path) -> None:
-    """Features of the training images and of all queries; features/NAME."""
-    settings = config.features
-    projection = Projection(settings.projection, settings.dim, settings.seed)
+    """All features that the methods need; features/..."""
     splits = load_data(config, workdir)
-    sets = {"train": (splits.train.images, splits.train.ids)}
-    sets |= load_queries(config, workdir, splits)
+    queries = load_queries(config, workdir, splits)
+    sets = {"train": (splits.train.images, splits.train.ids)} | queries
+    methods, place = set(config.attribution.methods), workdir / "features"
     params = load_params(config, workdir)
-    for name, (images, ids) in sets.items():
-        # Cyclic noise is a control in which only the queries' noise is shifted.
-        shifted = settings.noise == "cyclic" and name == "train"
-        featurize(
-            task(config, "common" if shifted else settings.noise),
-            params,
-            images,
-            projection,
-            ids=ids,
-            store=workdir / "features" / name,
-            batch_size=settings.batch_size,
-            description=f"featurize {name}",
+    _featurize(config, params, sets, config.features.measurements, place)
+    if methods & {"tracin", "gas"}:
+        for step in training.kept_steps(config.train)[:-1]:
+            at_step = load_params(config, workdir, step)
+            _featurize(
+                config, at_step, sets, ("loss",), place / "checkpoints" / str(step)
+            )
+    for name in scoring.model_names(config) if _averages_models(methods) else ():
+        measurements = tuple(
+            measurement
+            for method, measurement in (("trak", "loss"), ("dtrak", "square"))
+            if f"{method}-ensemble" in methods
         )
-    path = workdir / "features" / "distortion.json"
-    if projection.kind != "none" and len(splits.train.images) > 1 and not path.exists():
-        few = splits.train.images[:DISTORTION_EXAMPLES]
+        other = load_model(config, workdir, name)
+        _featurize(config, other, sets, measurements, place / "models" / name)
+    if "journey-trak" in methods and "generated" in queries:
+        _featurize_journey(config, workdir, params, queries["generated"][1])
+    path = place / "distortion.json"
+    if (
+        config.features.projection != "none"
+        and len(splits.train.images) > 1
+        and not path.exists()
+    ):
         measured = distortion(
-            task(config, settings.noise),
+            task(config, config.features.noise),
             params,
-            few,
-            projection,
+            splits.train.images[:DISTORTION_EXAMPLES],
+            projection(config),
             ids=splits.train.ids[:DISTORTION_EXAMPLES],
-            batch_size=settings.batch_size,
+            batch_size=config.features.batch_size,
         )
         if parallel.is_primary():
             files.write_json(path, {k: v._asdict() for k, v in measured.items()})
 
 
+def _averages_models(methods: set[str]) -> bool:
+    return any(method.endswith("-ensemble") for method in methods)
+
+
+def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
+    """The features of each set of images under one model; folder/SET."""
+    settings = config.features
+    label = " ".join(["featurize", *folder.parts[folder.parts.index("features") + 1 :]])
+    for name, (images, ids) in sets.items():
+        # Cyclic noise is a control in which only the queries' noise is shifted.
+        shifted = settings.noise == "cyclic" and name == "train"
+        noise = "common" if shifted else settings.noise
+        featurize(
+            dataclasses.replace(task(config, noise), measurement=tuple(measurements)),
+            params,
+            images,
+            projection(config),
+            ids=ids,
+            store=folder / name,
+            batch_size=settings.batch_size,
+            description=f"{label} {name}",
+        )
+
+
+def _featurize_journey(config, workdir, params, ids: np.ndarray) -> None:
+    """Features of the images predicted on the way to each sample; features/journey.
+
+    Journey TRAK (Georgiev et al. 2023, arXiv 2312.06205): gradients of the loss at
+    every sampling timestep t, of the image that was predicted there, averaged. Where
+    timesteps are kept apart, at each of the task's own timesteps, of the image that was
+    predicted at the sampling timestep closest to it, so that it meets its kernel.
+    """
+    schedule = diffusion.build(config.diffusion)
+    through = diffusion.sampling_timesteps(schedule, config.sample.steps)
+    journey = dataclasses.replace(
+        task(config, config.features.noise), measurement="loss"
+    )
+    if not journey.per_timestep:
+        journey = dataclasses.replace(journey, timesteps=tuple(map(int, through)))
+    # As they were predicted: not rounded to pixels, but clipped as training images are.
+    _, predicted = generate(config, params, trajectory=True)
+    steps = [int(np.argmin(np.abs(through - t))) for t, _ in journey.pairs]
+    featurize(
+        journey,
+        params,
+        np.clip(predicted[:, steps], -1, 1),
+        projection(config),
+        ids=ids,
+        store=workdir / "features" / "journey",
+        batch_size=config.features.batch_size,
+        description="featurize journey",
+    )
+
+
 def compute_scores(config: Config, workdir: epath.Path) -> None:
     """Scores of every method for every set of queries; scores/METHOD-QUERIES.npz."""
-    settings = config.attribution
-    for method in settings.methods:
-        measurement = METHODS[method]
-        scores = attribute(
-            Features.load(workdir / "features" / "train", measurement),
-            {
-                name: Features.load(workdir / "features" / name, measurement)
-                for name in query_sets(config)
-            },
-            method=method,
-            damping=Damping(settings.damping, settings.absolute),
-        )
+    splits = load_data(config, workdir)
+    queries = load_queries(config, workdir, splits)
+    run = scoring.Run(config, workdir, splits, queries)
+    for method in config.attribution.methods:
+        scores = scoring.score(run, method)
         if parallel.is_primary():
             for name, result in scores.items():
                 result.save(workdir / "scores" / f"{method}-{name}.npz")
     parallel.wait_for_all("attribute")
+
+
+def load_scores(workdir: epath.Path, method: str, queries: str) -> Scores:
+    """What `compute_scores` wrote for one method and one set of queries."""
+    path = workdir / "scores" / f"{method}-{queries}.npz"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}; run `dtrak-jax attribute` with this config and "
+            "workdir first."
+        )
+    return Scores.load(path)
 
 
 def write_report(config: Config, workdir: epath.Path) -> None:
@@ -244,13 +367,9 @@ def write_report(config: Config, workdir: epath.Path) -> None:
     scores = {}
     for name in queries:
         for method in config.attribution.methods:
-            path = workdir / "scores" / f"{method}-{name}.npz"
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"there is no {path}; run `dtrak-jax attribute` with this config "
-                    "and workdir first."
-                )
-            scores[name, method] = Scores.load(path)
+            if not scoring.applies(method, name):
+                continue
+            scores[name, method] = load_scores(workdir, method, name)
     if parallel.is_primary():
         page = report.page(
             config, workdir, splits.train, queries=queries, scores=scores

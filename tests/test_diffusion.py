@@ -76,7 +76,7 @@ def test_a_sampling_step_equals_diffusers(prediction, t, sampler):
     kind, _, eta = sampler.partition("/")
     schedule = diffusion.linear_schedule(prediction=prediction)
     z = EPS if float(eta or 0) else None
-    ours = sampling_step(
+    ours, _ = sampling_step(
         schedule,
         network(X, t),
         X,
@@ -122,6 +122,19 @@ def test_conditions_follow_their_images():
         apply, 0.5, schedule, seeds[:1], (2, 2, 3), steps=5, cond=cond[4:5], clip=False
     )
     np.testing.assert_allclose(one[0], images[4], rtol=1e-5)
+
+
+def test_a_trajectory_ends_in_the_image():
+    """The image predicted in the last step is the sample; none leaves [-1, 1]."""
+    schedule = diffusion.linear_schedule()
+    images, predicted = diffusion.sample(
+        apply, 0.5, schedule, np.arange(3), (2, 2, 3), steps=5, trajectory=True
+    )
+    assert predicted.shape == (3, 5, 2, 2, 3)
+    np.testing.assert_allclose(predicted[:, -1], images, atol=1e-6)
+    assert np.abs(predicted).max() <= 1
+    assert np.abs(predicted[:, 0] - images).max() > 0.01
+    assert diffusion.sampling_timesteps(schedule, 5).tolist() == [800, 600, 400, 200, 0]
 
 
 def test_no_seeds_make_no_images():

@@ -1,6 +1,7 @@
 """The report: one page that holds everything it shows and asks for nothing else."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -25,6 +26,7 @@ from dtrak_jax.config import (
 from dtrak_jax.data import Dataset
 from dtrak_jax.report import figures, page
 from dtrak_jax.report.queries import signed, spearman
+from dtrak_jax.report.trust import LOOKS
 
 TIMESTEPS = (100, 300)
 HOSTILE = "<script>alert('&')</script>"
@@ -113,7 +115,9 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing is what takes time."""
-    monkeypatch.setattr(figures, "_inline", lambda draw, alt: f"<svg>{alt}</svg>")
+    monkeypatch.setattr(
+        figures, "inline", lambda draw, alt, height=0: f"<svg>{escape(alt)}</svg>"
+    )
 
 
 def lists(html):
@@ -287,6 +291,268 @@ def test_spearman():
     assert np.isnan(spearman(a, np.zeros(4)))
 
 
+def estimate(value, key="lds"):
+    return {key: value, "low": value - 0.03, "high": value + 0.02}
+
+
+def write_lds(workdir, *, unknown="newest-method"):
+    """An lds.json: two kernels by each rule, controls, and a method without a name."""
+    reference = {"low": 0.541, "high": 0.559, "mean": 0.547, "std": 0.0081}
+    rows = [
+        {"method": method, "damping_rule": rule, "damping": damping}
+        | {"transform": "linear", "reference": reference}
+        | estimate(value + better)
+        for method, value in (("trak", 0.411), ("dtrak", 0.611))
+        for rule, damping, better in (
+            ("label-free", 0.1, 0),
+            ("cross-fitted", [0.1, 0.3], 0.01),
+            ("oracle", 0.3, 0.05),
+        )
+    ]
+    rows.append(rows[0] | {"transform": "squared"} | estimate(-0.123))
+    none = {"damping_rule": None, "damping": None, "transform": "linear"}
+    rows.append({"method": "constant", "lds": None, "low": None, "high": None} | none)
+    rows.append({"method": unknown} | none | estimate(0.222))
+    halves = {"method": "datamodels", "damping_rule": "halves", "damping": None}
+    rows.append(halves | {"transform": "linear"} | estimate(0.333))
+    difference = {"a": "dtrak", "b": "trak"} | estimate(0.2, "value")
+    curve = {"damping": [1e-4, 1e-2, 1.0], "lds": [0.1, 0.4, 0.2]}
+    one = {
+        "rows": rows,
+        "differences": [difference],
+        "curves": {"dtrak": curve, "trak": curve},
+    }
+    files.write_json(
+        workdir / "lds.json",
+        {
+            "settings": {"subsets": 64, "seeds": 2, "timesteps": 25, "draws": 2}
+            | {"resamples": 1000, "fraction": 0.5},
+            "queries": {
+                "validation": one | {"ceiling": estimate(0.82, "value")},
+                "generated": one | {"ceiling": None},
+            },
+        },
+    )
+
+
+def write_counterfactual(workdir, *, ids=("generated-0", "generated-1")):
+    methods = ("random", "dtrak", "everything", "other-seed")
+    metrics = ("pixel_l2", "pixels_cosine")
+    ends = {"median_low": 1, "median_high": 3, "mean_low": 2, "mean_high": 4}
+    files.write_json(
+        workdir / "counterfactual.json",
+        {
+            "settings": {"count": 7, "queries": ids, "seed": 0, "steps": 10},
+            "rows": [
+                {"method": m, "query": q, "pixel_l2": 1.234, "pixels_cosine": 0.9}
+                for m in methods
+                for q in ids
+            ],
+            "summary": [
+                {"method": m, "metric": k, "median": 2.468, "mean": 3.5} | ends
+                for m in methods
+                for k in metrics
+            ],
+        },
+    )
+    images = np.zeros((len(ids), 8, 8, 1), np.float32)
+    files.write_npz(
+        workdir / "counterfactual" / "images.npz",
+        query_ids=np.array(ids),
+        **dict.fromkeys(("original", *methods), images),
+    )
+
+
+def write_ablations(workdir, *, study="draws"):
+    base = {"measurement": "loss", "noise": "common", "kernel": "apart", "seed": 0}
+    base |= {"projection": "sketch", "dim": 64, "checkpoint": 9, "draws": 1}
+    base |= {"transform": "linear", "queries": "validation", "timesteps": [100, 300]}
+    rules = (
+        ("label-free", 0.1, 0),
+        ("cross-fitted", [0.1, 0.3], 0.01),
+        ("oracle", 1, 0.1),
+    )
+    arms = [{"name": study, "draws": n, "kernel": k} for n in (1, 2, 4) for k in "ab"]
+    arms += [{"name": "noise", "noise": n} for n in ("common", "cyclic")]
+    rows = [
+        base | arm | {"damping_rule": rule, "damping": damping} | estimate(0.4 + better)
+        for arm in arms
+        for rule, damping, better in rules
+    ]
+    none = {"name": "noise", "kernel": "cosine", "damping_rule": None, "damping": None}
+    rows.append(base | none | estimate(0.271))
+    ceiling = {"validation": estimate(0.82, "value"), "generated": None}
+    files.write_json(workdir / "ablations.json", {"rows": rows, "ceiling": ceiling})
+
+
+WRITERS = {
+    "trust": write_lds,
+    "damping": write_lds,
+    "counterfactual": write_counterfactual,
+    "ablations": write_ablations,
+}
+
+
+def section(html, name):
+    return re.search(f'<section id="{name}">.*?</section>', html, re.DOTALL)[0]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("write", dict.fromkeys(WRITERS.values()))
+def test_sections_of_an_evaluation_need_their_file(tmp_path, write):
+    arguments, options = make(tmp_path)
+    write(tmp_path)
+    html = page(*arguments, **options)
+    for name, writer in WRITERS.items():
+        assert (f'<section id="{name}">' in html) == (writer is write)
+        assert (f'<a href="#{name}">' in html) == (writer is write)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_scores_are_not_trusted_before_they_are_measured(tmp_path):
+    arguments, options = make(tmp_path)
+    html = page(*arguments, **options)
+    assert "has not been measured" in html and "dtrak-jax lds" in html
+    write_lds(tmp_path)
+    html = page(*arguments, **options)
+    assert "has not been measured" not in html
+    reading = section(html, "reading")
+    expected = "D-TRAK 0.611 [0.581, 0.631]; TRAK 0.411 [0.381, 0.431]; noise ceiling"
+    assert f"validation images: {expected} 0.820 [0.790, 0.840]" in reading
+    assert f"generated images: {expected} not known, with one seed" in reading
+    assert "0.661" not in reading, "an oracle is no headline"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_lds_of_every_row_is_told_with_its_rule(tmp_path):
+    arguments, options = make(tmp_path)
+    write_lds(tmp_path)
+    html = page(*arguments, **options)
+    text = re.sub(r"<t[dh][^>]*>|</t[dh]>", "|", section(html, "trust"))
+    for row in (
+        "|D-TRAK||linear||label-free||0.1||0.611||[0.581, 0.631]||[0.541, 0.559]|",
+        "|D-TRAK||linear||cross-fitted||0.1, 0.3||0.621|",
+        "|D-TRAK||linear||oracle||0.3||0.661|",
+        "|TRAK||squared||label-free||0.1||−0.123|",
+        "|datamodels||linear||halves||–||0.333|",
+        "|newest-method||linear||–||–||0.222||[0.192, 0.242]||–|",
+        "|constant||linear||–||–||–||–|",
+        "|D-TRAK − TRAK||+0.200||[0.170, 0.220]|",
+    ):
+        assert row in text
+    assert "nan" not in html.lower() and "None" not in section(html, "trust")
+    assert "D-TRAK 0.400 at λ = 0.01" in section(html, "damping")
+
+
+def test_an_oracle_is_never_taken_for_a_result(tmp_path):
+    arguments, options = make(tmp_path, shown=0)
+    write_lds(tmp_path)
+    write_ablations(tmp_path)
+    html = page(*arguments, **options)
+    trust = section(html, "trust")
+    for label in ("oracle: λ chosen on the same", "cross-fitted: λ chosen on other"):
+        assert trust.count(label) == 2
+    assert trust.count("noise ceiling</text>") == 1
+    assert "label-free λ" in section(html, "damping")
+    assert "oracle: λ" not in section(html, "ablations")
+    looks = [LOOKS[rule] for rule in ("label-free", "cross-fitted", "halves", "oracle")]
+    for field in ("label", "marker"):
+        assert len({getattr(one, field) for one in looks}) == len(looks)
+    ids = re.findall(r' id="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'href="#([^"]*)"', html) + re.findall(r"url\(#([^)]*)\)", html)
+    assert set(used) <= set(ids)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_no_line_for_a_damping_in_other_units(tmp_path, monkeypatch):
+    (config, *rest), options = make(tmp_path)
+    write_lds(tmp_path)
+    drawn = []
+    monkeypatch.setattr(
+        "dtrak_jax.report.trust.lines",
+        lambda *_, vertical: drawn.append(vertical) or "",
+    )
+    page(config, *rest, **options)
+    absolute = dataclasses.replace(config.attribution, absolute=True)
+    page(dataclasses.replace(config, attribution=absolute), *rest, **options)
+    assert drawn == [{0.1: "label-free λ"}] * 2 + [{}] * 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_images_after_removal_with_their_distance(tmp_path):
+    arguments, options = make(tmp_path, shown=1)
+    write_counterfactual(tmp_path)
+    found = section(page(*arguments, **options), "counterfactual")
+    alts = re.findall(r'alt="([^"]*)"', found)
+    expected = ["D-TRAK", "random", "all data, same seed", "all data, other seed"]
+    assert [alt.removeprefix("generated-0") for alt in alts] == [", original"] + [
+        f", {name}" for name in expected
+    ]
+    assert found.count("<b>1.234</b>") == 4 and "Showing 1 of 2" in found
+    assert found.count("<svg>") == 2 and "<td>2.468</td><td>[1.000, 3.000]" in found
+    (tmp_path / "counterfactual" / "images.npz").unlink()
+    found = section(page(*arguments, **options), "counterfactual")
+    assert "<img" not in found and "2.468" in found
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_every_study_has_its_rows(tmp_path):
+    arguments, options = make(tmp_path)
+    write_ablations(tmp_path)
+    found = section(page(*arguments, **options), "ablations")
+    assert re.findall("<h3>(.*?)</h3>", found) == ["draws", "noise"]
+    assert "All 18 rows" in found and "All 7 rows" in found
+    assert "All rows: queries validation; measurement loss; noise common" in found
+    assert ">cosine</td><td>–</td><td>–</td><td>0.271<" in found
+    assert found.count("<svg>") == 2 and "nan" not in found.lower()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_text_of_an_evaluation_is_escaped(tmp_path):
+    arguments, options = make(tmp_path)
+    write_lds(tmp_path, unknown=HOSTILE)
+    write_counterfactual(tmp_path, ids=(HOSTILE,))
+    write_ablations(tmp_path, study=HOSTILE)
+    html = page(*arguments, **options)
+    assert "<script" not in html.lower() and html.count(escape(HOSTILE)) >= 5
+
+
+def test_charts_take_any_name(tmp_path):
+    arguments, options = make(tmp_path, shown=0)
+    write_lds(tmp_path, unknown="a$b$ <i>")
+    chart = section(page(*arguments, **options), "trust")
+    assert "a$b$ &lt;i&gt;</text>" in chart
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_methods_without_a_kernel(tmp_path):
+    (config, *rest), options = make(tmp_path)
+    scores = options["scores"]
+    for name in options["queries"]:
+        kernel = {"damping": None, "lambdas": None, "eigenvalues": None}
+        changes = kernel | {"method": "gradient-dot"}
+        scores[name, "gradient-dot"] = dataclasses.replace(
+            scores[name, "trak"], **changes
+        )
+        scores[name, "pixel-cosine"] = scores[name, "gradient-dot"]
+    methods = ("dtrak", "gradient-dot", "pixel-cosine")
+
+    def with_methods(methods):
+        attribution = dataclasses.replace(config.attribution, methods=methods)
+        changed = dataclasses.replace(config, attribution=attribution)
+        return page(changed, *rest, **options)
+
+    html = with_methods(methods)
+    assert "according to D-TRAK, gradient dot and pixel cosine" in html
+    assert "<h4>TRAK</h4>" not in html and "scores/trak-" not in html
+    assert html.count("Eigenvalues of the kernels") == 1
+    features = section(html, "features")
+    assert "squared output (D-TRAK) and the loss (gradient dot)" in features
+    assert "Eigenvalues" not in with_methods(("gradient-dot",))
+    assert 'id="features"' not in with_methods(("pixel-cosine",))
+
+
 MEASURE = """<!doctype html><title></title>
 <iframe src="report.html" style="width:420px;height:800px;border:0"></iframe>
 <script>addEventListener("load", () => {
@@ -303,8 +569,11 @@ MEASURE = """<!doctype html><title></title>
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
-def test_browser_lays_it_out_on_a_narrow_screen(whole, tmp_path):
-    html, _ = whole
+def test_browser_lays_it_out_on_a_narrow_screen(tmp_path):
+    for write in dict.fromkeys([fill, *WRITERS.values()]):
+        write(tmp_path)
+    arguments, options = make(tmp_path)
+    html = page(*arguments, **options)
     assert f'alt="{LONG}"' in html, "an id that does not fit must be among the shown"
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "measure.html").write_text(MEASURE, encoding="utf-8")

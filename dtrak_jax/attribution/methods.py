@@ -1,14 +1,14 @@
-"""Attribution methods: TRAK and D-TRAK."""
+"""Methods with a kernel: TRAK, D-TRAK and those of the other measurements."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax import files
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.attribution.solver import GRID, Damping, factorize, solve
-from dtrak_jax.config import METHODS, one_of
+from dtrak_jax.attribution.solver import GRID, Damping, Kernel, factorize, solve
+from dtrak_jax.config import KERNELS, one_of
 from dtrak_jax.features.store import Features
 
 DEFAULT_DAMPING = 0.1
@@ -30,14 +30,15 @@ def attribute(
     over the pairs j of a timestep and a noise draw that the features keep apart, or
     with the single kernel of averaged features, as in "Intriguing Properties of Data
     Attribution on Diffusion Models" (D-TRAK, ICLR 2024). "trak" is this with gradients
-    of the loss, "dtrak" with gradients of the squared output.
+    of the loss, "dtrak" with gradients of the squared output, and "kernel-mean" and so
+    on with those of the other measurements.
 
     Args:
       train: features of the training set, [T, n, k] or [n, k].
       query: of the queries, [T, q, k] or [q, k], computed with the same task,
         parameters and projection; or several sets of them by name.
-      method: "trak" or "dtrak", checked against the features' measurement; None takes
-        what the measurement is called.
+      method: one of `config.KERNELS`, checked against the features' measurement; None
+        takes the one that the features are for.
       damping: lambda_j in units of that kernel's mean eigenvalue,
         trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)`.
 
@@ -53,12 +54,12 @@ def attribute(
     names = {_check_method(train, one, method) for one in queries.values()}
     if not isinstance(damping, Damping):
         damping = Damping(damping)
-    path = _path(train, queries, [damping])
+    path = _path(_apart(train, queries), list(queries), [damping])
     scores = {
         name: Scores(
             scores=path.scores[name][0].astype(np.float32),
-            train_ids=_ids(train),
-            query_ids=_ids(one),
+            train_ids=example_ids(train),
+            query_ids=example_ids(one),
             method=next(iter(names)),
             damping=tuple(damping),
             lambdas=path.lambdas[0],
@@ -73,48 +74,96 @@ def damping_path(
     train: Features | np.ndarray,
     query: Features | np.ndarray,
     dampings: Sequence[float | Damping] = GRID,
+    *,
+    pooled: bool = False,
+    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """The scores at every value of a grid, float64 [len(dampings), q, n].
 
-    One eigendecomposition for each kernel serves the whole grid. Arguments and errors
-    are those of `attribute`.
+    One eigendecomposition for each kernel serves the whole grid. Features, damping and
+    errors are those of `attribute`, but that values of the grid so small that rounding
+    errors of some kernel would decide the scores give NaN.
+
+    Args:
+      train: features of the training set, [T, n, k] or [n, k].
+      query: of the queries, [T, q, k] or [q, k].
+      dampings: the grid.
+      pooled: take one kernel, that of all pairs,
+        tau(q, n) = sum_j phi_j(q)^T (sum_i Phi_i^T Phi_i + lambda I)^-1 phi_j(n),
+        instead of one for each pair. All T n training features are in memory.
+      reduce: a linear function of scores [q, n], applied to those of each pair before
+        they are added, so that the scores of the whole grid need not be held. For
+        example `lambda tau: masks @ tau.T`, the predictions for subsets.
+
+    Returns:
+      The scores; or what `reduce` makes of them, [len(dampings), ...].
     """
-    _check_method(train, query, None)
+    check_features(train, query)
     grid = [d if isinstance(d, Damping) else Damping(d) for d in dampings]
-    return _path(train, {"query": query}, grid).scores["query"]
+    queries = {"query": query}
+    solved = _pooled(train, queries) if pooled else _apart(train, queries)
+    path = _path(solved, list(queries), grid, reduce, strict=False)
+    return np.stack(path.scores["query"])
 
 
 class _Path(NamedTuple):
-    scores: dict[str, np.ndarray]
-    """[len(dampings), q, n] for each set of queries."""
+    scores: dict[str, list[np.ndarray]]
+    """For each set of queries and each damping: [q, n], or what `reduce` makes of it."""
     lambdas: np.ndarray
     """[len(dampings), kernels]"""
     eigenvalues: np.ndarray
     """[kernels, min(n, k)]"""
 
 
-def _path(train, queries: dict, dampings: list[Damping]) -> _Path:
-    """Adds up the scores of all kernels, of which one is in memory at a time."""
-    n = train.shape[-2]
-    scores = {
-        name: np.zeros((len(dampings), query.shape[-2], n))
-        for name, query in queries.items()
-    }
-    lambdas, eigenvalues = [], []
-    streams = zip(_kernels(train), *map(_kernels, queries.values()), strict=True)
+_Solved = Iterator[tuple[Kernel, list[Callable[[float], np.ndarray]]]]
+"""Of every pair in turn the kernel and, for each set of queries, tau(lambda)."""
+
+
+def _apart(train, queries: dict) -> _Solved:
+    """A kernel for each pair, of which one is in memory at a time."""
+    streams = zip(kernels(train), *map(kernels, queries.values()), strict=True)
     for phi, *phi_queries in streams:
         kernel = factorize(phi)
-        lambdas.append([kernel.damping(damping) for damping in dampings])
+        yield kernel, [solve(kernel, phi, one) for one in phi_queries]
+
+
+def _pooled(train, queries: dict) -> _Solved:
+    """One kernel for all pairs: the features of pair j are rows j n to (j + 1) n."""
+    n = train.shape[-2]
+    phi = np.concatenate(list(kernels(train)))
+    kernel = factorize(phi)
+    streams = zip(*map(kernels, queries.values()), strict=True)
+    for pair, phi_queries in enumerate(streams):
+        rows = slice(pair * n, (pair + 1) * n)
+        yield kernel, [solve(kernel, phi, one, rows) for one in phi_queries]
+
+
+def _path(
+    solved: _Solved,
+    names: list[str],
+    dampings: list[Damping],
+    reduce: Callable | None = None,
+    strict: bool = True,
+) -> _Path:
+    """Adds up the scores of all pairs; NaN, or an error if strict, where they would be
+    rounding errors."""
+    scores = {name: [0.0] * len(dampings) for name in names}
+    lambdas, eigenvalues = [], []
+    for kernel, taus in solved:
+        lambdas.append([kernel.damping(damping, strict) for damping in dampings])
         eigenvalues.append(kernel.eigenvalues)
-        for name, phi_query in zip(queries, phi_queries, strict=True):
-            tau = solve(kernel, phi, phi_query)
-            for total, value in zip(scores[name], lambdas[-1], strict=True):
-                total += tau(value)
+        for name, tau in zip(names, taus, strict=True):
+            for i, value in enumerate(lambdas[-1]):
+                scores[name][i] += reduce(tau(value)) if reduce else tau(value)
     return _Path(scores, np.array(lambdas).T, np.array(eigenvalues))
 
 
-def _check_method(train, query, method: str | None) -> str:
-    """The method's name, once it is sure that these features make its scores."""
+def check_features(train: Features | np.ndarray, query: Features | np.ndarray) -> None:
+    """Raises a ValueError unless scores can be made of these features.
+
+    They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
+    nothing empty; and come from the same task, parameters and projection.
+    """
     for name, features in (("train", train), ("query", query)):
         if len(features.shape) not in (2, 3) or 0 in features.shape:
             raise ValueError(
@@ -127,10 +176,8 @@ def _check_method(train, query, method: str | None) -> str:
             f"train features have shape {t} and query features {q}; they may differ "
             "in the number of examples only."
         )
-    if method is not None:
-        one_of("method", method, METHODS)
     if not isinstance(train, Features) or not isinstance(query, Features):
-        return method or "kernel"
+        return
     own = {"images", "ids", "cond"}
     if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
         own.add("noise")
@@ -144,16 +191,26 @@ def _check_method(train, query, method: str | None) -> str:
             "training (there) and query (here) features do not belong together: "
             f"{differs[0]}."
         )
-    if method and METHODS[method] != train.measurement:
+
+
+def _check_method(train, query, method: str | None) -> str:
+    """The method's name, once it is sure that these features make its scores."""
+    if method is not None:
+        one_of("method", method, KERNELS)
+    check_features(train, query)
+    if not isinstance(train, Features):
+        return method or "kernel"
+    if method and KERNELS[method] != train.measurement:
         raise ValueError(
             f"method {method!r} needs features of the measurement "
-            f"{METHODS[method]!r}; these are of {train.measurement!r}."
+            f"{KERNELS[method]!r}; these are of {train.measurement!r}."
         )
-    names = {measurement: name for name, measurement in METHODS.items()}
+    names = {measurement: name for name, measurement in KERNELS.items()}
     return names.get(train.measurement, train.measurement)
 
 
-def _kernels(features: Features | np.ndarray) -> Iterator[np.ndarray]:
+def kernels(features: Features | np.ndarray) -> Iterator[np.ndarray]:
+    """Each pair's features [n, k] in turn; just one array if averaged."""
     if isinstance(features, Features):
         return features.kernels()
     features = np.asarray(features)
@@ -162,7 +219,8 @@ def _kernels(features: Features | np.ndarray) -> Iterator[np.ndarray]:
     return iter(features if features.ndim == 3 else features[None])
 
 
-def _ids(features: Features | np.ndarray) -> np.ndarray:
+def example_ids(features: Features | np.ndarray) -> np.ndarray:
+    """The ids, str [n]; for an array "0", "1", ..."""
     if isinstance(features, Features):
         return np.array(features.ids)
     return np.array([str(i) for i in range(features.shape[-2])])

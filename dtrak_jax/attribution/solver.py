@@ -57,8 +57,8 @@ class Kernel(NamedTuple):
         """Below this, eigenvalues are rounding errors of float32 features."""
         return float(np.finfo(np.float32).eps * self.eigenvalues[-1])
 
-    def damping(self, damping: Damping) -> float:
-        """lambda, for this kernel.
+    def damping(self, damping: Damping, strict: bool = True) -> float:
+        """lambda, for this kernel; NaN instead of the second error unless `strict`.
 
         Raises:
           ValueError: it is not above 0; or so small that rounding errors would decide
@@ -67,6 +67,8 @@ class Kernel(NamedTuple):
         positive("damping", damping.value)
         value = damping.value * (1 if damping.absolute else self.mean_eigenvalue)
         if value < self.floor and self.eigenvalues[0] < self.floor:
+            if not strict:
+                return float("nan")
             raise ValueError(
                 f"damping is {damping.value}, lambda = {value:.3g}; the kernel has "
                 f"eigenvalues below {self.floor:.3g}, which are rounding errors of "
@@ -99,35 +101,63 @@ def factorize(phi: np.ndarray) -> Kernel:
 
 
 def solve(
-    kernel: Kernel, phi: np.ndarray, query: np.ndarray
+    kernel: Kernel, phi: np.ndarray, query: np.ndarray, rows: slice = slice(None)
 ) -> Callable[[float], np.ndarray]:
-    """tau(lambda) = query (phi^T phi + lambda I)^-1 phi^T, float64 [q, n].
+    """tau(lambda) = query (phi^T phi + lambda I)^-1 phi[rows]^T, float64 [q, rows].
 
-    In the dual form the same as (query phi^T) (phi phi^T + lambda I)^-1.
+    In the dual form the same as (query phi^T) (phi phi^T + lambda I)^-1 [:, rows].
 
     Args:
       kernel: `factorize(phi)`.
       phi: features of the training set [n, k].
       query: features of the queries [q, k].
+      rows: the training examples to score.
 
     Returns:
       A function of lambda, absolute; each further value costs one product.
     """
-    phi, query = (np.asarray(a, np.float64) for a in (phi, query))
-    vectors = kernel.eigenvectors
+    query, vectors = np.asarray(query, np.float64), kernel.eigenvectors
     if kernel.dual:
-        rotated = query @ phi.T @ vectors
+        rotated = query @ np.asarray(phi, np.float64).T @ vectors
 
         def tau(damping: float) -> np.ndarray:
-            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T
+            return (rotated / (kernel.eigenvalues + damping)) @ vectors[rows].T
 
     else:
         rotated = query @ vectors
+        scored = np.asarray(phi[rows], np.float64)
 
         def tau(damping: float) -> np.ndarray:
-            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T @ phi.T
+            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T @ scored.T
 
     return tau
+
+
+def inverse_norms(kernel: Kernel, phi: np.ndarray) -> Callable[[float], np.ndarray]:
+    """||(phi^T phi + lambda I)^-1 phi_n||_2 of every training example, float64 [n].
+
+    With eigenvalues e and eigenvectors V in columns, its square is
+    sum_j (phi_n . V_j)^2 / (e_j + lambda)^2 in the primal form and
+    sum_j V_nj^2 e_j / (e_j + lambda)^2 in the dual one.
+
+    Args:
+      kernel: `factorize(phi)`.
+      phi: features of the training set [n, k].
+
+    Returns:
+      A function of lambda, absolute. The norm of a row of zeros is exactly 0.
+    """
+    if kernel.dual:
+        # The eigenvectors give a row of zeros its rounding errors.
+        there = np.any(phi, axis=1, keepdims=True)
+        squares = kernel.eigenvectors**2 * kernel.eigenvalues * there
+    else:
+        squares = (np.asarray(phi, np.float64) @ kernel.eigenvectors) ** 2
+
+    def norms(damping: float) -> np.ndarray:
+        return np.sqrt(squares @ (kernel.eigenvalues + damping) ** -2)
+
+    return norms
 
 
 def gram_matrix(a: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Noise schedules, noising, the training loss and samplers."""
 
 from dtrak_jax.diffusion.loss import denoising_loss
-from dtrak_jax.diffusion.sampling import sample
+from dtrak_jax.diffusion.sampling import sample, sampling_timesteps
 from dtrak_jax.diffusion.schedule import (
     Schedule,
     build,
@@ -17,5 +17,6 @@ __all__ = [
     "denoising_loss",
     "linear_schedule",
     "sample",
+    "sampling_timesteps",
     "scaled_linear_schedule",
 ]

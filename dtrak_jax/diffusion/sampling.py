@@ -28,7 +28,8 @@ def sample(
     clip: bool = True,
     batch_size: int = 128,
     cond: np.ndarray | None = None,
-) -> np.ndarray:
+    trajectory: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Generates one image for each seed: float32 [n, *shape].
 
     One step from t to s = t - T // steps, with alpha_bar_s = 1 for s < 0
@@ -55,6 +56,8 @@ def sample(
       clip: whether predicted images are clipped.
       batch_size: images at once on each device.
       cond: what each image is conditioned on [n, ...], or None.
+      trajectory: also return x, the image predicted in every step, in the order of
+        `sampling_timesteps` [n, steps, *shape].
     """
     one_of("sampler", sampler, SAMPLERS)
     at_least("steps", steps, 1)
@@ -65,24 +68,32 @@ def sample(
         apply, schedule, parallel.mesh(devices), sampler == "ancestral", eta, clip
     )
     stride = schedule.steps // steps
-    timesteps = np.arange(steps)[::-1] * stride
+    timesteps = sampling_timesteps(schedule, steps)
+    predicted = np.zeros((len(seeds), steps if trajectory else 0, *shape), np.float32)
     size = max(1, min(batch_size * len(devices), len(seeds)))
     size += -size % len(devices)
     images = np.zeros((len(seeds), *shape), np.float32)
     starts = range(0, len(seeds), size)
     with tqdm(
-        total=len(starts) * steps, desc="sample", unit="step", disable=None
+        total=len(starts) * steps, desc="sample", unit="step", disable=None, leave=None
     ) as bar:
         for start in starts:
             rows = slice(start, min(start + size, len(seeds)))
             batch_seeds = parallel.pad(np.asarray(seeds[rows], np.uint32), size)
             batch_cond = None if cond is None else parallel.pad(cond[rows], size)
             x = _initial_noise(batch_seeds, shape)
-            for t in timesteps:
-                x = step(params, x, batch_seeds, batch_cond, t, t - stride)
+            for i, t in enumerate(timesteps):
+                x, x_0 = step(params, x, batch_seeds, batch_cond, t, t - stride)
+                if trajectory:
+                    predicted[rows, i] = np.asarray(x_0)[: rows.stop - rows.start]
                 bar.update()
             images[rows] = np.asarray(x)[: rows.stop - rows.start]
-    return images
+    return (images, predicted) if trajectory else images
+
+
+def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+    """The timesteps that `sample` goes through, descending to 0 [steps]."""
+    return np.arange(steps)[::-1] * (schedule.steps // steps)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -104,8 +115,8 @@ def sampling_step(
     ancestral: bool,
     eta: float,
     clip: bool,
-) -> jax.Array:
-    """x_s [B, ...] of x_t [B, ...], one timestep t and one s for all; see `sample`.
+) -> tuple[jax.Array, jax.Array]:
+    """x_s and x [B, ...] of x_t [B, ...], one t and one s for all; see `sample`.
 
     z is standard normal noise, or None where the step has none.
     """
@@ -120,7 +131,7 @@ def sampling_step(
     # Rounding may leave a tiny negative number where eta is 1.
     direction = jnp.sqrt(jnp.maximum(1 - after - variance, 0))
     x_s = jnp.sqrt(after) * x + direction * eps
-    return x_s if z is None else x_s + jnp.sqrt(variance) * z
+    return x_s if z is None else x_s + jnp.sqrt(variance) * z, x
 
 
 @functools.cache

@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     """
 
     x: np.ndarray
-    """Images [S, H, W, C]."""
+    """Images [S, 1, H, W, C], the same for all pairs, or [S, R, H, W, C]."""
     words: np.ndarray
     """Their ids, uint32 [S, 2]."""
     position: np.ndarray
@@ -40,7 +40,7 @@ def network_inputs(
     images: np.ndarray, cond: np.ndarray | None, count: int
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None]:
     """The shapes of (x, t, cond) for a batch of `count` of these images."""
-    x = jax.ShapeDtypeStruct((count, *images.shape[1:]), np.float32)
+    x = jax.ShapeDtypeStruct((count, *images.shape[-3:]), np.float32)
     t = jax.ShapeDtypeStruct((count,), np.int32)
     if cond is None:
         return x, t, None
@@ -95,14 +95,15 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
 def _slot_gradients(task: Task, params, slot: Slots) -> tuple[dict, jax.Array]:
     """{measurement: gradient [p]} and errors [R] of one slot (no leading axis)."""
     copies = slot.pair.shape[0]
-    x = jnp.broadcast_to(slot.x, (copies, *slot.x.shape))
+    shape = slot.x.shape[1:]
+    x = jnp.broadcast_to(slot.x, (copies, *shape))
     cond = slot.cond
     if cond is not None:
         cond = jnp.broadcast_to(cond, (copies, *cond.shape))
     t = jnp.asarray(task.pairs, jnp.int32)[slot.pair, 0]
-    eps = jax.vmap(
-        lambda pair: task.eps(pair, slot.words, slot.position, slot.x.shape)
-    )(slot.pair)
+    eps = jax.vmap(lambda pair: task.eps(pair, slot.words, slot.position, shape))(
+        slot.pair
+    )
     x_t = task.schedule.add_noise(x, eps, t)
     target = task.schedule.target(x, eps, t)
 

@@ -41,7 +41,8 @@ def featurize(
     Args:
       task: what is differentiated, and with which noise.
       params: the network's parameters, any pytree.
-      images: [n, H, W, C] in [-1, 1]; any array that can be sliced by rows.
+      images: [n, H, W, C] in [-1, 1]; any array that can be sliced by rows. Or
+        [n, pairs, H, W, C]: for every pair an image of its own.
       projection: P.
       ids: a stable, unique name for every image; "0", "1", ... if None.
       cond: [n, ...] passed on to the network, or None.
@@ -59,7 +60,15 @@ def featurize(
         other features. Says what is wrong and what would be right.
       FloatingPointError: a gradient is not finite; names the example.
     """
-    check_images(images)
+    if images.ndim == 5:
+        if images.shape[1] != len(task.pairs):
+            raise ValueError(
+                f"images have shape {images.shape}: {images.shape[1]} for each example; "
+                f"the task has {len(task.pairs)} pairs of a timestep and a draw."
+            )
+        check_images(np.reshape(images, (-1, *images.shape[2:])))
+    else:
+        check_images(images)
     ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
     check_ids(ids, len(images))
     at_least("batch_size", batch_size, 1)
@@ -140,7 +149,7 @@ def check_network(task: Task, params, images, cond) -> None:
         prediction = jax.eval_shape(task.apply, params, x, *others)
     except Exception as error:
         raise ValueError(
-            f"the network does not take images of shape {images.shape[1:]} with these "
+            f"the network does not take images of shape {images.shape[-3:]} with these "
             f"parameters: {error}"
         ) from error
     shape = getattr(prediction, "shape", None)
@@ -192,12 +201,20 @@ def _batches(
         images = jax.tree.map(lambda column, at=at: column[row[at]], rows)
         parts = [
             images._replace(
+                x=_images_of(images.x, pair[at, part : part + copies]),
                 pair=pair[at, part : part + copies].astype(np.int32),
                 weight=weight[at, part : part + copies].astype(np.float32),
             )
             for part in range(0, pair.shape[1], copies)
         ]
         yield min(slots, len(row) - start), parts
+
+
+def _images_of(x: np.ndarray, pair: np.ndarray) -> np.ndarray:
+    """`Slots.x` for pairs [S, R] of x [S, H, W, C], or [S, pairs, H, W, C]."""
+    if x.ndim == 4:
+        return x[:, None]
+    return x[np.arange(len(x))[:, None], pair]
 
 
 def _chunk(

@@ -51,6 +51,10 @@ class Features:
             for pair in range(self.phi.shape[0]):
                 yield self._read(pair)
 
+    def pairs(self, positions: list[int]) -> np.ndarray:
+        """The features of some pairs alone, [len(positions), n, k]."""
+        return self._read(positions)
+
     def _read(self, index) -> np.ndarray:
         try:
             array = self.phi[index].read().result()

@@ -3,6 +3,7 @@
 from dtrak_jax.models.convert import from_diffusers, to_diffusers
 from dtrak_jax.models.functions import (
     apply_fn,
+    bottleneck_fn,
     build,
     init,
     parameter_count,
@@ -13,6 +14,7 @@ from dtrak_jax.models.unet import UNet2D
 __all__ = [
     "UNet2D",
     "apply_fn",
+    "bottleneck_fn",
     "build",
     "from_diffusers",
     "init",

@@ -78,6 +78,31 @@ def train_apply_fn(model: UNet2D) -> Callable:
     return apply
 
 
+@functools.cache
+def bottleneck_fn(model: UNet2D) -> Callable:
+    """What the lowest level makes of images: `f(params, x, t) -> [B, channels]`.
+
+    The output of the module `mid_block`, averaged over its pixels, without dropout; x
+    and t are as in `UNet2D`. Compiled; what comes after that level is not computed.
+    """
+
+    def is_mid(module, _):
+        return module.name == "mid_block"
+
+    def bottleneck(params, x, t):
+        _, state = model.apply(
+            {"params": params},
+            x,
+            t,
+            capture_intermediates=is_mid,
+            mutable=["intermediates"],
+        )
+        (h,) = state["intermediates"]["mid_block"]["__call__"]
+        return h.mean(axis=(1, 2))
+
+    return jax.jit(bottleneck)
+
+
 def refuse(cond: object) -> None:
     """Raises a ValueError unless `cond` is None."""
     if cond is not None:

@@ -15,7 +15,7 @@ from PIL import Image
 from dtrak_jax.data import to_picture, to_pixels
 
 SUPPORT, OPPOSE, INK, FAINT = "#0000a1", "#0000a2", "#0000a3", "#0000a4"
-"""Stand-ins, which `_inline` turns into colours of page.css, light or dark."""
+"""Stand-ins, which `inline` turns into colours of page.css, light or dark."""
 
 CSS_COLOURS = {
     SUPPORT: "var(--support)",
@@ -80,7 +80,7 @@ def training_curve(metrics: Sequence[dict]) -> str:
         axes.set_facecolor("none")
 
     first, last = metrics[0], metrics[-1]
-    return _inline(
+    return inline(
         draw,
         f"Training loss, from {first['loss']:.3g} at step {first['step']} to "
         f"{last['loss']:.3g} at step {last['step']}",
@@ -106,7 +106,7 @@ def score_histogram(scores: np.ndarray, name: str) -> str:
         axes.axvline(0, color=INK, linewidth=0.6)
         axes.set(xlabel="score", ylabel="pairs", yscale="log", ylim=(0.5, None))
 
-    return _inline(
+    return inline(
         draw,
         f"Histogram of the scores of {name}, from {scores.min():.3g} to "
         f"{scores.max():.3g}, {np.mean(scores > 0):.0%} of them positive",
@@ -144,7 +144,7 @@ def spectrum(
         axes.set_ylim(min(floor, lambdas.min() / 2), 2 * eigenvalues.max())
         axes.legend(loc="lower left")
 
-    return _inline(draw, f"Eigenvalues of the kernels of {name}, by rank")
+    return inline(draw, f"Eigenvalues of the kernels of {name}, by rank")
 
 
 def captioned(content: str, caption: str) -> str:
@@ -152,12 +152,18 @@ def captioned(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
-def _inline(draw: Callable[[Axes], None], alt: str) -> str:
-    """What `draw` draws, as an <svg> element that follows the page's colours."""
+def inline(draw: Callable[[Axes], None], alt: str, height: float = 3.2) -> str:
+    """What `draw` draws, as an <svg> element that follows the page's colours.
+
+    Args:
+      draw: draws on the axes that it gets.
+      alt: what the figure shows; no two in a page may have the same.
+      height: in inches; the width is 5.4.
+    """
     buffer = io.StringIO()
     # Ids are hashes: salted by what is in the figure, no two figures share one.
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": alt}):
-        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.4, height), layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

@@ -12,8 +12,9 @@ from dtrak_jax import files
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.config import Config
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.report.ablations import ablations_section
+from dtrak_jax.report.counterfactual import counterfactual_section
 from dtrak_jax.report.queries import (
-    NAMES,
     distribution_section,
     frequent_section,
     query_section,
@@ -24,8 +25,24 @@ from dtrak_jax.report.run import (
     files_section,
     model_section,
 )
+from dtrak_jax.report.text import listed, method_name
+from dtrak_jax.report.trust import damping_section, trust_section, trust_words
 
 SETS = ("generated", "validation")
+
+LINKS = {
+    "trust": "How far to trust it",
+    "generated": "Generated images",
+    "validation": "Validation images",
+    "frequent": "Frequent supporters",
+    "distributions": "Distribution of scores",
+    "counterfactual": "Without the strongest images",
+    "damping": "LDS against damping",
+    "ablations": "Ablations",
+    "features": "Features and kernels",
+    "configuration": "Configuration",
+}
+"""Sections, by id, in the order of the page."""
 
 PIXELATED_BELOW = 64
 """Smaller images are enlarged with their pixels visible."""
@@ -49,12 +66,15 @@ def page(
       train: the training images.
       queries: (images in [-1, 1], ids) of "generated" and "validation" images, or of
         one of them.
-      scores: by (set of queries, method).
+      scores: by (set of queries, method); of methods in the config, others are left
+        out.
 
     Raises:
       ValueError: scores are of other images than those given.
     """
     workdir = epath.Path(workdir)
+    methods = config.attribution.methods
+    scores = {key: one for key, one in scores.items() if key[1] in methods}
     for (name, method), one in scores.items():
         same_queries = np.array_equal(queries[name][1], one.query_ids)
         if not same_queries or not np.array_equal(train.ids, one.train_ids):
@@ -63,7 +83,10 @@ def page(
                 "`dtrak-jax attribute` again."
             )
     labels = _validation_labels(workdir)
-    sections = []
+    lds = _read(workdir / "lds.json")
+    removal = _read(workdir / "counterfactual.json")
+    ablations = _read(workdir / "ablations.json")
+    sections = [trust_section(lds)] if lds else []
     for name in (name for name in SETS if name in queries):
         of_set = {m: s for (other, m), s in scores.items() if other == name}
         sections.append(
@@ -80,11 +103,17 @@ def page(
     sections += [
         frequent_section(scores, train, config.report.top),
         distribution_section(scores),
+        counterfactual_section(removal, workdir, config.report.queries)
+        if removal
+        else "",
+        damping_section(lds, config.attribution.absolute) if lds else "",
+        ablations_section(ablations) if ablations else "",
         model_section(workdir, queries),
         features_section(config, workdir, scores),
         configuration_section(config, workdir),
         files_section(workdir),
     ]
+    body = "\n".join(filter(None, sections))
     style = resources.files("dtrak_jax.report").joinpath("page.css").read_text("utf-8")
     pixelated = ' class="pixelated"' if train.images.shape[1] < PIXELATED_BELOW else ""
     return (
@@ -94,9 +123,14 @@ def page(
         "img-src data:; style-src 'unsafe-inline'\">"
         '<link rel="icon" href="data:,"><title>Data attribution report</title>'
         f"<style>{style}</style></head>\n<body{pixelated}><main>\n"
-        + "\n".join([_head(config, train, queries, scores), *filter(None, sections)])
+        + "\n".join([_head(config, train, queries, scores, lds, body), body])
         + "\n</main></body></html>\n"
     )
+
+
+def _read(path: epath.Path) -> dict | None:
+    """A JSON file; None if there is none."""
+    return files.read_json(path) if path.exists() else None
 
 
 def _validation_labels(workdir: epath.Path) -> dict[str, str]:
@@ -109,8 +143,16 @@ def _validation_labels(workdir: epath.Path) -> dict[str, str]:
     return dict(zip(map(str, saved["validation_ids"]), map(str, names), strict=True))
 
 
-def _head(config: Config, train: Dataset, queries: Mapping, scores: Mapping) -> str:
-    names = [NAMES[m] for m in dict.fromkeys(method for _, method in scores)]
+def _head(
+    config: Config,
+    train: Dataset,
+    queries: Mapping,
+    scores: Mapping,
+    lds: dict | None,
+    body: str,
+) -> str:
+    """Title, links to the sections in `body`, and how to read them."""
+    names = [method_name(m) for m in dict.fromkeys(method for _, method in scores)]
     data = {
         "digits": "scikit-learn's digits",
         "tfds": config.data.name,
@@ -120,17 +162,14 @@ def _head(config: Config, train: Dataset, queries: Mapping, scores: Mapping) -> 
     asked = " and ".join(
         f"{len(queries[name][1]):,} {name} images" for name in SETS if name in queries
     )
-    links = [(name, f"{name.capitalize()} images") for name in SETS if name in queries]
-    links += [
-        ("frequent", "Frequent supporters"),
-        ("distributions", "Distribution of scores"),
-        ("features", "Features and kernels"),
-        ("configuration", "Configuration"),
-    ]
-    toc = " ".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in links)
+    toc = " ".join(
+        f'<a href="#{anchor}">{text}</a>'
+        for anchor, text in LINKS.items()
+        if f'<section id="{anchor}">' in body
+    )
     return f"""<header class="head"><h1>Data attribution report</h1>
 <p class="lead">Which of {n:,} training images stand behind what a diffusion model does
-with {asked}, according to {" and ".join(names)}.</p>
+with {asked}, according to {listed(names)}.</p>
 <p class="note">Training images: {n:,} from {escape(data)}, {height}×{width}
 {"grey" if channels == 1 else "RGB"}.</p><nav>{toc}</nav></header>
 <section id="reading"><h2>How to read it</h2><ul>
@@ -142,6 +181,4 @@ one that it raised it (<b class="opposing">opposing</b>).</li>
 their scale differs between queries and between methods. Bars are relative to the
 strongest image of that query and method. Below each image are its score, its label if
 it has one, and its id.</li>
-<li>How far to trust the scores is not known from this page. That takes retraining on
-subsets of the data and a linear datamodeling score; until one has been measured for
-this model, images that look alike are no evidence of influence.</li></ul></section>"""
+{trust_words(lds, config.attribution.methods)}</ul></section>"""

@@ -10,9 +10,7 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.report.figures import captioned, data_uri, score_histogram
-
-NAMES = {"dtrak": "D-TRAK", "trak": "TRAK"}
-"""Methods by the names that their papers give them."""
+from dtrak_jax.report.text import listed, method_name
 
 VISIBLE_ID = 11
 """Characters of an id below its image; all of it is in the tooltip."""
@@ -45,7 +43,7 @@ def query_section(
     """
     count = min(count, len(ids))
     shown = f"{count:,} of {len(ids):,}" if count < len(ids) else f"all {count:,}"
-    paths = " and ".join(f"<code>scores/{m}-{name}.npz</code>" for m in scores)
+    paths = listed([f"<code>scores/{m}-{name}.npz</code>" for m in scores])
     more = "; <code>--report.queries</code> shows more" if count < len(ids) else ""
     top = min(top, len(train.ids))
     agreed = _agreement(scores, top)
@@ -55,7 +53,8 @@ def query_section(
     for i in range(count):
         label = labels.get(str(ids[i]))
         methods = "".join(
-            f'<div class="method"><h4>{NAMES[m]}</h4>{rows[m][i]}</div>' for m in rows
+            f'<div class="method"><h4>{method_name(m)}</h4>{rows[m][i]}</div>'
+            for m in rows
         )
         line = ""
         if agreed:
@@ -99,7 +98,7 @@ def frequent_section(
         )
         share = counts[order].sum() / max(1, counts.sum())
         parts.append(
-            f'<div class="method"><h3>{NAMES[method]}</h3>'
+            f'<div class="method"><h3>{method_name(method)}</h3>'
             f'<ol class="thumbs plain">{items}</ol>'
             f'<p class="note">{np.sum(counts > 0):,} of {len(counts):,} training images '
             f"are named at least once. These {len(order)} take {share:.0%} of all "
@@ -120,7 +119,7 @@ def distribution_section(scores: Mapping[tuple[str, str], Scores]) -> str:
     for name in dict.fromkeys(name for name, _ in scores):
         for (other, method), one in scores.items():
             if other == name:
-                title = f"{NAMES[method]}, {name} images"
+                title = f"{method_name(method)}, {name} images"
                 svg = score_histogram(one.scores, title)
                 plots.append(captioned(svg, f"{title}: {one.scores.size:,} scores"))
     return (

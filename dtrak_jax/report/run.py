@@ -12,7 +12,7 @@ from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.config import METHODS, Config, flatten
 from dtrak_jax.features import Task
 from dtrak_jax.report.figures import captioned, data_uri, spectrum, training_curve
-from dtrak_jax.report.queries import NAMES
+from dtrak_jax.report.text import listed, method_name
 
 SAMPLES = 64
 """Generated images in the grid."""
@@ -20,7 +20,15 @@ SAMPLES = 64
 LISTED_TIMESTEPS = 12
 """With more of them, only the range is written out."""
 
-GRADIENTS = {"loss": "the loss", "square": "the squared output"}
+GRADIENTS = {
+    "loss": "the loss",
+    "square": "the squared output",
+    "mean": "the mean output",
+    "l1": "the L1 norm of the output",
+    "l2": "the L2 norm of the output",
+    "linf": "the largest output",
+    "elbo": "the loss weighted as in the ELBO",
+}
 
 NOISES = {
     "common": "At a given timestep every image gets the same noise.",
@@ -40,6 +48,12 @@ FILES = {
     "samples": "the generated images as PNG, and all of them in samples.npz",
     "features": "projected gradients of training images and queries",
     "features/distortion.json": "how far the projection changed inner products",
+    "ensemble": "models trained on subsets, and the queries' losses under them",
+    "lds.json": "linear datamodeling scores",
+    "counterfactual.json": "what became of images without their top training images",
+    "counterfactual": "the models trained without them, and their images",
+    "ablations.json": "linear datamodeling scores of other choices",
+    "ablations": "their features and results",
     "scores": "METHOD-QUERIES.npz: a score for each query and training image",
 }
 
@@ -77,17 +91,24 @@ def model_section(
 def features_section(
     config: Config, workdir: epath.Path, scores: Mapping[tuple[str, str], Scores]
 ) -> str:
-    """What the features are, and the spectrum of every kernel with its lambda."""
+    """What the features are, and the spectra of kernels; "" if no method uses any."""
     timesteps, kernels = _kernels(config)
     # Kernels are of the training images: the same for every set of queries.
     of_method = {method: one for (_, method), one in scores.items()}
-    uses = " and ".join(
-        f"{GRADIENTS[METHODS[method]]} ({NAMES[method]})" for method in of_method
+    users: dict[str, list[str]] = {}
+    for method in of_method:
+        if METHODS[method]:
+            users.setdefault(METHODS[method], []).append(method_name(method))
+    if not users:
+        return ""
+    uses = listed(
+        [f"{GRADIENTS[m]} ({', '.join(names)})" for m, names in users.items()]
     )
     unit = "" if config.attribution.absolute else " of a kernel's mean eigenvalue"
+    with_kernels = {m: s for m, s in of_method.items() if s.eigenvalues is not None}
     plots, rows = [], []
-    for method, one in of_method.items():
-        name, size = NAMES[method], one.eigenvalues.shape[1]
+    for method, one in with_kernels.items():
+        name, size = method_name(method), one.eigenvalues.shape[1]
         dims = np.sum(one.eigenvalues / (one.eigenvalues + one.lambdas[:, None]), 1)
         spread = " to ".join(dict.fromkeys(f"{d:.0f}" for d in (min(dims), max(dims))))
         plots.append(
@@ -104,13 +125,20 @@ def features_section(
     return f"""<section id="features"><h2>Features and kernels</h2>
 <p>Features are gradients of {uses}, {timesteps}. {NOISES[config.features.noise]} The
 damping λ is {config.attribution.damping:g}{unit}.</p>
-{_distortion(config, workdir)}<div class="plots">{"".join(plots)}</div>
+{_distortion(config, workdir)}{_spectra(plots, rows)}</section>"""
+
+
+def _spectra(plots: list[str], rows: list[str]) -> str:
+    """The spectra with their table; "" without kernels."""
+    if not plots:
+        return ""
+    return f"""<div class="plots">{"".join(plots)}</div>
 <p class="note">Directions whose eigenvalue is above λ (left of the dot) shape the
 scores; those below it are damped away. Eigenvalues below the plot's lower edge are
 rounding errors.</p>
 <details><summary>λ and effective dimension of every kernel</summary><table><thead><tr>
 <th>method<th>kernel<th>λ<th>effective dimension</thead><tbody>{"".join(rows)}</tbody>
-</table></details></section>"""
+</table></details>"""
 
 
 def _kernels(config: Config) -> tuple[str, list[str]]:

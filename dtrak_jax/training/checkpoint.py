@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -10,21 +11,35 @@ from dtrak_jax.trees import named_leaves
 
 
 def open_manager(
-    directory: epath.PathLike, keep: Sequence[int]
+    directory: epath.PathLike, keep: Sequence[int], *, alone: bool = False
 ) -> ocp.CheckpointManager:
     """A manager that keeps the steps in `keep` and otherwise only the latest one.
+
+    `alone`: only this process uses it, whatever the others do.
 
     A checkpoint appears by a rename once it is whole, so a killed run leaves the one
     before it.
     """
+    directory = epath.Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    processes = ocp.options.MultiprocessingOptions()
+    if alone:
+        me = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(
+            primary_host=me,
+            active_processes={me},
+            barrier_sync_key_prefix=f"process{me}",
+        )
     options = ocp.CheckpointManagerOptions(
+        multiprocessing_options=processes,
         preservation_policy=policies.AnyPreservationPolicy(
             [policies.LatestN(1), policies.CustomSteps(keep)]
         ),
         cleanup_tmp_directories=True,
+        create=False,
     )
     return ocp.CheckpointManager(
-        epath.Path(directory).absolute(),
+        directory,
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )

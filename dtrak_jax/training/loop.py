@@ -77,6 +77,7 @@ def train_step(
     x: jax.Array,
     index: jax.Array,
     weights: jax.Array,
+    seed: jax.Array,
     *,
     apply: Callable,
     schedule: Schedule,
@@ -92,12 +93,13 @@ def train_step(
       x: images [b, H, W, C].
       index: positions of the images in the training set [b].
       weights: 1, or 0 for the filling of a short batch [b].
+      seed: `config.seed`, or that of this member of an ensemble.
       apply: the network in training mode, (params, x, t, cond, key) -> prediction.
       schedule: the noise schedule.
-      config: the optimiser's settings.
+      config: the optimiser's settings; not its seed.
       flip: whether to mirror half of the images.
     """
-    key = fold_in(stream(config.seed, "train"), state.step)
+    key = fold_in(stream(seed, "train"), state.step)
     dropout_key = fold_in(key, 0, jax.lax.axis_index("data"))
 
     def draw(i, image):
@@ -162,10 +164,10 @@ def train(
     mesh = parallel.mesh(jax.devices())
     step_function = _compile(apply, schedule, config, flip, mesh)
     make_state = _state_maker(init, config, mesh)
-    kept = sorted({max(1, round(f * config.steps)) for f in config.checkpoints})
+    kept = kept_steps(config)
     with (
         checkpoint.open_manager(directory / "checkpoints", kept) as manager,
-        _stop_requests() as stop,
+        stop_requests() as stop,
     ):
         start = manager.latest_step() or 0
         if start:
@@ -179,7 +181,8 @@ def train(
             for step in range(start, config.steps):
                 rows, weights = batch(len(images), config.batch_size, config.seed, step)
                 arrays = (images[rows], rows.astype(np.int32), weights)
-                state = step_function(state, *_place(mesh, *arrays))
+                arrays = _place(mesh, *arrays)
+                state = step_function(state, *arrays, np.uint32(config.seed))
                 done = step + 1
                 bar.update()
                 if done % config.log_every == 0 or done == config.steps:
@@ -193,7 +196,12 @@ def train(
                         f"training stopped after step {done} of {config.steps}, which "
                         "is saved; the same command continues from there"
                     )
-    return jax.device_get(_trained(state))
+    return jax.device_get(trained(state))
+
+
+def kept_steps(config: TrainConfig) -> list[int]:
+    """The steps whose checkpoints stay, ascending; the last one is the end."""
+    return sorted({max(1, round(f * config.steps)) for f in config.checkpoints})
 
 
 def load_params(
@@ -224,10 +232,10 @@ def load_params(
     mesh = parallel.mesh(jax.local_devices()[:1])
     abstract = jax.eval_shape(_state_maker(init, config, mesh))
     with checkpoint.open_manager(folder, [step]) as manager:
-        return jax.device_get(_trained(checkpoint.restore(manager, step, abstract)))
+        return jax.device_get(trained(checkpoint.restore(manager, step, abstract)))
 
 
-def _trained(state: TrainState):
+def trained(state: TrainState):
     """The parameters that count as the model."""
     return state.ema if jax.tree.leaves(state.ema) else state.params
 
@@ -256,7 +264,7 @@ def _compile(
             *arrays, apply=apply, schedule=schedule, config=config, flip=flip
         )
 
-    specs = (P(), P("data"), P("data"), P("data"))
+    specs = (P(), P("data"), P("data"), P("data"), P())
     return parallel.over_mesh(step, mesh, specs, P(), donate_argnums=0)
 
 
@@ -308,7 +316,7 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM, so that no step is cut in two.
 
     A second one acts as if this were not here.

@@ -1,0 +1,1 @@
+"""How far scores can be trusted: against models that were retrained."""

@@ -1,0 +1,86 @@
+"""Rank correlations and intervals, for many queries and resamples at once."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+BLOCK = 2**25
+"""Comparisons of pairs of subsets that are in memory at one time."""
+
+
+class Estimate(NamedTuple):
+    """A value and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def spearman(
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Spearman's rank correlation of every column of a with the same one of b.
+
+    Equal values share the mean of their ranks. With weights w, the correlation of the
+    sample in which row i stands w_i times, without making it: the mean rank of row i
+    there is sum_j w_j ([a_j < a_i] + [a_j = a_i] / 2) + 1/2, one matrix product for
+    all resamples.
+
+    Args:
+      a: [M, q].
+      b: [M, q].
+      weights: how often each row counts [B, M]; None counts each once.
+
+    Returns:
+      [q], or [B, q] with weights; 0 where a column is constant.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    w = np.ones((1, len(a))) if weights is None else np.asarray(weights)
+    w = w.astype(np.float32)
+    count = w.sum(axis=1, keepdims=True)
+    result = np.empty((len(w), a.shape[1]))
+    step = max(1, BLOCK // len(a) ** 2)
+    for start in range(0, a.shape[1], step):
+        columns = slice(start, start + step)
+        # Ranks in [-1/2, 1/2] around their mean, [q, B, M].
+        ranks_a, ranks_b = (
+            w @ _order(x[:, columns].T).transpose(0, 2, 1) / count - 0.5 for x in (a, b)
+        )
+        cross, square_a, square_b = (
+            np.einsum("qbm,qbm,bm->bq", x, y, w, optimize=True).astype(np.float64)
+            for x, y in (
+                (ranks_a, ranks_b),
+                (ranks_a, ranks_a),
+                (ranks_b, ranks_b),
+            )
+        )
+        # float32 leaves about 1e-7 of a variance of 0.
+        varies = np.minimum(square_a, square_b) > 1e-5
+        result[:, columns] = np.where(
+            varies, cross / np.sqrt(np.where(varies, square_a * square_b, 1)), 0
+        )
+    return result[0] if weights is None else result
+
+
+def _order(x: np.ndarray) -> np.ndarray:
+    """[x_j < x_i] + [x_j = x_i] / 2, float32 [q, i, j], of x [q, M]."""
+    i, j = x[:, :, None], x[:, None, :]
+    return (j < i).astype(np.float32) + np.float32(0.5) * (j == i)
+
+
+def resamples(n: int, count: int, seed: int) -> np.ndarray:
+    """How often each of n items is in each of `count` bootstrap samples, [count, n]."""
+    draws = np.random.default_rng(seed).integers(0, n, (count, n))
+    counts = np.zeros((count, n), np.int64)
+    np.add.at(counts, (np.arange(count)[:, None], draws), 1)
+    return counts
+
+
+def interval(value: float, samples: np.ndarray) -> Estimate:
+    """The value with the central 95% of its bootstrap samples, moved onto the value.
+
+    A bootstrap sample of rank correlations is biased low, since repeated rows are
+    ties; without moving, the interval of a good score can lie below the score itself.
+    """
+    low, high = np.quantile(samples, [0.025, 0.975]) - samples.mean()
+    return Estimate(float(value), float(value + low), float(value + high))

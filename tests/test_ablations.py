@@ -1,0 +1,85 @@
+"""Arms that are compared differ in what is named, and in nothing else."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtrak_jax.evaluation import ablations, lds
+from dtrak_jax.evaluation.lds import Truth
+
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+CONFIG = runpy.run_path(str(DIGITS))["get_config"]()
+STUDIES = ablations.studies(CONFIG)
+
+
+def test_noises_and_kernels_are_compared_at_equal_cost():
+    arms = STUDIES["noise"]
+    assert {len(arm.pairs) for arm in arms} == {10}
+    cells = {(a.source.noise, a.kernel, a.measurement, a.source.seed) for a in arms}
+    assert len(cells) == len(arms) == 4 * 4 * 2 * CONFIG.ablation.noise_seeds
+    # But for the noise and its seed they have one source.
+    assert len({dataclasses.replace(a.source, noise="", seed=0) for a in arms}) == 1
+
+
+def test_few_sources_serve_all_arms():
+    for name, arms in STUDIES.items():
+        assert len({a.key for a in arms}) == len(arms), name
+        assert len({a.source.name for a in arms}) <= len(arms) / 2
+        for arm in arms:
+            assert arm.study == name
+            assert max(arm.pairs) < len(arm.source.timesteps) * arm.source.draws
+
+
+def test_draws_are_doubled_and_share_what_they_can():
+    arms = [a for a in STUDIES["draws"] if a.source.noise == "independent"]
+    assert sorted({a.draws for a in arms}) == [1, 2, 4, 8, 16, 32, 64]
+    assert len({a.source for a in arms}) == 1
+    two = next(a for a in arms if a.draws == 2)
+    four = next(a for a in arms if a.draws == 4)
+    assert two.pairs == four.pairs[:2]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Features of 2 pairs, and an ensemble that their kernels predict."""
+    rng = np.random.default_rng(0)
+    train, query = rng.normal(size=(2, 30, 50)), rng.normal(size=(2, 6, 50))
+    masks = rng.random((40, 30)) < 0.5
+    scores = np.einsum("tqk,tnk->qn", query, train)
+    losses = -(masks @ scores.T) + 10 * rng.normal(size=(40, 6))
+    ids = np.arange(6).astype(str), np.arange(30).astype(str)
+    return train, query, Truth(losses[:, None], masks, *ids)
+
+
+@pytest.mark.parametrize("kernel", ablations.KERNELS)
+def test_rows_of_a_kernel(made, kernel):
+    train, query, truth = made
+    arm = next(a for a in STUDIES["noise"] if a.kernel == kernel)
+    rows = ablations.rows(arm, train, query, truth)
+    by_rule = {(row["damping_rule"], row["transform"]): row["lds"] for row in rows}
+    if kernel == "cosine":
+        unit_train, unit_query = (
+            a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (train, query)
+        )
+        scores = np.einsum("tqk,tnk->qn", unit_query, unit_train) / 2
+        assert by_rule.keys() == {(None, "linear"), (None, "squared")}
+        expected = lds.lds(truth.predict(scores), truth)
+        assert by_rule[None, "linear"] == pytest.approx(expected, abs=1e-6)
+        return
+    if kernel == "averaged":
+        train, query = train.mean(axis=0)[None], query.mean(axis=0)[None]
+    grams = [phi.T @ phi for phi in train]
+    if kernel == "pooled":
+        grams = [sum(grams)] * len(train)
+    units = min(len(train[0]) * (len(train) if kernel == "pooled" else 1), 50)
+    scores = sum(
+        q @ np.linalg.inv(g + 0.1 * np.trace(g) / units * np.eye(50)) @ phi.T
+        for q, g, phi in zip(query, grams, train, strict=True)
+    )
+    for transform, values in (("linear", scores), ("squared", scores**2)):
+        expected = lds.lds(truth.predict(values), truth)
+        assert by_rule["label-free", transform] == pytest.approx(expected, abs=2e-3)
+    assert by_rule["oracle", "linear"] >= by_rule["label-free", "linear"]

@@ -1,0 +1,207 @@
+"""Retrained models are those that would be trained alone, whatever interrupts them."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dtrak_jax import diffusion, training
+from dtrak_jax.config import TrainConfig
+from dtrak_jax.evaluation import outputs
+from dtrak_jax.streams import fold_in, id_words, stream
+from dtrak_jax.training import ensemble
+from dtrak_jax.training.ensemble import Member
+
+SCHEDULE = diffusion.linear_schedule()
+CONFIG = TrainConfig(steps=12, batch_size=5, learning_rate=1e-2, save_every=4)
+MEMBERS = [
+    Member("a", np.array([0, 1, 2, 5, 7, 11]), 0),
+    Member("b", np.array([3, 4, 6, 8, 9, 10, 11]), 0),
+    Member("c", np.array([0, 1, 2, 5, 7, 11]), 5),
+]
+
+
+def init(key):
+    return {"w": 0.1 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
+
+
+def apply(params, x, t, cond):
+    y = jax.lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
+
+
+def train_apply(params, x, t, cond, key):
+    return apply(params, x, t, cond)
+
+
+def train(images, directory, members=MEMBERS, config=CONFIG):
+    training.train_members(
+        init, train_apply, SCHEDULE, images, members, config, directory
+    )
+
+
+def load(directory, names="abc"):
+    return training.load_members(init, list(names), CONFIG, directory)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ensemble")
+    train(images, directory)
+    return directory
+
+
+def test_members_equal_those_trained_alone(images, trained, tmp_path, one_device):
+    stack = load(trained)
+    for i, member in enumerate(MEMBERS):
+        config = dataclasses.replace(CONFIG, seed=member.seed)
+        alone = training.train(
+            init,
+            train_apply,
+            SCHEDULE,
+            images[member.rows],
+            config,
+            tmp_path / member.name,
+        )
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        # Another program, so its last digit may differ.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), own, alone)
+    # They differ in their images, and in their seeds.
+    w = stack["w"]
+    assert np.abs(w[0] - w[1]).max() > 1e-4
+    assert np.abs(w[0] - w[2]).max() > 1e-4
+
+
+def test_one_device_and_other_company_change_nothing(
+    images, trained, tmp_path, one_device
+):
+    train(images, tmp_path, MEMBERS[::-1])
+    assert_same(load(tmp_path), load(trained))
+
+
+def test_growing_trains_the_new_members_alone(images, tmp_path, monkeypatch, trained):
+    train(images, tmp_path, MEMBERS[:1])
+    seen = count_steps(monkeypatch)
+    train(images, tmp_path)
+    assert len(seen) == CONFIG.steps  # one group of the two new ones
+    assert_same(load(tmp_path), load(trained))
+    seen.clear()
+    train(images, tmp_path)
+    assert not seen
+
+
+def count_steps(monkeypatch, then=lambda count: None):
+    """A list that grows with every training step of a group."""
+    seen, compiled = [], ensemble._compile
+
+    def compile_and_count(*arguments):
+        step, first = compiled(*arguments)
+
+        def counted(*arrays):
+            seen.append(len(arrays[1]))
+            then(len(seen))
+            return step(*arrays)
+
+        return counted, first
+
+    monkeypatch.setattr(ensemble, "_compile", compile_and_count)
+    return seen
+
+
+@pytest.mark.parametrize("at", [1, 6, 12])
+def test_an_interrupt_loses_no_step(images, tmp_path, monkeypatch, trained, at):
+    def interrupt(count):
+        if count == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        count_steps(patch, interrupt)
+        if at < CONFIG.steps:
+            with pytest.raises(KeyboardInterrupt, match=f"step {at} of 12"):
+                train(images, tmp_path)
+        else:
+            train(images, tmp_path)
+    seen = count_steps(monkeypatch)
+    train(images, tmp_path)
+    assert len(seen) == CONFIG.steps - at
+    assert_same(load(tmp_path), load(trained))
+
+
+def test_a_kill_loses_no_finished_member(
+    images, tmp_path, monkeypatch, trained, one_device
+):
+    def kill(count):
+        if count == 18:  # the second member, two steps after it was saved
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        count_steps(patch, kill)
+        with pytest.raises(SystemExit):
+            train(images, tmp_path)
+    seen = count_steps(monkeypatch)
+    train(images, tmp_path)
+    assert len(seen) == 3 * 12 - 16
+    assert_same(load(tmp_path), load(trained))
+
+
+def test_missing_and_diverging_members_are_named(images, trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="1 models are not trained: d"):
+        load(trained, "ad")
+    wild = dataclasses.replace(CONFIG, learning_rate=1e30, clip_norm=1e30)
+    with pytest.raises(FloatingPointError, match="the training loss of a"):
+        train(images * np.float32(np.nan), tmp_path, MEMBERS[:1], wild)
+
+
+def measured(images, trained, names="abc", **changes):
+    options = {"timesteps": 4, "draws": 2, "seed": 0, "batch_size": 5} | changes
+    ids = np.array([f"query-{i}" for i in range(len(images))])
+    return outputs.measure(
+        apply, SCHEDULE, load(trained, names), images, ids, **options
+    )
+
+
+def test_losses_are_means_over_timesteps_and_draws(images, trained):
+    """A loop that shares nothing with `measure` but the noise."""
+    losses = measured(images, trained)
+    assert losses.shape == (3, 12)
+    params = jax.tree.map(lambda leaf: leaf[1], load(trained))
+    words = id_words(["query-7"])[0]
+    total = []
+    for t in (125, 375, 625, 875):
+        for draw in range(2):
+            key = fold_in(stream(0, "outputs"), *words, t, draw)
+            eps = jax.random.normal(key, (8, 8, 1))
+            signal_share = SCHEDULE.alpha_bar[t]
+            x_t = np.sqrt(signal_share) * images[7] + np.sqrt(1 - signal_share) * eps
+            prediction = apply(params, x_t[None], np.array([t]), None)[0]
+            total.append(np.mean((prediction - eps) ** 2))
+    np.testing.assert_allclose(losses[1, 7], np.mean(total), rtol=1e-5)
+
+
+def test_losses_do_not_depend_on_batches_or_company(images, trained):
+    losses = measured(images, trained)
+    np.testing.assert_allclose(
+        measured(images, trained, batch_size=100), losses, rtol=1e-5
+    )
+    np.testing.assert_allclose(measured(images, trained, "b")[0], losses[1], rtol=1e-5)
+    assert np.abs(measured(images, trained, seed=1) - losses).max() > 1e-4
+
+
+def test_timesteps():
+    grid = outputs.timestep_grid
+    assert grid(1000, SCHEDULE).tolist() == list(range(1000))
+    assert grid(4, SCHEDULE).tolist() == [125, 375, 625, 875]
+    assert grid((7, 3), SCHEDULE).tolist() == [7, 3]
+    for wrong in (0, 1001, (), (1000,), (-1,)):
+        with pytest.raises(ValueError, match=r"ensemble\.timesteps is"):
+            grid(wrong, SCHEDULE)

@@ -1,0 +1,188 @@
+"""The linear datamodeling score against scipy, closed forms and simulations."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation.lds import Truth
+from dtrak_jax.evaluation.statistics import interval, resamples, spearman
+
+
+def make_truth(rng, subsets=32, seeds=2, queries=30, train=40, noise=0.5):
+    """Losses that are linear in the masks, and the scores that make them."""
+    scores = rng.normal(size=(queries, train))
+    masks = rng.random((subsets, train)) < 0.5
+    losses = -(masks @ scores.T)[:, None]
+    losses = losses + noise * np.sqrt(train) * rng.normal(
+        size=(subsets, seeds, queries)
+    )
+    ids = np.arange(queries).astype(str), np.arange(train).astype(str)
+    return Truth(losses, masks, *ids), scores
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_spearman_is_scipys(rng):
+    a = np.round(rng.normal(size=(20, 9)), 1)  # with ties
+    b = a + rng.normal(size=a.shape)
+    expected = [scipy.stats.spearmanr(a[:, i], b[:, i])[0] for i in range(9)]
+    np.testing.assert_allclose(spearman(a, b), expected, atol=1e-6)
+
+
+def test_weights_are_repetitions(rng):
+    a = np.round(rng.normal(size=(20, 5)), 1)
+    b = a + rng.normal(size=a.shape)
+    weights = resamples(20, 7, 0)
+    found = spearman(a, b, weights)
+    for w, row in zip(weights, found, strict=True):
+        at = np.repeat(np.arange(20), w)
+        expected = [scipy.stats.spearmanr(a[at, i], b[at, i])[0] for i in range(5)]
+        np.testing.assert_allclose(row, expected, atol=1e-6)
+
+
+def test_a_constant_correlates_with_nothing(rng):
+    a = np.ones((20, 3))
+    assert (spearman(a, rng.normal(size=a.shape)) == 0).all()
+    assert (spearman(a, rng.normal(size=a.shape), resamples(20, 4, 0)) == 0).all()
+
+
+def test_resamples_are_samples_with_replacement():
+    counts = resamples(50, 2000, 3)
+    assert (counts.sum(axis=1) == 50).all()
+    np.testing.assert_allclose(counts.mean(), 1)
+    # Binomial(50, 1/50).
+    np.testing.assert_allclose(counts.var(), 49 / 50, rtol=0.03)
+
+
+def test_true_scores_reach_1_and_random_ones_0(rng):
+    truth, scores = make_truth(rng, noise=0)
+    assert lds.lds(truth.predict(scores), truth) == pytest.approx(1, abs=1e-6)
+    assert lds.lds(truth.predict(-scores), truth) == pytest.approx(-1, abs=1e-6)
+    guess = rng.normal(size=scores.shape)
+    estimate, _ = lds.bootstrap(truth.predict(guess), truth)
+    assert estimate.low < 0 < estimate.high
+
+
+def test_the_order_of_subsets_is_nothing_and_the_value_lies_within(rng):
+    truth, scores = make_truth(rng)
+    order = rng.permutation(len(truth.masks))
+    shuffled = dataclasses.replace(
+        truth, outputs=truth.outputs[order], masks=truth.masks[order]
+    )
+    value = lds.lds(truth.predict(scores), truth)
+    assert lds.lds(shuffled.predict(scores), shuffled) == pytest.approx(value)
+    estimate, samples = lds.bootstrap(truth.predict(scores), truth)
+    assert estimate.low < value == estimate.value < estimate.high
+    assert samples.shape == (lds.RESAMPLES,)
+
+
+def test_the_interval_holds_the_value_of_endless_subsets(rng):
+    """At least 85 of 100 intervals of 95%, from 24 subsets each."""
+    scores = rng.normal(size=(12, 40))
+
+    def draw(subsets):
+        masks = rng.random((subsets, 40)) < 0.5
+        losses = -(masks @ scores.T) + 4 * rng.normal(size=(subsets, 12))
+        ids = np.arange(12).astype(str), np.arange(40).astype(str)
+        return Truth(losses[:, None], masks, *ids)
+
+    many = draw(4000)
+    target = lds.lds(many.predict(scores), many)
+    held = 0
+    for _ in range(100):
+        few = draw(24)
+        estimate, _ = lds.bootstrap(few.predict(scores), few)
+        held += estimate.low <= target <= estimate.high
+    assert held >= 85
+
+
+def test_the_ceiling_is_what_the_truth_itself_reaches(rng):
+    for seeds in (2, 3, 4):
+        truth, scores = make_truth(rng, subsets=400, seeds=seeds, queries=60)
+        reached = lds.lds(truth.predict(scores), truth)
+        found = lds.ceiling(truth)
+        assert found.value == pytest.approx(reached, abs=0.02)
+        assert found.low < found.value < found.high
+    alone = dataclasses.replace(truth, outputs=truth.outputs[:, :1])
+    assert lds.ceiling(alone) is None
+
+
+def test_a_difference_is_sharper_than_its_parts(rng):
+    """Paired: the same subsets and queries for both."""
+    truth, scores = make_truth(rng)
+    near = truth.predict(scores + 0.3 * rng.normal(size=scores.shape))
+    exact = truth.predict(scores)
+    a, samples_a = lds.bootstrap(exact, truth)
+    b, samples_b = lds.bootstrap(near, truth)
+    found = interval(a.value - b.value, samples_a - samples_b)
+    assert found.value > 0 and found.low > 0
+    assert found.high - found.low < 0.7 * (a.high - a.low)
+
+
+def test_the_reference_interval_is_scipys_and_narrower(rng):
+    truth, scores = make_truth(rng)
+    predicted = truth.predict(scores)
+    found = lds.reference_interval(predicted, truth)
+
+    def loop(subsets):
+        columns = zip(predicted[subsets].T, truth.target[subsets].T, strict=True)
+        return np.mean([scipy.stats.spearmanr(a, b)[0] for a, b in columns])
+
+    expected = scipy.stats.bootstrap(
+        (np.arange(32),), loop, vectorized=False, n_resamples=64, random_state=42
+    )
+    assert found["low"] == pytest.approx(expected.confidence_interval.low, abs=1e-6)
+    assert found["high"] == pytest.approx(expected.confidence_interval.high, abs=1e-6)
+    estimate, _ = lds.bootstrap(predicted, truth)
+    assert found["high"] - found["low"] < estimate.high - estimate.low
+
+
+def test_cross_fitting_never_sees_what_it_is_scored_on(rng):
+    truth, scores = make_truth(rng)
+    # One guess for each damping: the best of 50 on all subsets flatters itself.
+    guesses = rng.normal(size=(50, *scores.shape))
+    path = np.stack([truth.predict(guess) for guess in guesses])
+    values = [lds.lds(predictions, truth) for predictions in path]
+    honest, chosen = lds.cross_fitted(path, truth)
+    assert max(values) > honest.value + 0.02
+    assert abs(honest.value) < 0.1
+    # Where one damping is right, it is found by both halves.
+    path[17] = truth.predict(scores)
+    found, chosen = lds.cross_fitted(path, truth)
+    assert chosen == [17, 17]
+    assert found.low < lds.lds(path[17], truth) < found.high
+
+
+def test_learning_from_halves_is_not_remembering(rng):
+    """Losses that depend on no example cannot be predicted."""
+    truth, _ = make_truth(rng)
+    noise = dataclasses.replace(truth, outputs=rng.normal(size=truth.outputs.shape))
+
+    def remember(masks, losses):
+        return -(losses - losses.mean(axis=0)).T @ (masks - masks.mean(axis=0))
+
+    seen = remember(noise.masks, -noise.target)
+    assert lds.lds(noise.predict(seen), noise) > 0.3
+    assert abs(lds.from_halves(remember, noise).value) < 0.15
+    assert lds.from_halves(remember, truth).value > 0.15
+
+
+def test_wrong_truths(rng):
+    truth, scores = make_truth(rng)
+    with pytest.raises(ValueError, match="do not fit 39 training images"):
+        dataclasses.replace(truth, train_ids=truth.train_ids[:-1])
+    few = {"outputs": truth.outputs[:7], "masks": truth.masks[:7]}
+    with pytest.raises(ValueError, match="7 subsets; an interval needs at least 8"):
+        dataclasses.replace(truth, **few)
+    with pytest.raises(ValueError, match="not all finite"):
+        dataclasses.replace(truth, outputs=truth.outputs * np.nan)
+    few = {"outputs": truth.outputs[:10], "masks": truth.masks[:10]}
+    small = dataclasses.replace(truth, **few)
+    with pytest.raises(ValueError, match="needs 16"):
+        lds.cross_fitted(small.predict(scores)[None], small)

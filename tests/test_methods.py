@@ -1,0 +1,432 @@
+"""Every attribution method against its closed form or an independent implementation."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeCV
+
+import dtrak_jax as dtrak
+from dtrak_jax import attribution
+from dtrak_jax.attribution import Scores, ensemble_mean, factorize, solver
+
+SHAPES = [(12, 40), (40, 12)]
+"""n and k: dual, and primal."""
+
+
+def features(n, k, pairs=3, q=5, seed=0):
+    rng = np.random.default_rng(seed)
+    train, query = rng.normal(size=(pairs, n, k)), rng.normal(size=(pairs, q, k))
+    scale = 10.0 ** np.arange(pairs)[:, None, None]
+    return (scale * train).astype(np.float32), (scale * query).astype(np.float32)
+
+
+def wide(*arrays):
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def lambdas(train, damping):
+    """damping times the mean eigenvalue of each kernel."""
+    return [damping * np.sum(phi**2) / min(phi.shape) for phi in train]
+
+
+# Gradients
+
+
+def test_gradient_dot_is_the_mean_over_pairs():
+    train, query = features(6, 9)
+    expected = np.einsum("jqk,jnk->qn", *wide(query, train)) / 3
+    scores = attribution.gradient_dot(train, query)
+    assert scores.dtype == np.float64
+    assert_close(scores, expected, 1e-12)
+    assert_close(
+        attribution.gradient_dot(train[1], query[1]), wide(query[1])[0] @ train[1].T
+    )
+
+
+def test_gradient_cosine_normalises_each_pair_by_itself():
+    """So the pair with the largest gradients does not decide."""
+    train, query = features(6, 9)
+    a, b = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in wide(train, query))
+    expected = np.einsum("jqk,jnk->qn", b, a) / 3
+    assert_close(attribution.gradient_cosine(train, query), expected, 1e-12)
+    itself = attribution.gradient_cosine(train, train)
+    np.testing.assert_allclose(np.diag(itself), 1)
+    assert np.abs(itself).max() <= 1 + 1e-12
+    scaled = attribution.gradient_cosine(train * np.float32(7), query)
+    assert_close(scaled, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "single"),
+    [
+        (attribution.tracin, attribution.gradient_dot),
+        (attribution.gas, attribution.gradient_cosine),
+    ],
+)
+def test_checkpoints_count_equally_and_none_is_dropped(method, single):
+    checkpoints = [features(6, 9, seed=seed) for seed in range(3)]
+    trains, queries = zip(*checkpoints, strict=True)
+    expected = np.mean([single(*checkpoint) for checkpoint in checkpoints], axis=0)
+    assert_close(method(trains, queries), expected, 1e-12)
+    assert_close(method(trains[:1], queries[:1]), single(*checkpoints[0]), 1e-12)
+
+
+def test_checkpoints_that_do_not_belong_together():
+    (a, b), (other, _) = features(6, 9), features(7, 9)
+    with pytest.raises(ValueError, match="trains has 2 checkpoints and queries has 1"):
+        attribution.tracin([a, a], [b])
+    with pytest.raises(ValueError, match="one or more"):
+        attribution.gas([], [])
+    with pytest.raises(ValueError, match=r"trains\[1\] and trains\[0\] have different"):
+        attribution.tracin([a, other], [b, b])
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_inverse_norms_equal_those_of_the_explicit_inverse(n, k):
+    (phi,), _ = features(n, k, pairs=1)
+    phi[3] = 0
+    kernel = factorize(phi)
+    assert kernel.dual == (n < k)
+    norms = solver.inverse_norms(kernel, phi)
+    for value in (0.3, 30.0):
+        hessian = phi.T.astype(np.float64) @ phi + value * np.eye(k)
+        expected = np.linalg.norm(np.linalg.inv(hessian) @ phi.T, axis=0)
+        assert_close(norms(value), expected)
+        assert norms(value)[3] == 0
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_relative_and_renormalised_influence_by_explicit_inverse(n, k, relative):
+    train, query = wide(*features(n, k))
+    expected = 0
+    for phi, g, value in zip(train, query, lambdas(train, 0.2), strict=True):
+        inverse = np.linalg.inv(phi.T @ phi + value * np.eye(k))
+        size = np.linalg.norm(phi @ inverse if relative else phi, axis=1)
+        expected = expected + g @ inverse @ phi.T / size
+    method = (
+        attribution.relative_influence
+        if relative
+        else attribution.renormalised_influence
+    )
+    assert_close(method(train, query, 0.2), expected)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_renormalised_influence_of_a_rescaled_example(n, k):
+    """With a damping that outweighs the kernel it only knows the direction."""
+    train, query = features(n, k, pairs=1)
+    louder = train.copy()
+    louder[:, 2] *= 3
+    damping = dtrak.absolute(1e6)
+    for method in (attribution.relative_influence, attribution.renormalised_influence):
+        before, after = (method(phi, query, damping) for phi in (train, louder))
+        assert_close(after[:, 2], before[:, 2], 1e-3)
+    plain = dtrak.attribute(train, query, damping=damping).scores
+    loud = dtrak.attribute(louder, query, damping=damping).scores
+    assert_close(loud[:, 2], 3 * plain[:, 2], 1e-3)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        attribution.gradient_cosine,
+        attribution.relative_influence,
+        attribution.renormalised_influence,
+    ],
+)
+def test_a_gradient_of_zeros_has_score_0(method, n, k):
+    train, query = features(n, k)
+    train[:, 4], query[:, 1] = 0, 0
+    scores = method(train, query)
+    assert np.isfinite(scores).all()
+    assert (scores[:, 4] == 0).all()
+    assert (scores[1] == 0).all()
+    assert np.count_nonzero(scores) == (n - 1) * 4
+
+
+def test_gradient_methods_refuse_what_attribute_refuses():
+    train, query = features(6, 9)
+    for method in (attribution.gradient_dot, attribution.relative_influence):
+        with pytest.raises(ValueError, match="differ in the number of examples only"):
+            method(train, query[:2])
+        with pytest.raises(ValueError, match="not finite"):
+            method(train * np.nan, query)
+    with pytest.raises(ValueError, match="damping is -1"):
+        attribution.relative_influence(train, query, -1.0)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """Features of the measurement "mean" for training images and queries."""
+
+    def apply(params, x, t, cond):
+        return jnp.sin(params * x)
+
+    images = np.random.default_rng(0).uniform(-1, 1, (9, 3, 3, 1)).astype(np.float32)
+    params = np.linspace(0.5, 1.5, 9, dtype=np.float32).reshape(1, 3, 3, 1)
+    schedule = dtrak.linear_schedule()
+    task = dtrak.Task(apply, schedule, measurement="mean", timesteps=(50, 400))
+    exact = dtrak.Projection("none")
+    return [dtrak.featurize(task, params, part, exact) for part in (images, images[:2])]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        attribution.gradient_dot,
+        attribution.gradient_cosine,
+        attribution.relative_influence,
+        attribution.renormalised_influence,
+    ],
+)
+def test_stored_features_score_as_their_arrays(method, stored):
+    assert_close(method(*stored), method(*map(np.asarray, stored)), 1e-12)
+
+
+def test_every_measurement_has_a_kernel_method(stored):
+    assert dtrak.attribute(*stored).method == "kernel-mean"
+    assert dtrak.attribute(*stored, method="kernel-mean").scores.shape == (2, 9)
+
+
+# Kernels
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 40), (12, 30), (40, 12)])
+def test_pooled_scores_equal_the_plain_inverse(n, k):
+    """Dual; dual for one pair but primal for all; and primal."""
+    train, query = wide(*features(n, k))
+    grid = [dtrak.absolute(1e3), dtrak.absolute(1e5)]
+    path = attribution.damping_path(train, query, grid, pooled=True)
+    assert path.shape == (2, 5, n)
+    for (value, _), scores in zip(grid, path, strict=True):
+        hessian = np.einsum("jnk,jnl->kl", train, train) + value * np.eye(k)
+        inverse = np.linalg.inv(hessian)
+        expected = sum(g @ inverse @ phi.T for g, phi in zip(query, train, strict=True))
+        assert_close(scores, expected)
+
+
+def test_pooled_damping_is_relative_to_the_pooled_kernel():
+    train, query = features(12, 20)
+    value = 0.1 * np.sum(train.astype(np.float64) ** 2) / 20
+    relative = attribution.damping_path(train, query, [0.1], pooled=True)
+    grid = [dtrak.absolute(value)]
+    assert_close(relative, attribution.damping_path(train, query, grid, pooled=True))
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_one_pair_pooled_is_one_pair_apart(n, k):
+    train, query = features(n, k, pairs=1)
+    apart = attribution.damping_path(train, query, (0.01, 1.0))
+    for t, q in ((train, query), (train[0], query[0])):
+        pooled = attribution.damping_path(t, q, (0.01, 1.0), pooled=True)
+        np.testing.assert_array_equal(pooled, apart)
+    three = features(n, k)
+    different = attribution.damping_path(*three, (0.1,), pooled=True)
+    assert np.abs(different - attribution.damping_path(*three, (0.1,))).max() > 1e-3
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_reducing_each_kernel_is_reducing_afterwards(pooled):
+    train, query = features(12, 20)
+    masks = np.random.default_rng(1).random((8, 12)) < 0.5
+
+    def predict(tau):
+        return masks @ tau.T
+
+    path = attribution.damping_path(train, query, pooled=pooled)
+    reduced = attribution.damping_path(train, query, pooled=pooled, reduce=predict)
+    assert reduced.shape == (len(solver.GRID), 8, 5)
+    assert_close(reduced, np.array([predict(scores) for scores in path]), 1e-12)
+
+
+# Images, embeddings and chance
+
+
+def test_pixel_similarities():
+    images = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4, 3)).astype(np.float32)
+    images[5] = 0
+    train, query = images[2:], images[:2]
+    flat_train, flat_query = train.reshape(5, 48), query.reshape(2, 48)
+    dots = wide(flat_query)[0] @ flat_train.T
+    assert_close(attribution.pixel_dot(train, query), dots, 1e-12)
+    norms = [np.sqrt(np.sum(wide(x)[0] ** 2, axis=(1, 2, 3))) for x in (query, train)]
+    expected = dots / norms[0][:, None] / np.where(norms[1], norms[1], 1)
+    cosines = attribution.pixel_cosine(train, query)
+    assert_close(cosines, expected, 1e-12)
+    assert (cosines[:, 3] == 0).all()
+    np.testing.assert_array_equal(
+        attribution.embedding_cosine(flat_train, flat_query), cosines
+    )
+
+
+def test_wrong_images_and_embeddings():
+    images = np.zeros((3, 4, 4, 1), np.float32)
+    with pytest.raises(ValueError, match="differ in the number of images only"):
+        attribution.pixel_dot(images, images[:, :3])
+    with pytest.raises(ValueError, match="uint8"):
+        attribution.pixel_cosine(images.astype(np.uint8), images)
+    with pytest.raises(ValueError, match=r"must be \[n, d\] and \[q, d\]"):
+        attribution.embedding_cosine(np.zeros((3, 4)), np.zeros((3, 5)))
+
+
+def test_random_scores_belong_to_pairs_of_ids():
+    train, query = [f"t{i}" for i in range(300)], [f"q{i}" for i in range(40)]
+    scores = attribution.random_scores(train, query)
+    assert scores.shape == (40, 300)
+    order = np.random.default_rng(0).permutation(300)
+    shuffled = attribution.random_scores([train[i] for i in order], query)
+    np.testing.assert_array_equal(shuffled, scores[:, order])
+    fewer = attribution.random_scores(train[5:9], query[3:4])
+    np.testing.assert_array_equal(fewer, scores[3:4, 5:9])
+    other = attribution.random_scores(train, query, seed=1)
+    assert abs(np.corrcoef(other.ravel(), scores.ravel())[0, 1]) < 0.05
+
+
+def test_random_scores_are_standard_normal_and_independent():
+    ids = [f"x{i}" for i in range(200)]
+    scores = attribution.random_scores(ids, ids)
+    assert abs(scores.mean()) < 0.02
+    assert abs(scores.std() - 1) < 0.02
+    assert len(np.unique(scores)) > 0.99 * scores.size
+    # A query and a training example of swapped ids are another pair.
+    assert abs(np.corrcoef(scores.ravel(), scores.T.ravel())[0, 1]) < 0.05
+    rows = np.corrcoef(scores)
+    assert np.abs(rows - np.eye(200)).max() < 0.4
+
+
+# Retraining
+
+
+def retrained(models=30, n=50, q=7, seed=0):
+    """Losses that are linear in the masks, and noise."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((models, n)) < 0.5
+    effect = rng.normal(size=(n, q)) * (rng.random((n, q)) < 0.2)
+    noise = rng.normal(size=(models, q)) * np.geomspace(0.01, 10, q)
+    return masks, masks @ effect + noise + 5
+
+
+def test_empirical_influence_is_a_difference_of_means():
+    masks, outputs = retrained()
+    expected = [
+        [f[~masks[:, n]].mean() - f[masks[:, n]].mean() for n in range(masks.shape[1])]
+        for f in outputs.T
+    ]
+    assert_close(attribution.empirical_influence(masks, outputs), expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "method", [attribution.empirical_influence, attribution.datamodels]
+)
+def test_an_example_that_lowers_the_loss_has_positive_influence(method):
+    masks = np.random.default_rng(0).random((60, 5)) < 0.5
+    outputs = 1 - masks[:, [2]] + 0.5 * masks[:, [4]]
+    (scores,) = method(masks, outputs)
+    assert np.argmax(scores) == 2
+    assert scores[2] > 0.5
+    assert np.argmin(scores) == 4
+    assert scores[4] < -0.2
+
+
+@pytest.mark.parametrize(
+    "method", [attribution.empirical_influence, attribution.datamodels]
+)
+def test_nothing_is_known_of_examples_in_all_or_no_subsets(method):
+    masks, outputs = retrained()
+    masks[:, 3], masks[:, 8] = True, False
+    scores = method(masks, outputs)
+    assert np.isfinite(scores).all()
+    np.testing.assert_allclose(scores[:, [3, 8]], 0, atol=1e-12)
+    assert np.abs(scores[:, 4]).max() > 0.01
+
+
+@pytest.mark.parametrize(("models", "n", "folds"), [(30, 50, 5), (33, 12, 4)])
+def test_datamodels_equal_sklearns_ridge_one_query_at_a_time(models, n, folds):
+    """More examples than models and fewer; folds of equal and of unequal size."""
+    masks, outputs = retrained(models, n, q=12)
+    outputs[:, 4] = 2.0
+    alphas = (0.1, 1.0, 10.0)
+    fits = [RidgeCV(alphas, cv=folds).fit(masks, f) for f in outputs.T]
+    assert len({fit.alpha_ for fit in fits}) >= 2
+    expected = -np.array([fit.coef_ for fit in fits])
+    scores = attribution.datamodels(masks, outputs, alphas, folds)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8)
+
+
+def test_wrong_retrained_models():
+    masks, outputs = retrained()
+    with pytest.raises(ValueError, match="has 9 models; .* at least 10, two in each"):
+        attribution.datamodels(masks[:9], outputs[:9])
+    with pytest.raises(ValueError, match="alphas is empty"):
+        attribution.datamodels(masks, outputs, alphas=())
+    with pytest.raises(ValueError, match="alphas is 0"):
+        attribution.datamodels(masks, outputs, alphas=(0.0,))
+    with pytest.raises(ValueError, match="folds is 1"):
+        attribution.datamodels(masks, outputs, folds=1)
+    for method in (attribution.empirical_influence, attribution.datamodels):
+        with pytest.raises(ValueError, match="masks are float64; they must be bool"):
+            method(masks.astype(np.float64), outputs)
+        with pytest.raises(ValueError, match="a row for each of M models"):
+            method(masks, outputs[:-1])
+        with pytest.raises(ValueError, match="outputs have entries"):
+            method(masks, outputs * np.nan)
+
+
+# Scores
+
+
+def plain_scores(value=1.0, **changes):
+    settings = {
+        "scores": np.full((2, 3), value, np.float32),
+        "train_ids": np.array(["a", "b", "c"]),
+        "query_ids": np.array(["q", "r"]),
+        "method": "trak",
+    }
+    return Scores(**settings | changes)
+
+
+def test_scores_without_damping_survive_saving(tmp_path):
+    plain_scores().save(tmp_path / "s.npz")
+    loaded = Scores.load(tmp_path / "s.npz")
+    for field in dataclasses.fields(loaded):
+        saved, read = (getattr(s, field.name) for s in (plain_scores(), loaded))
+        np.testing.assert_array_equal(saved, read)
+    assert loaded.damping is None
+    assert loaded.lambdas is None
+    assert loaded.eigenvalues is None
+
+
+def test_an_ensembles_scores_are_the_mean_of_its_models():
+    models = [features(6, 9, seed=seed) for seed in range(3)]
+    each = [dtrak.attribute(*model, damping=0.2) for model in models]
+    mean = ensemble_mean(each)
+    expected = np.mean([one.scores for one in each], axis=0)
+    np.testing.assert_allclose(mean.scores, expected, rtol=1e-5, atol=1e-7)
+    assert mean.scores.dtype == np.float32
+    assert mean.damping == (0.2, False)
+    assert mean.eigenvalues is None
+    other = dtrak.attribute(*models[0], damping=0.3)
+    assert ensemble_mean([each[0], other]).damping is None
+    assert ensemble_mean([plain_scores()]).method == "trak-ensemble"
+
+
+def test_ensembles_of_what_does_not_belong_together():
+    with pytest.raises(ValueError, match="scores is empty"):
+        ensemble_mean([])
+    reordered = np.array(["b", "a", "c"])
+    for name, value in (
+        ("train_ids", reordered),
+        ("query_ids", np.array(["q"])),
+        ("method", "dtrak"),
+    ):
+        with pytest.raises(ValueError, match=rf"scores\[0\] differ in {name}"):
+            ensemble_mean([plain_scores(), plain_scores(**{name: value})])
