@@ -32,7 +32,7 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=2000, batch_size=64, learning_rate=2e-3, save_every=250
         ),
-        sample=SampleConfig(count=200),
+        sample=SampleConfig(count=64),
         counterfactual=CounterfactualConfig(
             queries=10, count=200, methods=("dtrak", "trak", "pixel-cosine")
         ),

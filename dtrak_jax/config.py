@@ -29,8 +29,8 @@ MEASUREMENTS = {
 """Every accepted name of a measurement, with the name it stands for."""
 
 KERNELS = {
-    "trak": "loss",
     "dtrak": "square",
+    "trak": "loss",
     "kernel-mean": "mean",
     "kernel-l1": "l1",
     "kernel-l2": "l2",
@@ -502,11 +502,16 @@ class ReportConfig:
 
     queries: int = 16
     """Queries shown of each kind; the scores of all are in scores/."""
+    methods: tuple[str, ...] = ("dtrak", "trak")
+    """Whose scores are shown, of those in `attribution.methods`; all of these if none
+    of them is."""
     top: int = 6
     """Supporting and opposing training images shown for each query."""
 
     def __post_init__(self):
         at_least("report.queries", self.queries, 0)
+        for method in self.methods:
+            one_of("report.methods", method, METHODS)
         at_least("report.top", self.top, 1)
 
 
@@ -549,6 +554,12 @@ class Config:
             raise ValueError(
                 "data.validation and sample.count are both 0: there is no query."
             )
+
+
+def shown_methods(config: Config) -> tuple[str, ...]:
+    """The methods whose scores the report shows query by query."""
+    methods = config.attribution.methods
+    return tuple(m for m in methods if m in config.report.methods) or methods
 
 
 def flatten(config: Config) -> dict[str, object]:

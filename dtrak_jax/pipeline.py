@@ -25,7 +25,7 @@ from dtrak_jax import (
     training,
 )
 from dtrak_jax.attribution import Scores
-from dtrak_jax.config import Config, flatten
+from dtrak_jax.config import Config, flatten, shown_methods
 from dtrak_jax.features import Projection, Task, distortion, featurize
 
 FREE_FIELDS = (
@@ -366,7 +366,7 @@ def write_report(config: Config, workdir: epath.Path) -> None:
     queries = load_queries(config, workdir, splits)
     scores = {}
     for name in queries:
-        for method in config.attribution.methods:
+        for method in shown_methods(config):
             if not scoring.applies(method, name):
                 continue
             scores[name, method] = load_scores(workdir, method, name)

@@ -58,7 +58,11 @@ def made():
 def test_rows_of_a_kernel(made, kernel):
     train, query, truth = made
     arm = next(a for a in STUDIES["noise"] if a.kernel == kernel)
-    rows = ablations.rows(arm, train, query, truth)
+    other = dataclasses.replace(truth, outputs=truth.outputs[..., ::-1])
+    both = np.concatenate([query, query], axis=1)
+    rows = ablations.rows(arm, train, both, {"one": truth, "other": other})
+    assert [row["queries"] for row in rows][:: len(rows) // 2] == ["one", "other"]
+    rows = rows[: len(rows) // 2]
     by_rule = {(row["damping_rule"], row["transform"]): row["lds"] for row in rows}
     if kernel == "cosine":
         unit_train, unit_query = (

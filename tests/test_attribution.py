@@ -288,7 +288,7 @@ def test_cyclic_queries_are_a_control_not_an_error(pair_of):
 
 
 def test_wrong_methods(pair_of):
-    with pytest.raises(ValueError, match="'trak', 'dtrak'"):
+    with pytest.raises(ValueError, match="'dtrak', 'trak'"):
         dtrak.attribute(pair_of(), pair_of(), method="tracin")
     with pytest.raises(ValueError, match="needs features of the measurement 'loss'"):
         dtrak.attribute(pair_of(), pair_of(), method="trak")

@@ -235,17 +235,14 @@ def test_one_pair_pooled_is_one_pair_apart(n, k):
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_reducing_each_kernel_is_reducing_afterwards(pooled):
-    train, query = features(12, 20)
+@pytest.mark.parametrize("k", [20, 7])
+def test_sums_over_subsets_are_sums_of_scores(pooled, k):
+    train, query = features(12, k)
     masks = np.random.default_rng(1).random((8, 12)) < 0.5
-
-    def predict(tau):
-        return masks @ tau.T
-
     path = attribution.damping_path(train, query, pooled=pooled)
-    reduced = attribution.damping_path(train, query, pooled=pooled, reduce=predict)
-    assert reduced.shape == (len(solver.GRID), 8, 5)
-    assert_close(reduced, np.array([predict(scores) for scores in path]), 1e-12)
+    sums = attribution.damping_path(train, query, pooled=pooled, subsets=masks)
+    assert sums.shape == (len(solver.GRID), 5, 8)
+    assert_close(sums, path @ masks.T, 1e-10)
 
 
 # Images, embeddings and chance

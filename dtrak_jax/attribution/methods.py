@@ -76,7 +76,7 @@ def damping_path(
     dampings: Sequence[float | Damping] = GRID,
     *,
     pooled: bool = False,
-    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+    subsets: np.ndarray | None = None,
 ) -> np.ndarray:
     """The scores at every value of a grid, float64 [len(dampings), q, n].
 
@@ -91,24 +91,24 @@ def damping_path(
       pooled: take one kernel, that of all pairs,
         tau(q, n) = sum_j phi_j(q)^T (sum_i Phi_i^T Phi_i + lambda I)^-1 phi_j(n),
         instead of one for each pair. All T n training features are in memory.
-      reduce: a linear function of scores [q, n], applied to those of each pair before
-        they are added, so that the scores of the whole grid need not be held. For
-        example `lambda tau: masks @ tau.T`, the predictions for subsets.
+      subsets: of the training set, bool [M, n]: give the sums of the scores over each,
+        which is what the scores predict for models trained on them, at a fraction of
+        the cost.
 
     Returns:
-      The scores; or what `reduce` makes of them, [len(dampings), ...].
+      The scores; or their sums over subsets, [len(dampings), q, M].
     """
     check_features(train, query)
     grid = [d if isinstance(d, Damping) else Damping(d) for d in dampings]
     queries = {"query": query}
-    solved = _pooled(train, queries) if pooled else _apart(train, queries)
-    path = _path(solved, list(queries), grid, reduce, strict=False)
+    solved = (_pooled if pooled else _apart)(train, queries, subsets)
+    path = _path(solved, list(queries), grid, strict=False)
     return np.stack(path.scores["query"])
 
 
 class _Path(NamedTuple):
     scores: dict[str, list[np.ndarray]]
-    """For each set of queries and each damping: [q, n], or what `reduce` makes of it."""
+    """For each set of queries and each damping: [q, n], or [q, M] of subsets."""
     lambdas: np.ndarray
     """[len(dampings), kernels]"""
     eigenvalues: np.ndarray
@@ -119,15 +119,15 @@ _Solved = Iterator[tuple[Kernel, list[Callable[[float], np.ndarray]]]]
 """Of every pair in turn the kernel and, for each set of queries, tau(lambda)."""
 
 
-def _apart(train, queries: dict) -> _Solved:
+def _apart(train, queries: dict, subsets: np.ndarray | None = None) -> _Solved:
     """A kernel for each pair, of which one is in memory at a time."""
     streams = zip(kernels(train), *map(kernels, queries.values()), strict=True)
     for phi, *phi_queries in streams:
         kernel = factorize(phi)
-        yield kernel, [solve(kernel, phi, one) for one in phi_queries]
+        yield kernel, [solve(kernel, phi, q, subsets=subsets) for q in phi_queries]
 
 
-def _pooled(train, queries: dict) -> _Solved:
+def _pooled(train, queries: dict, subsets: np.ndarray | None = None) -> _Solved:
     """One kernel for all pairs: the features of pair j are rows j n to (j + 1) n."""
     n = train.shape[-2]
     phi = np.concatenate(list(kernels(train)))
@@ -135,14 +135,13 @@ def _pooled(train, queries: dict) -> _Solved:
     streams = zip(*map(kernels, queries.values()), strict=True)
     for pair, phi_queries in enumerate(streams):
         rows = slice(pair * n, (pair + 1) * n)
-        yield kernel, [solve(kernel, phi, one, rows) for one in phi_queries]
+        yield kernel, [solve(kernel, phi, q, rows, subsets) for q in phi_queries]
 
 
 def _path(
     solved: _Solved,
     names: list[str],
     dampings: list[Damping],
-    reduce: Callable | None = None,
     strict: bool = True,
 ) -> _Path:
     """Adds up the scores of all pairs; NaN, or an error if strict, where they would be
@@ -154,7 +153,7 @@ def _path(
         eigenvalues.append(kernel.eigenvalues)
         for name, tau in zip(names, taus, strict=True):
             for i, value in enumerate(lambdas[-1]):
-                scores[name][i] += reduce(tau(value)) if reduce else tau(value)
+                scores[name][i] += tau(value)
     return _Path(scores, np.array(lambdas).T, np.array(eigenvalues))
 
 

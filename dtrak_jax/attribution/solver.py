@@ -101,7 +101,11 @@ def factorize(phi: np.ndarray) -> Kernel:
 
 
 def solve(
-    kernel: Kernel, phi: np.ndarray, query: np.ndarray, rows: slice = slice(None)
+    kernel: Kernel,
+    phi: np.ndarray,
+    query: np.ndarray,
+    rows: slice = slice(None),
+    subsets: np.ndarray | None = None,
 ) -> Callable[[float], np.ndarray]:
     """tau(lambda) = query (phi^T phi + lambda I)^-1 phi[rows]^T, float64 [q, rows].
 
@@ -112,23 +116,23 @@ def solve(
       phi: features of the training set [n, k].
       query: features of the queries [q, k].
       rows: the training examples to score.
+      subsets: of these, bool [M, rows]: the sums of tau over each, [q, M], instead.
 
     Returns:
       A function of lambda, absolute; each further value costs one product.
     """
     query, vectors = np.asarray(query, np.float64), kernel.eigenvectors
     if kernel.dual:
-        rotated = query @ np.asarray(phi, np.float64).T @ vectors
-
-        def tau(damping: float) -> np.ndarray:
-            return (rotated / (kernel.eigenvalues + damping)) @ vectors[rows].T
-
+        left = query @ np.asarray(phi, np.float64).T @ vectors
+        right = vectors[rows]
     else:
-        rotated = query @ vectors
-        scored = np.asarray(phi[rows], np.float64)
+        left = query @ vectors
+        right = np.asarray(phi[rows], np.float64) @ vectors
+    if subsets is not None:
+        right = subsets.astype(np.float64) @ right
 
-        def tau(damping: float) -> np.ndarray:
-            return (rotated / (kernel.eigenvalues + damping)) @ vectors.T @ scored.T
+    def tau(damping: float) -> np.ndarray:
+        return (left / (kernel.eigenvalues + damping)) @ right.T
 
     return tau
 

@@ -125,13 +125,14 @@ def studies(config: Config) -> dict[str, list[Arm]]:
 
     def draws() -> Iterator[Arm]:
         middle = (settings.timesteps[len(settings.timesteps) // 2],)
-        for noise in ("common", "independent"):
-            source = like_base(noise=noise, timesteps=middle, draws=settings.most_draws)
-            count = 1
-            while count <= settings.most_draws:
+        # Common noise has nothing to average out: a few draws are enough to see.
+        most = {"common": min(8, settings.most_draws)}
+        most["independent"] = settings.most_draws
+        for noise, limit in most.items():
+            source = like_base(noise=noise, timesteps=middle, draws=limit)
+            for count in (2**i for i in range(limit.bit_length())):
                 for arm in arms("draws", source, ("apart", "averaged"), draws=count):
                     yield dataclasses.replace(arm, queries=("validation",))
-                count *= 2
 
     def timesteps() -> Iterator[Arm]:
         for t in settings.timesteps:
@@ -170,47 +171,56 @@ def studies(config: Config) -> dict[str, list[Arm]]:
 
 
 def rows(
-    arm: Arm, train: np.ndarray, query: np.ndarray, truth: lds.Truth
+    arm: Arm, train: np.ndarray, query: np.ndarray, truth: dict[str, lds.Truth]
 ) -> list[dict]:
     """The rows of one arm: an LDS for each rule that chooses lambda, and squared.
 
     Args:
       arm: how to make scores.
       train: its features of the training set [pairs, n, k].
-      query: of the queries [pairs, q, k].
-      truth: the ensemble.
+      query: of all queries, one set after the other [pairs, q, k].
+      truth: the ensemble, for each set of queries.
     """
-    result = []
-
-    def add(estimate, rule, damping, transform="linear"):
-        result.append(
-            arm.describe()
-            | {"damping_rule": rule, "damping": damping, "transform": transform}
-            | {"lds": estimate.value, "low": estimate.low, "high": estimate.high}
-        )
-
-    def score(predictions):
-        return lds.bootstrap(predictions, truth)[0]
-
+    masks = next(iter(truth.values())).masks
+    squares = arm.study == "noise"
     if arm.kernel == "cosine":
         scores = gradient_cosine(train, query)
-        add(score(truth.predict(scores)), None, None)
-        add(score(truth.predict(scores**2)), None, None, "squared")
-        return result
-    if arm.kernel == "averaged":
-        train, query = train.mean(axis=0), query.mean(axis=0)
-    pooled = arm.kernel == "pooled"
-    grid, path = lds.damping_path(train, query, truth, pooled=pooled)
-    values = [lds.lds(predictions, truth) for predictions in path]
-    if DEFAULT_DAMPING in grid:
-        add(score(path[grid.index(DEFAULT_DAMPING)]), "label-free", DEFAULT_DAMPING)
-    estimate, positions = lds.cross_fitted(path, truth)
-    add(estimate, "cross-fitted", [grid[i] for i in positions])
-    best = int(np.argmax(values))
-    add(score(path[best]), "oracle", grid[best])
-    result[0]["curve"] = {"damping": grid, "lds": values}
-    if arm.study == "noise":
-        (scores,) = damping_path(train, query, [DEFAULT_DAMPING], pooled=pooled)
-        squared = truth.predict(scores**2)
-        add(score(squared), "label-free", DEFAULT_DAMPING, "squared")
+        grid, path, fixed = [None], (masks @ scores.T)[None], 0
+    else:
+        if arm.kernel == "averaged":
+            train, query = train.mean(axis=0), query.mean(axis=0)
+        pooled = arm.kernel == "pooled"
+        grid, path = lds.damping_path(train, query, masks, pooled=pooled)
+        fixed = grid.index(DEFAULT_DAMPING) if DEFAULT_DAMPING in grid else None
+        if squares:
+            (scores,) = damping_path(train, query, [DEFAULT_DAMPING], pooled=pooled)
+    result, end = [], 0
+    for name, one in truth.items():
+        start, end = end, end + len(one.query_ids)
+        own = path[:, :, start:end]
+
+        def add(estimate, rule, damping, transform="linear", name=name):
+            result.append(
+                arm.describe()
+                | {"queries": name, "damping_rule": rule, "damping": damping}
+                | {"transform": transform, "lds": estimate.value}
+                | {"low": estimate.low, "high": estimate.high}
+            )
+
+        def score(predictions, one=one):
+            return lds.bootstrap(predictions, one)[0]
+
+        rule = None if arm.kernel == "cosine" else "label-free"
+        if fixed is not None:
+            add(score(own[fixed]), rule, grid[fixed])
+        if squares:
+            squared = masks @ scores[start:end].T ** 2
+            add(score(squared), rule, rule and DEFAULT_DAMPING, "squared")
+        if rule is None:
+            continue
+        estimate, chosen = lds.cross_fitted(own, one)
+        add(estimate, "cross-fitted", [grid[i] for i in chosen])
+        values = [lds.lds(predictions, one) for predictions in own]
+        best = int(np.argmax(values))
+        add(score(own[best]), "oracle", grid[best])
     return result

@@ -173,20 +173,25 @@ def reference_interval(predictions: np.ndarray, truth: Truth) -> dict[str, float
 def damping_path(
     train: Features | np.ndarray,
     query: Features | np.ndarray,
-    truth: Truth,
+    masks: np.ndarray,
     *,
     pooled: bool = False,
 ) -> tuple[list[float], np.ndarray]:
     """Predictions at every damping of `GRID` that is above rounding errors.
 
-    Arguments as in `attribution.damping_path`.
+    Args:
+      train: features, as for `attribution.damping_path`.
+      query: features.
+      masks: subsets of the training set, bool [subsets, train].
+      pooled: see there.
 
     Returns:
       The dampings, and the predictions [dampings, subsets, queries].
     """
-    path = attribution.damping_path(train, query, pooled=pooled, reduce=truth.predict)
+    path = attribution.damping_path(train, query, pooled=pooled, subsets=masks)
     sound = np.isfinite(path).all(axis=(1, 2))
-    return [d for d, ok in zip(attribution.GRID, sound, strict=True) if ok], path[sound]
+    grid = [d for d, ok in zip(attribution.GRID, sound, strict=True) if ok]
+    return grid, path[sound].swapaxes(1, 2)
 
 
 def cross_fitted(path: np.ndarray, truth: Truth) -> tuple[Estimate, list[int]]:

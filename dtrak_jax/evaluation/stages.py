@@ -283,7 +283,7 @@ def _evaluate_queries(config, workdir, queries: str, truth: lds.Truth) -> dict:
             grid, predictions = lds.damping_path(
                 Features.load(workdir / "features" / "train", KERNELS[method]),
                 Features.load(workdir / "features" / queries, KERNELS[method]),
-                truth,
+                truth.masks,
             )
             values = [lds.lds(p, truth) for p in predictions]
             curves[method] = {"damping": grid, "lds": values}
@@ -356,8 +356,8 @@ def ablate(config: Config, workdir: epath.Path) -> None:
     rows = []
     with tqdm(total=len(arms), desc="ablate", unit="arm", disable=None) as bar:
         for arm in arms:
-            for name in [name for name in arm.queries if name in truth]:
-                rows += _arm_rows(config, workdir, arm, name, images, truth[name])
+            own = {name: truth[name] for name in arm.queries if name in truth}
+            rows += _arm_rows(config, workdir, arm, images, own)
             bar.update()
     rows.sort(key=lambda row: config.ablation.studies.index(row["name"]))
     ceilings = {name: lds.ceiling(one) for name, one in truth.items()}
@@ -372,20 +372,19 @@ def ablate(config: Config, workdir: epath.Path) -> None:
     parallel.wait_for_all("ablate")
 
 
-def _arm_rows(config, workdir, arm, queries: str, images, truth) -> list[dict]:
-    """The rows of one arm for one set of queries, from a file or computed."""
-    path = workdir / "ablations" / "rows" / f"{arm.key}-{queries}.json"
-    against = f"{truth.outputs.shape} {_output_settings(config)}"
+def _arm_rows(config, workdir, arm, images, truth: dict[str, lds.Truth]) -> list[dict]:
+    """The rows of one arm, from a file or computed."""
+    path = workdir / "ablations" / "rows" / f"{arm.key}.json"
+    shapes = {name: one.outputs.shape for name, one in truth.items()}
+    against = f"{shapes} {_output_settings(config)}"
     if path.exists() and (saved := files.read_json(path))["truth"] == against:
         return saved["rows"]
-    features = [
+    train, *queries = (
         _source_features(config, workdir, arm.source, name, images)[arm.measurement]
-        for name in ("train", queries)
-    ]
-    train, query = (one.pairs(arm.pairs) for one in features)
-    rows = [
-        row | {"queries": queries} for row in ablations.rows(arm, train, query, truth)
-    ]
+        for name in ("train", *truth)
+    )
+    query = np.concatenate([one.pairs(arm.pairs) for one in queries], axis=1)
+    rows = ablations.rows(arm, train.pairs(arm.pairs), query, truth)
     if parallel.is_primary():
         files.write_json(path, {"truth": against, "rows": rows})
     return rows

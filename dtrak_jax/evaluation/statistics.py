@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 2**25
-"""Comparisons of pairs of subsets that are in memory at one time."""
+"""Ranks, of all subsets and resamples, that are in memory at one time."""
 
 
 class Estimate(NamedTuple):
@@ -37,35 +39,44 @@ def spearman(
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     w = np.ones((1, len(a))) if weights is None else np.asarray(weights)
     w = w.astype(np.float32)
-    count = w.sum(axis=1, keepdims=True)
     result = np.empty((len(w), a.shape[1]))
-    step = max(1, BLOCK // len(a) ** 2)
+    step = max(1, BLOCK // (len(w) * len(a)))
     for start in range(0, a.shape[1], step):
         columns = slice(start, start + step)
-        # Ranks in [-1/2, 1/2] around their mean, [q, B, M].
-        ranks_a, ranks_b = (
-            w @ _order(x[:, columns].T).transpose(0, 2, 1) / count - 0.5 for x in (a, b)
-        )
-        cross, square_a, square_b = (
-            np.einsum("qbm,qbm,bm->bq", x, y, w, optimize=True).astype(np.float64)
-            for x, y in (
-                (ranks_a, ranks_b),
-                (ranks_a, ranks_a),
-                (ranks_b, ranks_b),
-            )
-        )
-        # float32 leaves about 1e-7 of a variance of 0.
-        varies = np.minimum(square_a, square_b) > 1e-5
-        result[:, columns] = np.where(
-            varies, cross / np.sqrt(np.where(varies, square_a * square_b, 1)), 0
-        )
+        order_a, order_b = (_order(x[:, columns].T) for x in (a, b))
+        result[:, columns] = _correlations(order_a, order_b, w)
     return result[0] if weights is None else result
 
 
 def _order(x: np.ndarray) -> np.ndarray:
-    """[x_j < x_i] + [x_j = x_i] / 2, float32 [q, i, j], of x [q, M]."""
+    """[x_j < x_i] + [x_j = x_i] / 2, float32 [q, i, j], of x [q, M].
+
+    On the host, which compares in float64.
+    """
     i, j = x[:, :, None], x[:, None, :]
     return (j < i).astype(np.float32) + np.float32(0.5) * (j == i)
+
+
+@jax.jit
+def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.Array:
+    """[B, q] of `_order`s [q, M, M] and weights [B, M]."""
+    count = w.sum(axis=1)[None, :, None]
+
+    def ranks(order):
+        """In [-1/2, 1/2] around their mean [q, B, M]."""
+        mean = jnp.einsum("qij,bj->qbi", order, w, precision="highest")
+        return mean / count - 0.5
+
+    def moment(x, y):
+        return jnp.sum(x * y * w[None], axis=2).T
+
+    a, b = ranks(order_a), ranks(order_b)
+    cross, square_a, square_b = moment(a, b), moment(a, a), moment(b, b)
+    # float32 leaves about 1e-7 of a variance of 0.
+    varies = jnp.minimum(square_a, square_b) > 1e-5
+    return jnp.where(
+        varies, cross / jnp.sqrt(jnp.where(varies, square_a * square_b, 1)), 0
+    )
 
 
 def resamples(n: int, count: int, seed: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.config import Config
+from dtrak_jax.config import Config, shown_methods
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.report.ablations import ablations_section
 from dtrak_jax.report.counterfactual import counterfactual_section
@@ -66,14 +66,13 @@ def page(
       train: the training images.
       queries: (images in [-1, 1], ids) of "generated" and "validation" images, or of
         one of them.
-      scores: by (set of queries, method); of methods in the config, others are left
-        out.
+      scores: by (set of queries, method); of `shown_methods`, others are left out.
 
     Raises:
       ValueError: scores are of other images than those given.
     """
     workdir = epath.Path(workdir)
-    methods = config.attribution.methods
+    methods = shown_methods(config)
     scores = {key: one for key, one in scores.items() if key[1] in methods}
     for (name, method), one in scores.items():
         same_queries = np.array_equal(queries[name][1], one.query_ids)
@@ -181,4 +180,4 @@ one that it raised it (<b class="opposing">opposing</b>).</li>
 their scale differs between queries and between methods. Bars are relative to the
 strongest image of that query and method. Below each image are its score, its label if
 it has one, and its id.</li>
-{trust_words(lds, config.attribution.methods)}</ul></section>"""
+{trust_words(lds, shown_methods(config))}</ul></section>"""
