@@ -106,7 +106,7 @@ def train(config: Config, workdir: epath.Path):
     model = models.build(config.model)
     splits = load_data(config, workdir)
     return training.train(
-        lambda key: models.init(model, key),
+        models.init_fn(model),
         models.train_apply_fn(model),
         diffusion.build(config.diffusion),
         splits.train.images,
@@ -119,9 +119,7 @@ def train(config: Config, workdir: epath.Path):
 def load_params(config: Config, workdir: epath.Path, step: int | None = None):
     """The parameters of a step that training kept; of the last one if None."""
     model = models.build(config.model)
-    return training.load_params(
-        lambda key: models.init(model, key), config.train, workdir, step
-    )
+    return training.load_params(models.init_fn(model), config.train, workdir, step)
 
 
 def load_model(config: Config, workdir: epath.Path, name: str):
@@ -129,7 +127,7 @@ def load_model(config: Config, workdir: epath.Path, name: str):
     model = models.build(config.model)
     try:
         stack = training.load_members(
-            lambda key: models.init(model, key),
+            models.init_fn(model),
             [name],
             config.train,
             workdir / "ensemble",

@@ -10,7 +10,7 @@ import pytest
 
 from dtrak_jax import cli, config, files, scoring
 from dtrak_jax.attribution import Scores
-from dtrak_jax.evaluation import stages
+from dtrak_jax.evaluation import ensemble, stages
 
 CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 METHODS = [m for m in config.METHODS if not m.startswith("kernel-")]
@@ -134,7 +134,7 @@ def test_running_again_computes_nothing(workdir, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("this was computed already")
 
-    monkeypatch.setattr(stages, "measure", refuse)
+    monkeypatch.setattr(ensemble, "measure", refuse)
     monkeypatch.setattr(stages, "featurize", refuse)
     before = (workdir / "ablations.json").read_bytes()
     for stage in ("retrain", "ablate", "counterfactual"):

@@ -6,7 +6,6 @@ They take much longer than the pipeline's own, since they train many models.
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -19,218 +18,18 @@ from dtrak_jax import (
     parallel,
     pipeline,
     scoring,
-    training,
 )
-from dtrak_jax.attribution import Scores, random_scores
+from dtrak_jax.attribution import random_scores
 from dtrak_jax.config import KERNELS, Config
 from dtrak_jax.evaluation import ablations, counterfactual, lds
-from dtrak_jax.evaluation.outputs import measure, timestep_grid
+from dtrak_jax.evaluation.ensemble import (
+    check_scores,
+    load_truth,
+    output_settings,
+    retrain,
+)
 from dtrak_jax.evaluation.statistics import interval
 from dtrak_jax.features import Features, Projection, featurize
-
-
-def members(config: Config, splits: data.Splits) -> list[training.Member]:
-    """The ensemble: all subsets with the first seed, then with the next one."""
-    rows = [np.flatnonzero(mask) for mask in subset_masks(config, splits)]
-    return [
-        training.Member(f"{subset:04d}-{seed}", rows[subset], seed)
-        for seed in range(config.ensemble.seeds)
-        for subset in range(config.ensemble.subsets)
-    ]
-
-
-def subset_masks(config: Config, splits: data.Splits) -> np.ndarray:
-    """Whether a training image is in a subset, bool [subsets, train]."""
-    settings, train = config.ensemble, splits.train
-    return np.stack(
-        [
-            data.subset_mask(
-                train.ids, train.labels, settings.seed, subset, settings.fraction
-            )
-            for subset in range(settings.subsets)
-        ]
-    )
-
-
-def retrain(config: Config, workdir: epath.Path) -> None:
-    """Trains the ensemble, or continues or extends it, and measures its losses."""
-    settings = config.ensemble
-    timestep_grid(settings.timesteps, diffusion.build(config.diffusion))
-    splits = pipeline.load_data(config, workdir)
-    queries = pipeline.load_queries(config, workdir, splits)
-    model = models.build(config.model)
-    ensemble = members(config, splits)
-    steps = max(1, round(settings.fraction * config.train.steps))
-    train_config = dataclasses.replace(config.train, steps=steps)
-    training.train_members(
-        lambda key: models.init(model, key),
-        models.train_apply_fn(model),
-        diffusion.build(config.diffusion),
-        splits.train.images,
-        ensemble,
-        train_config,
-        workdir / "ensemble",
-        flip=config.data.flip,
-    )
-    training.train_members(
-        lambda key: models.init(model, key),
-        models.train_apply_fn(model),
-        diffusion.build(config.diffusion),
-        splits.train.images,
-        [
-            training.Member(name, np.arange(len(splits.train.ids)), seed)
-            for seed, name in enumerate(scoring.model_names(config))
-        ],
-        config.train,
-        workdir / "ensemble",
-        flip=config.data.flip,
-        description="train models",
-    )
-    _measure_outputs(config, workdir, queries, [m.name for m in ensemble], train_config)
-    if parallel.is_primary():
-        write_truth(config, workdir, splits, queries)
-    parallel.wait_for_all("retrain")
-
-
-def _measure_outputs(config, workdir, queries, names, train_config) -> None:
-    """The losses of every query under every member; ensemble/MEMBER/outputs.npz."""
-    model, settings = models.build(config.model), config.ensemble
-    images = np.concatenate([images for images, _ in queries.values()])
-    ids = np.concatenate([ids for _, ids in queries.values()])
-    wanted = _output_settings(config)
-    mine = names[jax.process_index() :: jax.process_count()]
-    left = [
-        name
-        for name in mine
-        if not _is_measured(workdir / "ensemble" / name / "outputs.npz", wanted, ids)
-    ]
-    width = len(jax.local_devices())
-    with tqdm(
-        total=len(mine),
-        initial=len(mine) - len(left),
-        desc="measure",
-        unit="model",
-        disable=None,
-    ) as bar:
-        for start in range(0, len(left), width):
-            group = left[start : start + width]
-            params = training.load_members(
-                lambda key: models.init(model, key),
-                group,
-                train_config,
-                workdir / "ensemble",
-            )
-            losses = measure(
-                models.apply_fn(model),
-                diffusion.build(config.diffusion),
-                params,
-                images,
-                ids,
-                timesteps=settings.timesteps,
-                draws=settings.draws,
-                seed=settings.seed,
-                batch_size=settings.batch_size,
-            )
-            for name, own in zip(group, losses, strict=True):
-                path = workdir / "ensemble" / name / "outputs.npz"
-                files.write_npz(path, outputs=own, query_ids=ids, settings=wanted)
-            bar.update(len(group))
-    parallel.wait_for_all("measure the ensemble")
-
-
-def _output_settings(config: Config) -> str:
-    """What measured losses depend on, besides the member and the queries."""
-    settings = config.ensemble
-    return f"timesteps={settings.timesteps} draws={settings.draws} seed={settings.seed}"
-
-
-def _is_measured(path: epath.Path, settings: str, ids: np.ndarray) -> bool:
-    if not path.exists():
-        return False
-    there = files.read_npz(path)
-    return str(there["settings"]) == settings and np.array_equal(
-        there["query_ids"], ids
-    )
-
-
-def write_truth(config: Config, workdir: epath.Path, splits, queries) -> None:
-    """Gathers the members' losses: ensemble/outputs.npz."""
-    settings, ensemble = config.ensemble, members(config, splits)
-    outputs = [
-        files.read_npz(workdir / "ensemble" / member.name / "outputs.npz")["outputs"]
-        for member in ensemble
-    ]
-    shape = (settings.seeds, settings.subsets, -1)
-    files.write_npz(
-        workdir / "ensemble" / "outputs.npz",
-        outputs=np.stack(outputs).reshape(shape).swapaxes(0, 1).astype(np.float32),
-        masks=subset_masks(config, splits),
-        train_ids=splits.train.ids,
-        query_ids=np.concatenate([ids for _, ids in queries.values()]),
-        query_set=np.repeat(list(queries), [len(ids) for _, ids in queries.values()]),
-        settings=_output_settings(config),
-    )
-
-
-def load_truth(config: Config, workdir: epath.Path) -> dict[str, lds.Truth]:
-    """The ensemble's losses for each set of queries.
-
-    Raises:
-      FileNotFoundError: members are missing; names them, and the command.
-      ValueError: the ensemble is of other training images or queries.
-    """
-    path = workdir / "ensemble" / "outputs.npz"
-    splits = pipeline.load_data(config, workdir)
-    names = [member.name for member in members(config, splits)]
-    folder = workdir / "ensemble"
-    missing = [n for n in names if not (folder / n / "outputs.npz").exists()]
-    if missing or not path.exists():
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} models of the ensemble are missing"
-            f"{f' ({shown})' if missing else ''} in {folder}; run `dtrak-jax retrain` "
-            "with this config and workdir first."
-        )
-    saved = files.read_npz(path)
-    settings = config.ensemble
-    shape = (settings.subsets, settings.seeds)
-    if saved["outputs"].shape[:2] != shape or str(saved["settings"]) != (
-        _output_settings(config)
-    ):
-        raise ValueError(
-            f"{path} holds {saved['outputs'].shape[:2]} subsets and seeds with "
-            f"{saved['settings']}; the config asks for {shape} with "
-            f"{_output_settings(config)}. Run `dtrak-jax retrain` with this config."
-        )
-    queries = pipeline.load_queries(config, workdir, splits)
-    truth = {}
-    for name, (_, ids) in queries.items():
-        own = saved["query_set"] == name
-        if not np.array_equal(saved["query_ids"][own], ids):
-            raise ValueError(
-                f"{path} is of other {name} queries than this run's; delete it and run "
-                "`dtrak-jax retrain`."
-            )
-        truth[name] = lds.Truth(
-            saved["outputs"][:, :, own].astype(np.float64),
-            saved["masks"],
-            saved["query_ids"][own],
-            saved["train_ids"],
-        )
-    return truth
-
-
-def check_scores(scores: Scores, truth: lds.Truth, what: str) -> None:
-    """Raises a ValueError unless scores and ensemble are of the same examples."""
-    for field in ("train_ids", "query_ids"):
-        own, wanted = getattr(scores, field), getattr(truth, field)
-        if not np.array_equal(own, wanted):
-            raise ValueError(
-                f"{what} has other {field} than the ensemble ({len(own)} and "
-                f"{len(wanted)}, first {own[:1]} and {wanted[:1]}); they must be of "
-                "the same images in the same order. Run `dtrak-jax attribute` and "
-                "`dtrak-jax retrain` in one workdir with one config."
-            )
 
 
 def evaluate(config: Config, workdir: epath.Path) -> None:
@@ -376,7 +175,7 @@ def _arm_rows(config, workdir, arm, images, truth: dict[str, lds.Truth]) -> list
     """The rows of one arm, from a file or computed."""
     path = workdir / "ablations" / "rows" / f"{arm.key}.json"
     shapes = {name: one.outputs.shape for name, one in truth.items()}
-    against = f"{shapes} {_output_settings(config)}"
+    against = f"{shapes} {output_settings(config)}"
     if path.exists() and (saved := files.read_json(path))["truth"] == against:
         return saved["rows"]
     train, *queries = (
@@ -442,7 +241,7 @@ def remove_and_retrain(config: Config, workdir: epath.Path) -> None:
     params = pipeline.load_params(config, workdir)
     schedule = diffusion.build(config.diffusion)
     counterfactual.counterfactual(
-        lambda key: models.init(model, key),
+        models.init_fn(model),
         models.train_apply_fn(model),
         schedule,
         lambda params, seeds: pipeline.generate(config, params, seeds),

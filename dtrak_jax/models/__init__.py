@@ -6,6 +6,7 @@ from dtrak_jax.models.functions import (
     bottleneck_fn,
     build,
     init,
+    init_fn,
     parameter_count,
     train_apply_fn,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "build",
     "from_diffusers",
     "init",
+    "init_fn",
     "parameter_count",
     "to_diffusers",
     "train_apply_fn",

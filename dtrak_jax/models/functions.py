@@ -52,6 +52,12 @@ def init(model: UNet2D, key: jax.Array) -> dict:
 
 
 @functools.cache
+def init_fn(model: UNet2D) -> Callable:
+    """`init` of one model: key -> params. Equal models give the same function."""
+    return functools.partial(init, model)
+
+
+@functools.cache
 def apply_fn(model: UNet2D) -> Callable:
     """The model as a pure function `apply(params, x, t, cond) -> prediction`, without
     dropout.

@@ -1,0 +1,46 @@
+"""The digits benchmark, shortened: do scores predict what retraining really does?"""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from dtrak_jax import cli, files
+
+CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
+FLAGS = """
+    --data.train 300 --data.validation 100 --sample.count 0
+    --train.steps 1000 --train.checkpoints 1.0 --train.batch-size 48
+    --features.timesteps 200 400 --features.dim 1024
+    --ensemble.subsets 16 --ensemble.seeds 1 --ensemble.timesteps 10 --ensemble.draws 1
+    --attribution.methods dtrak trak pixel-cosine random
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The rows of lds.json, from training to LDS, linear and label-free."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    two = jax.local_devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: two)
+        patch.setattr(jax, "devices", lambda: two)
+        for stage in ("train", "retrain", "featurize", "attribute", "lds"):
+            cli.main([stage, str(CONFIG), "--workdir", str(workdir), *FLAGS.split()])
+    result = files.read_json(workdir / "lds.json")["queries"]["validation"]
+    return {
+        row["method"]: row
+        for row in result["rows"]
+        if row["transform"] == "linear" and row["damping_rule"] in (None, "label-free")
+    }
+
+
+def test_kernels_predict_retraining_far_better_than_pixels(rows):
+    for method in ("dtrak", "trak"):
+        assert rows[method]["low"] > rows["pixel-cosine"]["high"], rows
+
+
+def test_chance_predicts_nothing(rows):
+    assert rows["random"]["low"] < 0 < rows["random"]["high"]
+    assert abs(rows["random"]["lds"]) < 0.1
+    assert rows["constant"]["lds"] == 0
