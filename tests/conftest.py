@@ -1,6 +1,7 @@
 """One process of eight virtual CPU devices, and the small parts that tests share."""
 
 import os
+from pathlib import Path
 
 # Before anything computes: JAX reads these when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,6 +9,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +27,36 @@ TINY = ModelConfig(
     norm_num_groups=2,
     dropout=0.0,
 )
+
+
+def init(key):
+    """Parameters of a network that compiles fast."""
+    return {"w": 0.1 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
+
+
+def apply(params, x, t, cond):
+    """That network."""
+    y = jax.lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
+
+
+def train_apply(params, x, t, cond, key):
+    """The same in training."""
+    return apply(params, x, t, cond)
+
+
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+
+
+def digits_command(stage, workdir, flags, changes):
+    """A command line of the digits job; `changes` to the flags have __ for a dot."""
+    flags = flags | {name.replace("__", "."): value for name, value in changes.items()}
+    line = [stage, str(DIGITS), "--workdir", str(workdir)]
+    for name, value in flags.items():
+        line += [f"--{name}", *value.split()]
+    return line
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,14 @@
 
 import dataclasses
 import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DIGITS
 
 from dtrak_jax.evaluation import ablations, lds
 from dtrak_jax.evaluation.lds import Truth
 
-DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
 CONFIG = runpy.run_path(str(DIGITS))["get_config"]()
 STUDIES = ablations.studies(CONFIG)
 

@@ -1,13 +1,11 @@
 """The digits benchmark, shortened: do scores predict what retraining really does?"""
 
-from pathlib import Path
-
 import jax
 import pytest
+from conftest import DIGITS
 
 from dtrak_jax import cli, files
 
-CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 FLAGS = """
     --data.train 300 --data.validation 100 --sample.count 0
     --train.steps 1000 --train.checkpoints 1.0 --train.batch-size 48
@@ -26,7 +24,7 @@ def rows(tmp_path_factory):
         patch.setattr(jax, "local_devices", lambda: two)
         patch.setattr(jax, "devices", lambda: two)
         for stage in ("train", "retrain", "featurize", "attribute", "lds"):
-            cli.main([stage, str(CONFIG), "--workdir", str(workdir), *FLAGS.split()])
+            cli.main([stage, str(DIGITS), "--workdir", str(workdir), *FLAGS.split()])
     result = files.read_json(workdir / "lds.json")["queries"]["validation"]
     return {
         row["method"]: row

@@ -6,11 +6,10 @@ import math
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import TINY
+from conftest import TINY, apply, init, train_apply
 
 from dtrak_jax import diffusion, files, models, training
 from dtrak_jax.attribution import Scores
@@ -25,21 +24,6 @@ IDS = np.array([f"generated-{i:05d}" for i in range(4)])
 SEEDS = 7000 + np.arange(4)
 QUERIES = ["generated-00002", "generated-00000"]
 COUNT = 4
-
-
-def init(key):
-    return {"w": 0.3 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
-
-
-def apply(params, x, t, cond):
-    y = jax.lax.conv_general_dilated(
-        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
-
-
-def train_apply(params, x, t, cond, key):
-    return apply(params, x, t, cond)
 
 
 def generate(params, seeds):

@@ -5,9 +5,9 @@ import os
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import apply, init, train_apply
 
 from dtrak_jax import diffusion, training
 from dtrak_jax.config import TrainConfig
@@ -23,21 +23,6 @@ MEMBERS = [
     Member("b", np.array([3, 4, 6, 8, 9, 10, 11]), 0),
     Member("c", np.array([0, 1, 2, 5, 7, 11]), 5),
 ]
-
-
-def init(key):
-    return {"w": 0.1 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
-
-
-def apply(params, x, t, cond):
-    y = jax.lax.conv_general_dilated(
-        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
-
-
-def train_apply(params, x, t, cond, key):
-    return apply(params, x, t, cond)
 
 
 def train(images, directory, members=MEMBERS, config=CONFIG):

@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import DIGITS, digits_command
 
 import dtrak_jax as dtrak
 from dtrak_jax import cli, files, pipeline, training
 
-CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 FLAGS = {
     "data.train": "200",
     "data.validation": "6",
@@ -33,11 +32,7 @@ FLAGS = {
 
 def command(stage, workdir, **changes):
     """A command line of the shortened digits job."""
-    flags = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
-    line = [stage, str(CONFIG), "--workdir", str(workdir)]
-    for name, value in flags.items():
-        line += [f"--{name}", *value.split()]
-    return line
+    return digits_command(stage, workdir, FLAGS, changes)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +192,9 @@ def test_wrong_settings_are_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["tarin", str(CONFIG), "--workdir", "w"], "invalid choice: 'tarin'"),
+        (["tarin", str(DIGITS), "--workdir", "w"], "invalid choice: 'tarin'"),
         (["train"], "CONFIG"),
-        (["train", str(CONFIG)], "--workdir is missing"),
+        (["train", str(DIGITS)], "--workdir is missing"),
         (["train", "configs/nothing.py", "--workdir", "w"], "there is no config file"),
         (["train", __file__, "--workdir", "w"], "must define get_config()"),
     ],
@@ -214,7 +209,7 @@ def test_help_lists_the_commands_and_the_settings(capsys):
     code, said = run(["--help"], capsys)
     assert code == 0
     assert all(name in said for name in cli.COMMANDS)
-    code, said = run(["train", str(CONFIG), "--help"], capsys)
+    code, said = run(["train", str(DIGITS), "--help"], capsys)
     assert code == 0
     assert "--train.learning-rate" in said
 
@@ -277,7 +272,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     ("name", "parameters"), [("cifar2", 38_307_203), ("celeba", 118_795_011)]
 )
 def test_paper_configs_have_the_papers_size(name, parameters):
-    config = cli.load_config(str(CONFIG.parent / f"{name}.py"))
+    config = cli.load_config(str(DIGITS.parent / f"{name}.py"))
     model = dtrak.models.build(config.model)
     shapes = dtrak.models.functions.parameter_shapes(model)
     assert dtrak.models.parameter_count(shapes) == parameters

@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import digits_command
 
 from dtrak_jax import cli, config, files, scoring
 from dtrak_jax.attribution import Scores
 from dtrak_jax.evaluation import ensemble, stages
 
-CONFIG = Path(__file__).parent.parent / "configs" / "digits.py"
 METHODS = [m for m in config.METHODS if not m.startswith("kernel-")]
 FLAGS = {
     "data.train": "60",
@@ -43,11 +42,7 @@ FLAGS = {
 
 def type_in(stage, workdir, **changes):
     """Runs a command of the smallest digits job in this process."""
-    flags = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
-    line = [stage, str(CONFIG), "--workdir", str(workdir)]
-    for name, value in flags.items():
-        line += [f"--{name}", *value.split()]
-    cli.main(line)
+    cli.main(digits_command(stage, workdir, FLAGS, changes))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import init, train_apply
 
 from dtrak_jax import diffusion, files, training
 from dtrak_jax.config import TrainConfig
@@ -26,19 +27,10 @@ CONFIG = TrainConfig(
 )
 
 
-def init(key):
-    return {"w": 0.1 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
-
-
-def apply(params, x, t, cond, key):
-    y = jax.lax.conv_general_dilated(
-        x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
-
-
 def run(images, directory, config=CONFIG, **options):
-    return training.train(init, apply, SCHEDULE, images, config, directory, **options)
+    return training.train(
+        init, train_apply, SCHEDULE, images, config, directory, **options
+    )
 
 
 def losses(directory):
@@ -102,13 +94,17 @@ def test_a_step_is_adamw_on_the_clipped_gradient(images, tmp_path, one_device):
 def numerical_gradient(state, x, rows, weights, config):
     """By central differences of the loss that a step adds to `loss_sum`."""
     mesh = loop.parallel.mesh(jax.devices())
-    step = loop._compile(apply, SCHEDULE, config, False, mesh)
+    step = loop._compile(train_apply, SCHEDULE, config, False, mesh)
     flat, unravel = jax.flatten_util.ravel_pytree(state.params)
 
     def loss(point):
         # The step reuses its buffers, so each call gets its own.
         fresh = jax.tree.map(jnp.array, state._replace(params=unravel(point)))
-        return float(step(fresh, x, rows.astype(np.int32), weights).loss_sum)
+        return float(
+            step(
+                fresh, x, rows.astype(np.int32), weights, np.uint32(config.seed)
+            ).loss_sum
+        )
 
     width = 1e-2
     unit = np.eye(len(flat), dtype=np.float32) * width
@@ -189,7 +185,7 @@ def test_a_checkpoint_of_another_model(images, tmp_path):
     with pytest.raises(ValueError, match=r"another model: .*w is of shape \(3, 3"):
         training.load_params(wider, CONFIG, tmp_path)
     with pytest.raises(ValueError, match="another model"):
-        training.train(wider, apply, SCHEDULE, images, CONFIG, tmp_path)
+        training.train(wider, train_apply, SCHEDULE, images, CONFIG, tmp_path)
 
 
 def test_a_damaged_checkpoint(images, tmp_path):
@@ -208,7 +204,7 @@ def test_a_missing_checkpoint(tmp_path):
 
 def test_divergence_is_an_error(images, tmp_path):
     def explode(*arguments):
-        return apply(*arguments) * jnp.inf
+        return train_apply(*arguments) * jnp.inf
 
     with pytest.raises(FloatingPointError, match="smaller train.learning_rate"):
         training.train(init, explode, SCHEDULE, images, CONFIG, tmp_path)
