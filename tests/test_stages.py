@@ -155,10 +155,16 @@ def test_an_ensemble_that_lacks_members_names_them(workdir, capsys):
 def test_an_ensemble_of_others_is_refused(workdir, capsys):
     path = workdir / "ensemble" / "outputs.npz"
     saved = files.read_npz(path)
-    files.write_npz(path, **saved | {"query_ids": saved["query_ids"][::-1]})
-    with pytest.raises(SystemExit):
-        type_in("lds", workdir)
-    assert "is of other validation queries than this run's" in capsys.readouterr().err
+    # Other ids; and the same ids with other pixels.
+    for field, queries in (("query_ids", "validation"), ("query_digests", "generated")):
+        own = saved["query_set"] == queries
+        changed = saved[field].copy()
+        changed[own] = changed[own][::-1]
+        files.write_npz(path, **saved | {field: changed})
+        with pytest.raises(SystemExit):
+            type_in("lds", workdir)
+        said = capsys.readouterr().err
+        assert f"is of other {queries} queries than this run's" in said
 
 
 def test_scores_of_another_training_set_are_refused(workdir, capsys):

@@ -1,6 +1,7 @@
 """The ensemble of a run: trained, measured, and read again as the truth."""
 
 import dataclasses
+import hashlib
 
 import jax
 import numpy as np
@@ -89,12 +90,16 @@ def _measure_outputs(config, workdir, queries, names, train_config) -> None:
     model, settings = models.build(config.model), config.ensemble
     images = np.concatenate([images for images, _ in queries.values()])
     ids = np.concatenate([ids for _, ids in queries.values()])
-    wanted = output_settings(config)
+    wanted = {
+        "query_ids": ids,
+        "query_digests": digests(images),
+        "settings": np.array(output_settings(config)),
+    }
     mine = names[jax.process_index() :: jax.process_count()]
     left = [
         name
         for name in mine
-        if not _is_measured(workdir / "ensemble" / name / "outputs.npz", wanted, ids)
+        if not _is_measured(workdir / "ensemble" / name / "outputs.npz", wanted)
     ]
     width = len(jax.local_devices())
     with tqdm(
@@ -125,7 +130,7 @@ def _measure_outputs(config, workdir, queries, names, train_config) -> None:
             )
             for name, own in zip(group, losses, strict=True):
                 path = workdir / "ensemble" / name / "outputs.npz"
-                files.write_npz(path, outputs=own, query_ids=ids, settings=wanted)
+                files.write_npz(path, outputs=own, **wanted)
             bar.update(len(group))
     parallel.wait_for_all("measure the ensemble")
 
@@ -136,13 +141,18 @@ def output_settings(config: Config) -> str:
     return f"timesteps={settings.timesteps} draws={settings.draws} seed={settings.seed}"
 
 
-def _is_measured(path: epath.Path, settings: str, ids: np.ndarray) -> bool:
+def _is_measured(path: epath.Path, wanted: dict[str, np.ndarray]) -> bool:
     if not path.exists():
         return False
     there = files.read_npz(path)
-    return str(there["settings"]) == settings and np.array_equal(
-        there["query_ids"], ids
-    )
+    return all(np.array_equal(there.get(name), one) for name, one in wanted.items())
+
+
+def digests(images: np.ndarray) -> np.ndarray:
+    """A hash of every image, str [n]: an id does not say which pixels were measured."""
+    rows = np.ascontiguousarray(images)
+    hashes = (hashlib.blake2b(row.tobytes(), digest_size=8) for row in rows)
+    return np.array([one.hexdigest() for one in hashes])
 
 
 def write_truth(config: Config, workdir: epath.Path, splits, queries) -> None:
@@ -159,6 +169,7 @@ def write_truth(config: Config, workdir: epath.Path, splits, queries) -> None:
         masks=subset_masks(config, splits),
         train_ids=splits.train.ids,
         query_ids=np.concatenate([ids for _, ids in queries.values()]),
+        query_digests=np.concatenate([digests(x) for x, _ in queries.values()]),
         query_set=np.repeat(list(queries), [len(ids) for _, ids in queries.values()]),
         settings=output_settings(config),
     )
@@ -173,32 +184,19 @@ def load_truth(config: Config, workdir: epath.Path) -> dict[str, Truth]:
     """
     path = workdir / "ensemble" / "outputs.npz"
     splits = pipeline.load_data(config, workdir)
-    names = [member.name for member in members(config, splits)]
-    folder = workdir / "ensemble"
-    missing = [n for n in names if not (folder / n / "outputs.npz").exists()]
-    if missing or not path.exists():
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} models of the ensemble are missing"
-            f"{f' ({shown})' if missing else ''} in {folder}; run `dtrak-jax retrain` "
-            "with this config and workdir first."
-        )
-    saved = files.read_npz(path)
-    settings = config.ensemble
-    shape = (settings.subsets, settings.seeds)
-    if saved["outputs"].shape[:2] != shape or str(saved["settings"]) != (
-        output_settings(config)
-    ):
-        raise ValueError(
-            f"{path} holds {saved['outputs'].shape[:2]} subsets and seeds with "
-            f"{saved['settings']}; the config asks for {shape} with "
-            f"{output_settings(config)}. Run `dtrak-jax retrain` with this config."
-        )
+    wanted = config.ensemble.subsets, config.ensemble.seeds, output_settings(config)
+    saved = files.read_npz(path) if path.exists() else None
+    found = saved and (*saved["outputs"].shape[:2], str(saved["settings"]))
+    if found != wanted:
+        _refuse(config, workdir, splits, found, wanted)
     queries = pipeline.load_queries(config, workdir, splits)
     truth = {}
-    for name, (_, ids) in queries.items():
+    for name, (images, ids) in queries.items():
         own = saved["query_set"] == name
-        if not np.array_equal(saved["query_ids"][own], ids):
+        if not (
+            np.array_equal(saved["query_ids"][own], ids)
+            and np.array_equal(saved["query_digests"][own], digests(images))
+        ):
             raise ValueError(
                 f"{path} is of other {name} queries than this run's; delete it and run "
                 "`dtrak-jax retrain`."
@@ -210,6 +208,24 @@ def load_truth(config: Config, workdir: epath.Path) -> dict[str, Truth]:
             saved["train_ids"],
         )
     return truth
+
+
+def _refuse(config, workdir, splits, found: tuple | None, wanted: tuple) -> None:
+    """Says why there is no truth: members are missing, or it is another ensemble."""
+    folder = workdir / "ensemble"
+    names = [member.name for member in members(config, splits)]
+    missing = [n for n in names if not (folder / n / "outputs.npz").exists()]
+    remedy = "run `dtrak-jax retrain` with this config and workdir first."
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} models of the ensemble are missing in "
+            f"{folder} ({shown}); {remedy}"
+        )
+    raise ValueError(
+        f"{folder / 'outputs.npz'} is of subsets, seeds and losses {found}; the config "
+        f"asks for {wanted}: {remedy}"
+    )
 
 
 def check_scores(scores: Scores, truth: Truth, what: str) -> None:
