@@ -218,7 +218,7 @@ def test_stages_name_the_stage_that_is_missing(tmp_path, capsys):
     for stage, missing in [
         ("sample", "dtrak-jax train"),
         ("featurize", "dtrak-jax sample"),
-        ("attribute", "dtrak-jax featurize"),
+        ("attribute", "dtrak-jax sample"),
         ("report", "dtrak-jax sample"),
     ]:
         code, said = run(command(stage, tmp_path), capsys)
