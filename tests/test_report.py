@@ -540,7 +540,8 @@ def test_methods_without_a_kernel(tmp_path):
 
     def with_methods(methods):
         attribution = dataclasses.replace(config.attribution, methods=methods)
-        changed = dataclasses.replace(config, attribution=attribution)
+        shown = dataclasses.replace(config.report, methods=methods)
+        changed = dataclasses.replace(config, attribution=attribution, report=shown)
         return page(changed, *rest, **options)
 
     html = with_methods(methods)
