@@ -25,7 +25,7 @@ from dtrak_jax import (
     training,
 )
 from dtrak_jax.attribution import Scores
-from dtrak_jax.config import Config, flatten, shown_methods
+from dtrak_jax.config import METHODS, Config, flatten, shown_methods
 from dtrak_jax.features import Projection, Task, distortion, featurize
 
 FREE_FIELDS = (
@@ -243,21 +243,17 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
     splits = load_data(config, workdir)
     queries = load_queries(config, workdir, splits)
     sets = {"train": (splits.train.images, splits.train.ids)} | queries
-    methods, place = set(config.attribution.methods), workdir / "features"
+    methods, place = config.attribution.methods, workdir / "features"
     params = load_params(config, workdir)
     _featurize(config, params, sets, config.features.measurements, place)
-    if methods & {"tracin", "gas"}:
+    if not {"tracin", "gas"}.isdisjoint(methods):
         for step in training.kept_steps(config.train)[:-1]:
             at_step = load_params(config, workdir, step)
             _featurize(
                 config, at_step, sets, ("loss",), place / "checkpoints" / str(step)
             )
-    for name in scoring.model_names(config) if _averages_models(methods) else ():
-        measurements = tuple(
-            measurement
-            for method, measurement in (("trak", "loss"), ("dtrak", "square"))
-            if f"{method}-ensemble" in methods
-        )
+    measurements = tuple(METHODS[m] for m in methods if m.endswith("-ensemble"))
+    for name in scoring.model_names(config) if measurements else ():
         other = load_model(config, workdir, name)
         _featurize(config, other, sets, measurements, place / "models" / name)
     if "journey-trak" in methods and "generated" in queries:
@@ -278,10 +274,6 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
         )
         if parallel.is_primary():
             files.write_json(path, {k: v._asdict() for k, v in measured.items()})
-
-
-def _averages_models(methods: set[str]) -> bool:
-    return any(method.endswith("-ensemble") for method in methods)
 
 
 def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:

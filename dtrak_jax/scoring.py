@@ -44,11 +44,14 @@ def score(run: Run, method: str) -> dict[str, Scores]:
     found = {}
     for name, scores in SCORERS[method](run).items():
         if not isinstance(scores, Scores):
-            ids = run.queries[name][1]
-            scores = scores.astype(np.float32)
-            scores = Scores(scores, run.splits.train.ids, ids, method)
+            scores = _with_ids(run, name, scores)
         found[name] = dataclasses.replace(scores, method=method)
     return found
+
+
+def _with_ids(run: Run, queries: str, scores: np.ndarray, **fields) -> Scores:
+    ids = run.splits.train.ids, run.queries[queries][1]
+    return Scores(scores.astype(np.float32), *ids, method="", **fields)
 
 
 def _kernel(run: Run, method: str, *folder: str) -> dict[str, Scores]:
@@ -62,17 +65,9 @@ def _from_features(function: Callable, run: Run, *options) -> dict[str, np.ndarr
 
 
 def _damped(function: Callable, run: Run) -> dict[str, Scores]:
-    scores = {}
-    for name, one in _from_features(function, run, run.damping).items():
-        ids = run.queries[name][1]
-        scores[name] = Scores(
-            one.astype(np.float32),
-            run.splits.train.ids,
-            ids,
-            "",
-            damping=tuple(run.damping),
-        )
-    return scores
+    scores = _from_features(function, run, run.damping)
+    damping = tuple(run.damping)
+    return {n: _with_ids(run, n, one, damping=damping) for n, one in scores.items()}
 
 
 def _over_checkpoints(function: Callable, run: Run) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from dtrak_jax.attribution import damping_path, gradient_cosine
 from dtrak_jax.attribution.methods import DEFAULT_DAMPING
 from dtrak_jax.config import NOISES, Config
 from dtrak_jax.evaluation import lds
+from dtrak_jax.training import kept_steps
 
 KERNELS = ("apart", "pooled", "averaged", "cosine")
 """One kernel for each (timestep, draw), their scores added; one for all of them
@@ -96,7 +97,6 @@ def studies(config: Config) -> dict[str, list[Arm]]:
     that ask what more gradients are worth.
     """
     settings, features = config.ablation, config.features
-    steps = config.train.steps
     base = Source(
         measurements=("loss", "square"),
         timesteps=settings.timesteps,
@@ -105,7 +105,7 @@ def studies(config: Config) -> dict[str, list[Arm]]:
         seed=features.seed,
         projection=features.projection,
         dim=features.dim,
-        checkpoint=steps,
+        checkpoint=config.train.steps,
     )
 
     def arms(study, source, kernels=("apart",), **use) -> Iterator[Arm]:
@@ -156,8 +156,7 @@ def studies(config: Config) -> dict[str, list[Arm]]:
                 yield from arms("projection", source)
 
     def checkpoints() -> Iterator[Arm]:
-        for fraction in config.train.checkpoints:
-            step = max(1, round(fraction * steps))
+        for step in kept_steps(config.train):
             yield from arms("checkpoint", like_base(checkpoint=step, draws=1))
 
     return {
@@ -181,16 +180,16 @@ def rows(
       query: of all queries, one set after the other [pairs, q, k].
       truth: the ensemble, for each set of queries.
     """
-    masks = next(iter(truth.values())).masks
+    any_truth = next(iter(truth.values()))
     squares = arm.study == "noise"
     if arm.kernel == "cosine":
         scores = gradient_cosine(train, query)
-        grid, path, fixed = [None], (masks @ scores.T)[None], 0
+        grid, path, fixed = [None], any_truth.predict(scores)[None], 0
     else:
         if arm.kernel == "averaged":
             train, query = train.mean(axis=0), query.mean(axis=0)
         pooled = arm.kernel == "pooled"
-        grid, path = lds.damping_path(train, query, masks, pooled=pooled)
+        grid, path = lds.damping_path(train, query, any_truth.masks, pooled=pooled)
         fixed = grid.index(DEFAULT_DAMPING) if DEFAULT_DAMPING in grid else None
         if squares:
             (scores,) = damping_path(train, query, [DEFAULT_DAMPING], pooled=pooled)
@@ -200,12 +199,8 @@ def rows(
         own = path[:, :, start:end]
 
         def add(estimate, rule, damping, transform="linear", name=name):
-            result.append(
-                arm.describe()
-                | {"queries": name, "damping_rule": rule, "damping": damping}
-                | {"transform": transform, "lds": estimate.value}
-                | {"low": estimate.low, "high": estimate.high}
-            )
+            whose = arm.describe() | {"queries": name}
+            result.append(whose | lds.row(estimate, rule, damping, transform))
 
         def score(predictions, one=one):
             return lds.bootstrap(predictions, one)[0]
@@ -214,7 +209,7 @@ def rows(
         if fixed is not None:
             add(score(own[fixed]), rule, grid[fixed])
         if squares:
-            squared = masks @ scores[start:end].T ** 2
+            squared = one.predict(scores[start:end] ** 2)
             add(score(squared), rule, rule and DEFAULT_DAMPING, "squared")
         if rule is None:
             continue

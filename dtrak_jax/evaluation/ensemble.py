@@ -175,7 +175,9 @@ def write_truth(config: Config, workdir: epath.Path, splits, queries) -> None:
     )
 
 
-def load_truth(config: Config, workdir: epath.Path) -> dict[str, Truth]:
+def load_truth(
+    config: Config, workdir: epath.Path, splits: data.Splits, queries: dict
+) -> dict[str, Truth]:
     """The ensemble's losses for each set of queries.
 
     Raises:
@@ -183,13 +185,11 @@ def load_truth(config: Config, workdir: epath.Path) -> dict[str, Truth]:
       ValueError: the ensemble is of other training images or queries.
     """
     path = workdir / "ensemble" / "outputs.npz"
-    splits = pipeline.load_data(config, workdir)
     wanted = config.ensemble.subsets, config.ensemble.seeds, output_settings(config)
     saved = files.read_npz(path) if path.exists() else None
     found = saved and (*saved["outputs"].shape[:2], str(saved["settings"]))
     if found != wanted:
         _refuse(config, workdir, splits, found, wanted)
-    queries = pipeline.load_queries(config, workdir, splits)
     truth = {}
     for name, (images, ids) in queries.items():
         own = saved["query_set"] == name

@@ -98,15 +98,25 @@ def bootstrap(predictions: np.ndarray, truth: Truth) -> tuple[Estimate, np.ndarr
     and of other queries. The samples [RESAMPLES] of two scores under one truth belong
     to the same draws, so their differences are those of a paired comparison.
     """
-    samples = spearman(predictions, truth.target, truth.subset_weights)
-    samples = (samples * truth.query_weights).sum(axis=1)
+    samples = _resampled(predictions, truth.target, truth.subset_weights, truth)
     return interval(lds(predictions, truth), samples), samples
 
 
-def difference(a: np.ndarray, b: np.ndarray, truth: Truth) -> Estimate:
-    """LDS of predictions a minus that of b, with the interval of the paired samples."""
-    (first, samples_a), (second, samples_b) = (bootstrap(p, truth) for p in (a, b))
-    return interval(first.value - second.value, samples_a - samples_b)
+def _resampled(
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray, truth: Truth
+) -> np.ndarray:
+    """Mean correlation of a and b [subsets, queries] in every resample [RESAMPLES]."""
+    return (spearman(a, b, weights) * truth.query_weights).sum(axis=1)
+
+
+def row(estimate: Estimate, rule: str | None, damping, transform: str) -> dict:
+    """What a row of the results says of a score, beside whose it is."""
+    described = {"damping_rule": rule, "damping": damping, "transform": transform}
+    return described | {
+        "lds": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+    }
 
 
 def ceiling(truth: Truth) -> Estimate | None:
@@ -131,8 +141,7 @@ def ceiling(truth: Truth) -> Estimate | None:
     for first, second in halves:
         a, b = (truth.outputs[:, list(s)].mean(axis=1) for s in (first, second))
         values.append(spearman(a, b).mean())
-        resampled = spearman(a, b, truth.subset_weights)
-        samples.append((resampled * truth.query_weights).sum(axis=1))
+        samples.append(_resampled(a, b, truth.subset_weights, truth))
     agreement = interval(np.mean(values), np.mean(samples, axis=0))
 
     def corrected(r: float) -> float:
@@ -260,6 +269,5 @@ def _over_halves(fit: Callable[[np.ndarray], np.ndarray], truth: Truth) -> Estim
         # The halves hold different subsets, which are drawn independently; their
         # queries are the same.
         weights = resamples(len(target), RESAMPLES, 1 + len(values))
-        drawn = spearman(predicted, target, weights)
-        samples = samples + (drawn * truth.query_weights).sum(axis=1) / 2
+        samples = samples + _resampled(predicted, target, weights, truth) / 2
     return interval(np.mean(values), samples)

@@ -35,9 +35,13 @@ from dtrak_jax.features import Features, Projection, featurize
 def evaluate(config: Config, workdir: epath.Path) -> None:
     """The linear datamodeling score of every method; lds.json."""
     settings = config.ensemble
+    splits = pipeline.load_data(config, workdir)
+    truths = load_truth(
+        config, workdir, splits, pipeline.load_queries(config, workdir, splits)
+    )
     queries = {
         name: _evaluate_queries(config, workdir, name, truth)
-        for name, truth in load_truth(config, workdir).items()
+        for name, truth in truths.items()
     }
     if parallel.is_primary():
         described = {
@@ -107,9 +111,7 @@ def _evaluate_queries(config, workdir, queries: str, truth: lds.Truth) -> dict:
 
 
 def _row(method, rule, damping, estimate, transform="linear") -> dict:
-    row = {"method": method, "damping_rule": rule, "damping": damping}
-    row |= {"transform": transform, "lds": estimate.value}
-    return row | {"low": estimate.low, "high": estimate.high}
+    return {"method": method} | lds.row(estimate, rule, damping, transform)
 
 
 def _differences(samples: dict[str, tuple[float, np.ndarray]]) -> list[dict]:
@@ -146,11 +148,11 @@ def ablate(config: Config, workdir: epath.Path) -> None:
     """The rows of every study, those that are there excepted; ablations.json."""
     studies = ablations.studies(config)
     arms = [arm for name in config.ablation.studies for arm in studies[name]]
-    truth = load_truth(config, workdir)
     splits = pipeline.load_data(config, workdir)
-    images = {"train": (splits.train.images, splits.train.ids)}
-    images |= pipeline.load_queries(config, workdir, splits)
-    # Arms of one source follow each other, so that its features are read once.
+    queries = pipeline.load_queries(config, workdir, splits)
+    truth = load_truth(config, workdir, splits, queries)
+    images = {"train": (splits.train.images, splits.train.ids)} | queries
+    # Arms of one source follow each other: what was interrupted is of one source.
     arms.sort(key=lambda arm: arm.source.name)
     rows = []
     with tqdm(total=len(arms), desc="ablate", unit="arm", disable=None) as bar:
