@@ -57,6 +57,9 @@ METHODS = KERNELS | {
 }
 """Attribution methods, with the measurement whose features each one needs, if any."""
 
+SQUARED = "-squared"
+"""After a method's name in `counterfactual.methods`."""
+
 NOISES = ("common", "independent", "reference", "cyclic")
 STRATEGIES = ("uniform", "cumulative")
 PROJECTIONS = ("sketch", "rademacher", "gaussian", "none")
@@ -452,7 +455,8 @@ class CounterfactualConfig:
     count: int = 1000
     """How many training images are removed for each."""
     methods: tuple[str, ...] = ("dtrak", "trak")
-    """Whose strongest images; a random choice is always there too."""
+    """Whose strongest images; with "-squared" after the name those of the largest squared
+    scores, whatever their sign. A random choice is always there too."""
     seed: int = 0
     """Chooses the queries and the random images."""
 
@@ -461,7 +465,8 @@ class CounterfactualConfig:
         at_least("counterfactual.count", self.count, 1)
         at_least("counterfactual.seed", self.seed, 0)
         for method in self.methods:
-            one_of("counterfactual.methods", method, METHODS.keys() - {"random"})
+            name = method.removesuffix(SQUARED)
+            one_of("counterfactual.methods", name, METHODS.keys() - {"random"})
 
 
 STUDIES = ("noise", "draws", "timesteps", "measurement", "projection", "checkpoint")

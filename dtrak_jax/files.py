@@ -84,3 +84,11 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is damaged ({error}); delete it and rerun."
         ) from error
+
+
+def holds(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> bool:
+    """Whether there is an .npz with these arrays, and perhaps others."""
+    if not epath.Path(path).exists():
+        return False
+    there = read_npz(path)
+    return all(np.array_equal(there.get(name), one) for name, one in arrays.items())

@@ -30,6 +30,13 @@ def generate(params, seeds):
     return diffusion.sample(apply, params, SCHEDULE, seeds, (8, 8, 1), steps=3)
 
 
+def measure(params, images, ids):
+    """A loss without noise: enough to see whose parameters and whose images it is of."""
+    assert len(images) == len(ids)
+    out = apply(params, images, np.full(len(images), 10), None)
+    return np.square(np.asarray(out)).mean(axis=(1, 2, 3))
+
+
 def make_scores(values, **changes):
     fields = {
         "scores": np.asarray(values, np.float32),
@@ -69,7 +76,14 @@ def originals(images, tmp_path_factory):
 
 
 def run(images, scores, generated, workdir, **changes):
-    options = {"queries": QUERIES, "count": COUNT, "embeddings": {"pixels": cf.pixels}}
+    options = {
+        "queries": QUERIES,
+        "count": COUNT,
+        "params": init(jax.random.key(0)),
+        "measure": measure,
+        "measured": "denoised at t = 10",
+        "embeddings": {"pixels": cf.pixels},
+    }
     options |= changes
     return cf.counterfactual(
         init,
@@ -113,7 +127,7 @@ def test_a_removal_is_what_training_by_hand_on_the_rest_gives(
     finished, images, scores, tmp_path
 ):
     """Without the top four of twelve, 8 of 12 steps; then sampled with its own seed."""
-    _, workdir = finished
+    result, workdir = finished
     rows = np.sort(np.argsort(scores.scores[2])[:-COUNT])
     member = training.Member("by hand", rows, CONFIG.seed)
     config = dataclasses.replace(CONFIG, steps=8)
@@ -123,8 +137,14 @@ def test_a_removal_is_what_training_by_hand_on_the_rest_gives(
     params = training.load_members(init, [member.name], config, tmp_path)
     params = jax.tree.map(lambda leaf: leaf[0], params)
     image = generate(params, SEEDS[2:3])
-    saved = files.read_npz(workdir / "counterfactual" / "images.npz")["dtrak"]
-    np.testing.assert_allclose(saved[:1], eight_bits(image), atol=1.01 / 127.5)
+    saved = files.read_npz(workdir / "counterfactual" / "images.npz")
+    np.testing.assert_allclose(saved["dtrak"][:1], eight_bits(image), atol=1.01 / 127.5)
+    original = saved["original"][:1]
+    losses = [
+        measure(p, original, QUERIES[:1])[0] for p in (params, init(jax.random.key(0)))
+    ]
+    increase = result["rows"][0]["loss_increase"]
+    assert math.isclose(increase, losses[0] - losses[1], rel_tol=1e-4)
 
 
 def test_the_results(finished):
@@ -143,7 +163,8 @@ def test_the_results(finished):
     for row in result["rows"]:
         i = QUERIES.index(row["query"])
         a, b = saved["original"][i].ravel(), saved[row["method"]][i].ravel()
-        assert set(row) == {"method", "query", "pixel_l2", "pixels_cosine"}
+        metrics = {"pixel_l2", "pixels_cosine", "loss_increase"}
+        assert set(row) == {"method", "query", *metrics}
         assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
@@ -153,7 +174,7 @@ def test_the_results(finished):
         ]
         assert math.isclose(one["mean"], np.mean(values))
     summarized = [(one["method"], one["metric"]) for one in result["summary"]]
-    metrics = ["pixel_l2", "pixels_cosine"]
+    metrics = ["pixel_l2", "pixels_cosine", "loss_increase"]
     assert summarized == [(method, metric) for method in methods for metric in metrics]
 
 
@@ -188,6 +209,24 @@ def test_what_is_done_is_not_done_again(finished, images, scores, originals, tra
     again = run(images, scores, originals[0], workdir, generate=None)
     assert again == result
     assert not trained
+
+
+def test_other_losses_are_measured_again(
+    finished, images, scores, originals, trained, tmp_path
+):
+    result = finished[0]
+    workdir = shutil.copytree(finished[1], tmp_path / "copy")
+
+    def double(*arguments):
+        return 2 * measure(*arguments)
+
+    changed = {"measure": double, "measured": "twice"}
+    again = run(images, scores, originals[0], workdir, **changed)
+    assert not trained
+    for before, after in zip(result["rows"], again["rows"], strict=True):
+        assert after == before | {
+            "loss_increase": pytest.approx(2 * before["loss_increase"], rel=1e-5)
+        }
 
 
 def test_only_what_changed_is_done(
@@ -332,7 +371,7 @@ def test_the_summary_agrees_with_scipy():
 
 
 def test_the_bottleneck_is_the_mid_blocks_output(images):
-    """As flax captures it among everything else, batch by batch as at once."""
+    """Less its mean; as flax captures it among everything, batch by batch as at once."""
     model = models.build(TINY)
     params = models.init(model, jax.random.key(0))
 
@@ -347,10 +386,12 @@ def test_the_bottleneck_is_the_mid_blocks_output(images):
         )[1]["intermediates"]["mid_block"]["__call__"]
 
     (h,) = capture(images, np.full(12, 10))
-    features = cf.bottleneck(model, params, SCHEDULE, batch_size=5)(images)
-    assert features.shape == (12, TINY.block_out_channels[-1])
+    embed = cf.bottleneck(model, params, SCHEDULE, images, batch_size=5)
+    features = embed(images[:7])
+    assert features.shape == (7, TINY.block_out_channels[-1])
     expected = np.asarray(h).reshape(12, -1, 8).mean(axis=1)
-    np.testing.assert_allclose(features, expected, atol=1e-5)
+    expected -= expected.mean(axis=0)
+    np.testing.assert_allclose(features, expected[:7], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ FLAGS = {
     "attribution.methods": " ".join(METHODS),
     "counterfactual.queries": "1",
     "counterfactual.count": "20",
-    "counterfactual.methods": "dtrak",
+    "counterfactual.methods": "dtrak dtrak-squared",
     "ablation.studies": "checkpoint",
     "ablation.timesteps": "100 300",
 }

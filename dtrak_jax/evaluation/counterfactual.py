@@ -72,6 +72,9 @@ def counterfactual(
     *,
     queries: Sequence[str],
     count: int,
+    params,
+    measure: Callable,
+    measured: str,
     embeddings: Mapping[str, Embedding],
     seed: int = 0,
     flip: bool = False,
@@ -80,8 +83,9 @@ def counterfactual(
 
     For each method and query, and for random removals, one model is trained on what
     `removals` leaves, from the original's seed and for as many epochs; it generates the
-    query's image again from the image's own seed. Two more models, trained on
-    everything, are the controls. What is there already is not done again.
+    query's image again from the image's own seed, and its loss of the original image is
+    measured. Two more models, trained on everything, are the controls. What is there
+    already is not done again.
 
     Args:
       init: the model's initialisation, key -> params.
@@ -98,6 +102,9 @@ def counterfactual(
         counterfactual/MEMBER/ for each model.
       queries: ids of the generated images to ask about.
       count: how many training examples are removed, 1 to n - 1.
+      params: of the original model.
+      measure: the loss whose increase is a metric, (params, images, ids) -> [Q].
+      measured: what `measure` depends on besides; losses of another are not reused.
       embeddings: what images are compared in, besides the pixels' distance.
       seed: of the random removals.
       flip: whether training mirrors half of the images.
@@ -135,9 +142,17 @@ def counterfactual(
             description=f"retrain {steps} steps",
         )
     seeds = {q: int(generated.seeds[position[q]]) for q in queries}
-    again = _regenerate(init, generate, runs, seeds, config, folder)
     original = generated.images[[position[q] for q in queries]].astype(np.float32)
-    metrics = {m: compare(original, new, embeddings) for m, new in again.items()}
+    before = measure(params, original, np.array(queries))
+    originals = dict(zip(queries, original, strict=True))
+    again, after = _regenerate(
+        init, generate, measure, measured, runs, seeds, originals, config, folder
+    )
+    metrics = {
+        method: compare(original, new, embeddings)
+        | {"loss_increase": after[method] - before}
+        for method, new in again.items()
+    }
     result = {
         "settings": {
             "count": count,
@@ -278,17 +293,23 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 def bottleneck(
-    model: models.UNet2D, params, schedule: Schedule, batch_size: int = 64
+    model: models.UNet2D,
+    params,
+    schedule: Schedule,
+    images: np.ndarray,
+    batch_size: int = 64,
 ) -> Embedding:
     """The embedding by the network's own lowest level, see `models.bottleneck_fn`.
 
     Images are shown without noise, as if at the timestep T // 100, where there is
-    hardly any.
+    hardly any. The mean over `images` is subtracted: what all of them share would make
+    every cosine almost 1.
 
     Args:
       model: the network.
       params: of the original model, so that all images are seen by the same network.
       schedule: the noise schedule that it was trained with.
+      images: the training images [n, H, W, C].
       batch_size: images at once.
     """
     features = models.bottleneck_fn(model)
@@ -302,7 +323,8 @@ def bottleneck(
             found.append(np.asarray(features(params, x, jnp.full(size, t))))
         return np.concatenate(found)[: len(images)]
 
-    return embed
+    mean = embed(images).mean(axis=0)
+    return lambda images: embed(images) - mean
 
 
 def summarize(values: np.ndarray) -> dict[str, float]:
@@ -324,20 +346,28 @@ def summarize(values: np.ndarray) -> dict[str, float]:
 def _regenerate(
     init: Callable,
     generate: Callable,
+    measure: Callable,
+    measured: str,
     runs: Sequence[Run],
     seeds: Mapping[str, int],
+    originals: Mapping[str, np.ndarray],
     config: TrainConfig,
     folder: epath.Path,
-) -> dict[str, np.ndarray]:
-    """Every method's images [Q, H, W, C] in the order of `seeds`, of 8 bits.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Every method's images [Q, H, W, C], of 8 bits, and losses of the originals [Q].
 
-    Each model's images are kept in MEMBER/images.npz; processes share the models out.
+    Both in the order of `seeds`. Each model's own are kept in MEMBER/images.npz;
+    processes share the models out.
     """
     mine = runs[jax.process_index() :: jax.process_count()]
     for run in tqdm(mine, desc="regenerate", unit="model", disable=None):
         path = folder / run.member.name / "images.npz"
-        wanted = np.array([seeds[query] for query in run.queries])
-        if path.exists() and np.array_equal(files.read_npz(path)["seeds"], wanted):
+        wanted = {
+            "seeds": np.array([seeds[query] for query in run.queries]),
+            "originals": np.stack([originals[query] for query in run.queries]),
+            "measured": np.array(measured),
+        }
+        if files.holds(path, wanted):
             continue
         params = training.load_members(
             init,
@@ -345,21 +375,27 @@ def _regenerate(
             dataclasses.replace(config, steps=run.steps),
             folder,
         )
-        images = generate(jax.tree.map(lambda leaf: leaf[0], params), wanted)
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+        images = generate(params, wanted["seeds"])
+        losses = measure(params, wanted["originals"], np.array(run.queries))
         if not np.isfinite(images).all():
             raise FloatingPointError(
                 f"an image that {run.member.name} generated has pixels that are not "
                 "finite; delete its folder and try a smaller train.learning_rate."
             )
-        files.write_npz(path, images=data.to_pixels(images), seeds=wanted)
+        files.write_npz(path, images=data.to_pixels(images), losses=losses, **wanted)
     parallel.wait_for_all("regenerate")
-    found = {}
+    images, losses = {}, {}
     for run in runs:
-        saved = files.read_npz(folder / run.member.name / "images.npz")["images"]
+        saved = files.read_npz(folder / run.member.name / "images.npz")
         # Of 8 bits like the originals, or the controls would show the rounding.
-        new = saved.astype(np.float32) / 127.5 - 1
-        found.setdefault(run.method, {}).update(zip(run.queries, new, strict=True))
-    return {m: np.stack([by_query[q] for q in seeds]) for m, by_query in found.items()}
+        new = saved["images"].astype(np.float32) / 127.5 - 1
+        for found, own in ((images, new), (losses, saved["losses"])):
+            found.setdefault(run.method, {}).update(zip(run.queries, own, strict=True))
+    return tuple(
+        {m: np.stack([by_query[q] for q in seeds]) for m, by_query in found.items()}
+        for found in (images, losses)
+    )
 
 
 def _check_queries(queries: Sequence[str], generated: Mapping[str, int]) -> None:

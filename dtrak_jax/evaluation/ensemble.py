@@ -99,7 +99,7 @@ def _measure_outputs(config, workdir, queries, names, train_config) -> None:
     left = [
         name
         for name in mine
-        if not _is_measured(workdir / "ensemble" / name / "outputs.npz", wanted)
+        if not files.holds(workdir / "ensemble" / name / "outputs.npz", wanted)
     ]
     width = len(jax.local_devices())
     with tqdm(
@@ -139,13 +139,6 @@ def output_settings(config: Config) -> str:
     """What measured losses depend on, besides the member and the queries."""
     settings = config.ensemble
     return f"timesteps={settings.timesteps} draws={settings.draws} seed={settings.seed}"
-
-
-def _is_measured(path: epath.Path, wanted: dict[str, np.ndarray]) -> bool:
-    if not path.exists():
-        return False
-    there = files.read_npz(path)
-    return all(np.array_equal(there.get(name), one) for name, one in wanted.items())
 
 
 def digests(images: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ They take much longer than the pipeline's own, since they train many models.
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -19,8 +20,8 @@ from dtrak_jax import (
     pipeline,
     scoring,
 )
-from dtrak_jax.attribution import random_scores
-from dtrak_jax.config import KERNELS, Config
+from dtrak_jax.attribution import Scores, random_scores
+from dtrak_jax.config import KERNELS, SQUARED, Config
 from dtrak_jax.evaluation import ablations, counterfactual, lds
 from dtrak_jax.evaluation.ensemble import (
     check_scores,
@@ -28,6 +29,7 @@ from dtrak_jax.evaluation.ensemble import (
     output_settings,
     retrain,
 )
+from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.statistics import interval
 from dtrak_jax.features import Features, Projection, featurize
 
@@ -236,12 +238,31 @@ def remove_and_retrain(config: Config, workdir: epath.Path) -> None:
     images, ids = pipeline.load_samples(workdir)
     count = min(settings.queries, len(ids))
     chosen = data.choose(ids, None, count, settings.seed, "counterfactual")
-    scores = {
-        method: pipeline.load_scores(workdir, method, "generated")
-        for method in settings.methods
-    }
     params = pipeline.load_params(config, workdir)
     schedule = diffusion.build(config.diffusion)
+
+    def load_scores(method: str) -> Scores:
+        scores = pipeline.load_scores(
+            workdir, method.removesuffix(SQUARED), "generated"
+        )
+        if method.endswith(SQUARED):
+            return dataclasses.replace(scores, scores=np.square(scores.scores))
+        return scores
+
+    def measure_losses(params, images, ids) -> np.ndarray:
+        (losses,) = measure(
+            models.apply_fn(model),
+            schedule,
+            jax.tree.map(lambda leaf: leaf[None], params),
+            images,
+            ids,
+            timesteps=config.ensemble.timesteps,
+            draws=config.ensemble.draws,
+            seed=config.ensemble.seed,
+            batch_size=config.ensemble.batch_size,
+        )
+        return losses
+
     counterfactual.counterfactual(
         models.init_fn(model),
         models.train_apply_fn(model),
@@ -249,15 +270,20 @@ def remove_and_retrain(config: Config, workdir: epath.Path) -> None:
         lambda params, seeds: pipeline.generate(config, params, seeds),
         splits.train.images,
         splits.train.ids,
-        scores,
+        {method: load_scores(method) for method in settings.methods},
         counterfactual.Generated(images, ids, pipeline.sample_seeds(config)),
         config.train,
         workdir,
         queries=ids[chosen],
         count=settings.count,
+        params=params,
+        measure=measure_losses,
+        measured=output_settings(config),
         embeddings={
             "pixels": counterfactual.pixels,
-            "bottleneck": counterfactual.bottleneck(model, params, schedule),
+            "bottleneck": counterfactual.bottleneck(
+                model, params, schedule, splits.train.images
+            ),
         },
         seed=settings.seed,
         flip=config.data.flip,

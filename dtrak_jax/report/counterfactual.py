@@ -12,6 +12,7 @@ from dtrak_jax.report.figures import INK, SUPPORT, captioned, data_uri
 from dtrak_jax.report.text import between, capitalized, method_name, number, table
 
 METRICS = {
+    "loss_increase": "increase of the original’s loss",
     "pixel_l2": "distance of pixels (L2)",
     "pixels_cosine": "cosine of pixels",
     "bottleneck_cosine": "cosine in the model’s bottleneck",
@@ -103,7 +104,7 @@ def _chart(metric: str, summary: list[Mapping]) -> str:
     }
     name = METRICS.get(metric, metric)
     # Distances grow with what was removed, and cosines shrink.
-    more = "higher" if metric == "pixel_l2" else "lower"
+    more = "lower" if metric.endswith("_cosine") else "higher"
     return captioned(
         dots(rows, name, f"Effect of removal, {name}", zero=False),
         f"{escape(capitalized(name))}, with 95% intervals over queries; {more} is more "

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from dtrak_jax.config import SQUARED
+
 NAMES = {
     "dtrak": "D-TRAK",
     "trak": "TRAK",
@@ -35,7 +37,8 @@ NAMES = {
 
 def method_name(method: str) -> str:
     """How a method is called; one that has no name here is called what it is."""
-    return NAMES.get(method, method)
+    name = method.removesuffix(SQUARED)
+    return NAMES.get(name, name) + (" squared" if name != method else "")
 
 
 def capitalized(text: str) -> str:
