@@ -24,4 +24,8 @@ def get_config() -> Config:
         features=dataclasses.replace(digits.features, measurements=measurements),
         attribution=dataclasses.replace(digits.attribution, methods=tuple(METHODS)),
         ensemble=dataclasses.replace(digits.ensemble, models=2),
+        counterfactual=dataclasses.replace(
+            digits.counterfactual,
+            methods=("dtrak", "dtrak-squared", "trak", "pixel-cosine"),
+        ),
     )

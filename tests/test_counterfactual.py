@@ -168,13 +168,21 @@ def test_the_results(finished):
         assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
+    metrics = ["pixel_l2", "pixels_cosine", "loss_increase"]
     for one in result["summary"]:
         values = [
             r[one["metric"]] for r in result["rows"] if r["method"] == one["method"]
         ]
         assert math.isclose(one["mean"], np.mean(values))
+    for one in result["differences"]:
+        assert one["method"] == "dtrak"
+        own, random = (
+            [r[one["metric"]] for r in result["rows"] if r["method"] == method]
+            for method in ("dtrak", "random")
+        )
+        assert math.isclose(one["median"], np.median(np.subtract(own, random)))
+    assert [one["metric"] for one in result["differences"]] == metrics
     summarized = [(one["method"], one["metric"]) for one in result["summary"]]
-    metrics = ["pixel_l2", "pixels_cosine", "loss_increase"]
     assert summarized == [(method, metric) for method in methods for metric in metrics]
 
 

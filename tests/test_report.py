@@ -353,6 +353,10 @@ def write_counterfactual(workdir, *, ids=("generated-0", "generated-1")):
                 for m in methods
                 for k in metrics
             ],
+            "differences": [
+                {"method": "dtrak", "metric": "pixel_l2", "median": 1.357, "mean": 2}
+                | ends
+            ],
         },
     )
     images = np.zeros((len(ids), 8, 8, 1), np.float32)
@@ -491,6 +495,7 @@ def test_images_after_removal_with_their_distance(tmp_path):
     ]
     assert found.count("<b>1.234</b>") == 4 and "Showing 1 of 2" in found
     assert found.count("<svg>") == 2 and "<td>2.468</td><td>[1.000, 3.000]" in found
+    assert "less the effect of random removal" in found and "<td>1.357</td>" in found
     (tmp_path / "counterfactual" / "images.npz").unlink()
     found = section(page(*arguments, **options), "counterfactual")
     assert "<img" not in found and "2.468" in found

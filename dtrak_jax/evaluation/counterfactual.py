@@ -111,7 +111,8 @@ def counterfactual(
 
     Returns:
       What counterfactual.json holds: "settings"; "rows", the metrics of every method
-      and query (see `compare`); "summary", see `summarize`.
+      and query (see `compare`); "summary", see `summarize`; "differences", the same of
+      every method's metrics less those of random removal, query by query.
 
     Raises:
       ValueError: before anything is trained, where arguments do not fit together.
@@ -170,6 +171,15 @@ def counterfactual(
             {"method": method, "metric": name, **summarize(values)}
             for method, own in metrics.items()
             for name, values in own.items()
+        ],
+        "differences": [
+            {
+                "method": method,
+                "metric": name,
+                **summarize(values - metrics[RANDOM][name]),
+            }
+            for method in scores
+            for name, values in metrics[method].items()
         ],
     }
     if parallel.is_primary():

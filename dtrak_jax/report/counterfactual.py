@@ -46,6 +46,10 @@ def counterfactual_section(result: Mapping, workdir: epath.Path, count: int) -> 
         _chart(metric, [row for row in summary if row["metric"] == metric])
         for metric in dict.fromkeys(row["metric"] for row in summary)
     )
+    tables = _table("Effect of removal over all queries", summary) + _table(
+        "The same, less the effect of random removal on the same query",
+        result["differences"],
+    )
     return f"""<section id="counterfactual"><h2>Without the strongest images</h2>
 <p>For each of {len(settings["queries"]):,} generated images, the {settings["count"]:,}
 training images that a method puts highest were removed, a model was trained on the rest,
@@ -54,7 +58,7 @@ original, the more the removed images did.</p>
 <p class="note">Controls: {settings["count"]:,} random images removed; nothing removed and
 the same seed, which should change nothing; nothing removed and another seed of training,
 which shows how much an image differs by chance.</p>
-{pictures}<div class="plots">{charts}</div>{_table(summary)}</section>"""
+{pictures}<div class="plots">{charts}</div>{tables}</section>"""
 
 
 def _order(methods: list[str]) -> list[str]:
@@ -112,7 +116,7 @@ def _chart(metric: str, summary: list[Mapping]) -> str:
     )
 
 
-def _table(summary: list[Mapping]) -> str:
+def _table(caption: str, summary: list[Mapping]) -> str:
     def cells(row: Mapping) -> list[str]:
         values = [
             cell
@@ -129,4 +133,4 @@ def _table(summary: list[Mapping]) -> str:
         ]
 
     head = ("removed by", "metric", "median", "95% interval", "mean", "95% interval")
-    return table("Effect of removal over all queries", head, map(cells, summary))
+    return table(caption, head, map(cells, summary))
