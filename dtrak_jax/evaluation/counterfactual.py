@@ -142,17 +142,16 @@ def counterfactual(
             flip=flip,
             description=f"retrain {steps} steps",
         )
-    seeds = {q: int(generated.seeds[position[q]]) for q in queries}
-    original = generated.images[[position[q] for q in queries]].astype(np.float32)
-    before = measure(params, original, np.array(queries))
-    originals = dict(zip(queries, original, strict=True))
-    again, after = _regenerate(
-        init, generate, measure, measured, runs, seeds, originals, config, folder
+    chosen = [position[query] for query in queries]
+    originals = Generated(*(field[chosen] for field in generated))
+    images, losses = _regenerate(
+        init, generate, measure, measured, runs, originals, config, folder
     )
+    before = measure(params, originals.images, originals.ids)
     metrics = {
-        method: compare(original, new, embeddings)
-        | {"loss_increase": after[method] - before}
-        for method, new in again.items()
+        method: compare(originals.images, images[method], embeddings)
+        | {"loss_increase": losses[method] - before}
+        for method in images
     }
     result = {
         "settings": {
@@ -185,9 +184,9 @@ def counterfactual(
     if parallel.is_primary():
         files.write_npz(
             folder / "images.npz",
-            query_ids=np.array(queries),
-            original=original,
-            **again,
+            query_ids=originals.ids,
+            original=originals.images,
+            **images,
         )
         files.write_json(epath.Path(workdir) / "counterfactual.json", result)
     parallel.wait_for_all("counterfactual")
@@ -359,22 +358,22 @@ def _regenerate(
     measure: Callable,
     measured: str,
     runs: Sequence[Run],
-    seeds: Mapping[str, int],
-    originals: Mapping[str, np.ndarray],
+    originals: Generated,
     config: TrainConfig,
     folder: epath.Path,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Every method's images [Q, H, W, C], of 8 bits, and losses of the originals [Q].
 
-    Both in the order of `seeds`. Each model's own are kept in MEMBER/images.npz;
-    processes share the models out.
+    Each model's own are kept in MEMBER/images.npz; processes share the models out.
     """
+    position = {str(name): i for i, name in enumerate(originals.ids)}
     mine = runs[jax.process_index() :: jax.process_count()]
     for run in tqdm(mine, desc="regenerate", unit="model", disable=None):
         path = folder / run.member.name / "images.npz"
+        own = Generated(*(f[[position[q] for q in run.queries]] for f in originals))
         wanted = {
-            "seeds": np.array([seeds[query] for query in run.queries]),
-            "originals": np.stack([originals[query] for query in run.queries]),
+            "seeds": own.seeds,
+            "originals": own.images,
             "measured": np.array(measured),
         }
         if files.holds(path, wanted):
@@ -386,8 +385,8 @@ def _regenerate(
             folder,
         )
         params = jax.tree.map(lambda leaf: leaf[0], params)
-        images = generate(params, wanted["seeds"])
-        losses = measure(params, wanted["originals"], np.array(run.queries))
+        images = generate(params, own.seeds)
+        losses = measure(params, own.images, own.ids)
         if not np.isfinite(images).all():
             raise FloatingPointError(
                 f"an image that {run.member.name} generated has pixels that are not "
@@ -403,7 +402,7 @@ def _regenerate(
         for found, own in ((images, new), (losses, saved["losses"])):
             found.setdefault(run.method, {}).update(zip(run.queries, own, strict=True))
     return tuple(
-        {m: np.stack([by_query[q] for q in seeds]) for m, by_query in found.items()}
+        {m: np.stack([by_query[q] for q in position]) for m, by_query in found.items()}
         for found in (images, losses)
     )
 
