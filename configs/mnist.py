@@ -44,6 +44,7 @@ def get_config() -> Config:
             validation=200,
         ),
         model=dataclasses.replace(digits.model, sample_size=14),
+        train=dataclasses.replace(digits.train, steps=1200),
         sample=SampleConfig(count=100),
         attribution=AttributionConfig(
             methods=("dtrak", "trak", "gradient-cosine", "pixel-cosine", "random")
