@@ -54,7 +54,8 @@ def counterfactual_section(result: Mapping, workdir: epath.Path, count: int) -> 
 <p>For each of {len(settings["queries"]):,} generated images, the {settings["count"]:,}
 training images that a method puts highest were removed, a model was trained on the rest,
 and the same noise was turned into an image again. The more that image differs from the
-original, the more the removed images did.</p>
+original, and the more the new model’s loss of the original exceeds the old one’s, the more
+the removed images did.</p>
 <p class="note">Controls: {settings["count"]:,} random images removed; nothing removed and
 the same seed, which should change nothing; nothing removed and another seed of training,
 which shows how much an image differs by chance.</p>

@@ -55,7 +55,7 @@ def number(value: float | None, sign: str = "") -> str:
     """Three decimals, or a dash for what is not known; "+" as sign shows it always."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:{sign}.3f}".replace("-", "−")
+    return f"{value:{sign}z.3f}".replace("-", "−")
 
 
 def between(low: float | None, high: float | None) -> str:
