@@ -50,5 +50,5 @@ def get_config() -> Config:
             methods=("dtrak", "trak", "gradient-cosine", "pixel-cosine", "random")
         ),
         ensemble=dataclasses.replace(digits.ensemble, subsets=24),
-        ablation=AblationConfig(studies=("noise",), noise_seeds=1),
+        ablation=AblationConfig(studies=("noise",), draws=1, noise_seeds=1),
     )
