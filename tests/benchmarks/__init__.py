@@ -28,12 +28,19 @@ COMPARISONS = {
     "projection": Comparison("projections alone, against the gradient and the peers'"),
     "solver": Comparison("27 values of lambda, against 27 float32 inversions"),
     "lds": Comparison("LDS and its interval, against loops over spearmanr"),
-    "retraining": Comparison("an ensemble, against PyTorch", peers=True, all_cores=True),
+    "retraining": Comparison(
+        "an ensemble, against PyTorch", peers=True, all_cores=True
+    ),
     "sampling": Comparison("50 steps of DDIM, against diffusers", peers=True),
     "first_score": Comparison("from the command line to the first score"),
 }
 
-PEERS = {"torch": "torch", "diffusers": "diffusers", "trak": "traker", "dattri": "dattri"}
+PEERS = {
+    "torch": "torch",
+    "diffusers": "diffusers",
+    "trak": "traker",
+    "dattri": "dattri",
+}
 """Modules of other projects to compare with, and the packages they come in."""
 
 

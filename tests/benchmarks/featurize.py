@@ -54,7 +54,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                         ),
                         agreement=agreement,
                         items=len(work.images),
-                        unit="images",
+                        unit="images/s",
                         **in_turn(ours, theirs, repetitions),
                     )
                 )

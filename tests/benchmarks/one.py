@@ -22,7 +22,9 @@ def machine() -> dict:
         "processor": platform.machine(),
         "python": platform.python_version(),
         "jax_devices": [str(device) for device in jax.local_devices()],
-        "versions": {name: metadata.version(name) for name in PACKAGES if name in known},
+        "versions": {
+            name: metadata.version(name) for name in PACKAGES if name in known
+        },
     }
     if "torch" not in missing_peers():
         import torch

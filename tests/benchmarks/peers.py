@@ -26,6 +26,11 @@ def unet(work: Workload) -> UNet2DModel:
     return UNet2DModel.from_pretrained(work.folder, low_cpu_mem_usage=False).eval()
 
 
+def untrained(work: Workload) -> UNet2DModel:
+    """A network like that with new weights, in training mode."""
+    return UNet2DModel.from_config(UNet2DModel.load_config(work.folder)).train()
+
+
 def square(prediction: torch.Tensor) -> torch.Tensor:
     """(1/d) |prediction|^2: D-TRAK."""
     return (prediction**2).mean()

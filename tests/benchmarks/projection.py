@@ -43,7 +43,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                 settings=settings | {"dim": k},
                 agreement={"distortion": distortion(given, ours("sketch", k, given)())},
                 items=count,
-                unit="gradients",
+                unit="gradients/s",
                 **in_turn(ours("sketch", k, given), gradient, repetitions),
             )
         )
@@ -81,7 +81,7 @@ def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
                         "their_distortion": distortion(given, theirs().numpy()),
                     },
                     items=len(given),
-                    unit="gradients",
+                    unit="gradients/s",
                     **in_turn(ours(kind, k, given), theirs, repetitions),
                 )
             )

@@ -23,7 +23,7 @@ class Row:
       settings: sizes, and whatever else a reader must know.
       agreement: by how much the two sides' results differ, or what else was checked.
       items: how many things one repetition makes.
-      unit: what these things are.
+      unit: in which their rate is given, such as "images/s"; "" gives none.
       stands_for: what was timed of theirs stands for so many times as much.
     """
 
@@ -60,9 +60,10 @@ class Row:
         return median >= value if bound == "at least" else median <= value
 
     def rates(self) -> tuple[float, float]:
-        """Items per second of both sides, from their median times."""
+        """Of both sides in `unit`, from their median times."""
+        items = self.items * (3600 if self.unit.endswith("/hour") else 1)
         ours, theirs = map(statistics.median, (self.seconds, self.their_seconds))
-        return self.items / ours, self.items / (theirs * self.stands_for)
+        return items / ours, items / (theirs * self.stands_for)
 
     def as_dict(self) -> dict:
         """For the JSON file."""
@@ -70,8 +71,8 @@ class Row:
         return dataclasses.asdict(self) | {
             "ratio": self.ratio(),
             "met": self.met(),
-            "items_per_second": ours,
-            "their_items_per_second": theirs,
+            "rate": ours,
+            "their_rate": theirs,
         }
 
     def __str__(self) -> str:
@@ -84,7 +85,7 @@ class Row:
             text += "met" if self.met() else "MISSED"
         if self.unit:
             ours, theirs = self.rates()
-            text += f"; {ours:.4g} against {theirs:.4g} {self.unit}/s"
+            text += f"; {ours:.4g} against {theirs:.4g} {self.unit}"
         return text
 
 

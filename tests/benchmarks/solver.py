@@ -78,7 +78,9 @@ def features(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return phi, rng.standard_normal((QUERIES, k), np.float32) * scales
 
 
-def our_path(phi: np.ndarray, query: np.ndarray, lambdas: np.ndarray) -> list[np.ndarray]:
+def our_path(
+    phi: np.ndarray, query: np.ndarray, lambdas: np.ndarray
+) -> list[np.ndarray]:
     """The scores [q, n] at every lambda."""
     kernel = solver.factorize(phi)
     tau = solver.solve(kernel, phi, query)

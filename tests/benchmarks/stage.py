@@ -64,7 +64,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                 settings=settings,
                 agreement=agreement,
                 items=items,
-                unit="noised images",
+                unit="noised images/s",
                 **in_turn(stage("square", apart, kind), plain, repetitions),
             )
         )
@@ -79,7 +79,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                 settings=settings,
                 agreement={},
                 items=items,
-                unit="noised images",
+                unit="noised images/s",
                 **in_turn(
                     stage(three, apart, kind), stage("square", apart, kind), repetitions
                 ),
@@ -114,7 +114,9 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
             rows = slice(start, start + size)
             part = gradient(work.params, x[rows], every[rows])
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-        return jax.block_until_ready(jax.tree.map(lambda leaf: leaf / len(starts), total))
+        return jax.block_until_ready(
+            jax.tree.map(lambda leaf: leaf / len(starts), total)
+        )
 
     return run
 

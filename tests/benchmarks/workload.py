@@ -72,7 +72,9 @@ def noised(work: Workload, task: dtrak.Task) -> tuple[np.ndarray, np.ndarray]:
     eps = [task.eps(jnp.int32(pair), words, 0, shape) for pair in range(len(t))]
     x_t = [
         work.schedule.add_noise(
-            work.images, jnp.broadcast_to(e, work.images.shape), jnp.full(len(work.images), s)
+            work.images,
+            jnp.broadcast_to(e, work.images.shape),
+            jnp.full(len(work.images), s),
         )
         for e, s in zip(eps, t, strict=True)
     ]
