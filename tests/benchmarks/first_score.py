@@ -1,7 +1,7 @@
 """From `dtrak-jax run configs/digits.py` to the first score, compilation included.
 
-Both sides are the same command in a new process and a new run directory: ours with the
-compilation cache that an earlier run filled, theirs with none. So the ratio says what
+Both sides are the same command in a new process and a new run directory: theirs with an
+empty compilation cache, ours with the one that theirs filled. So the ratio says what
 compiling costs. Times of the run directory's files say when each stage was done.
 """
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.rows import Row, in_turn
+from tests.benchmarks.rows import Row
 from tests.benchmarks.workload import DIGITS
 
 MADE = {
@@ -34,32 +34,21 @@ SMALL = """
 def measure(small: bool, repetitions: int) -> list[Row]:
     """The whole digits job, as its docstring has it."""
     flags = SMALL.split() if small else []
-    warm = Path(tempfile.mkdtemp())
-    runs = {"cold": [], "warm": []}
-
-    def cold():
-        runs["cold"].append(run(Path(tempfile.mkdtemp()), flags))
-
-    def cached():
-        runs["warm"].append(run(warm, flags))
-
-    in_turn(cached, cold, repetitions)
-    seconds, theirs = (
-        [made["first score"] for made in runs[kind][1:]] for kind in ("warm", "cold")
-    )
+    cold, warm = [], []
+    for _ in range(repetitions):
+        cache = Path(tempfile.mkdtemp())
+        cold.append(run(cache, flags))
+        warm.append(run(cache, flags))
     return [
         Row(
             name="first score",
             ours="dtrak-jax run configs/digits.py, warm compilation cache",
             theirs="the same, cold cache",
             goal=None,
-            settings={
-                "flags": flags,
-                "seconds until": {k: v[1:] for k, v in runs.items()},
-            },
+            settings={"flags": flags, "seconds until": {"cold": cold, "warm": warm}},
             agreement={},
-            seconds=seconds,
-            their_seconds=theirs,
+            seconds=[made["first score"] for made in warm],
+            their_seconds=[made["first score"] for made in cold],
         )
     ]
 

@@ -88,7 +88,7 @@ def our_path(
 
 
 def exact_path(phi: np.ndarray, query: np.ndarray) -> tuple[Callable, float]:
-    """(tau(lambda), mean eigenvalue): a float64 solution of the dual for each lambda."""
+    """(tau(lambda), mean eigenvalue); each tau is a float64 solution of the dual."""
     phi, query = phi.astype(np.float64), query.astype(np.float64)
     gram, cross = phi @ phi.T, query @ phi.T
 

@@ -89,7 +89,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
 
 
 def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
-    """A function that returns the mean gradient over x_t [T, n, ...], batch by batch."""
+    """A function that returns the mean gradient over x_t [T, n, ...], in batches."""
     x = x_t.reshape(-1, *x_t.shape[2:])
     every = np.repeat(t, x_t.shape[1])
 
@@ -122,7 +122,7 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
 
 
 def mean_error(work: Workload, timesteps: int) -> float:
-    """Whether the mean of the examples' gradients is the batched one; |g - g'| / |g|."""
+    """|g - g'| / |g| of the mean of the examples' gradients and the batched one."""
     few = work._replace(images=work.images[:8])
     one = task(few, timesteps=timesteps)
     exact = dtrak.featurize(one, few.params, few.images, dtrak.Projection("none"))
