@@ -181,10 +181,10 @@ def test_three_measurements_share_a_forward_pass(plain):
 
 
 def test_memory_of_the_step(plain):
-    """Beside a plain gradient's: every image's own gradient, twice; none averaged."""
+    """About a plain gradient's; every image's own gradient is there once, the result."""
     own = 4 * SLOTS * P
-    assert scratch(compiled_step(SLOTS, 1)) < 1.5 * scratch(plain) + 2 * own
-    assert scratch(compiled_step(1, SLOTS)) < 1.5 * scratch(plain) + 2 * own / SLOTS
+    for step in (compiled_step(SLOTS, 1), compiled_step(1, SLOTS)):
+        assert scratch(step) < 1.1 * scratch(plain) + own / 2
 
 
 def compiled_projection(kind, p, k, n=8):

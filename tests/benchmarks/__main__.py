@@ -37,7 +37,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no comparison {', '.join(unknown)}; see --help")
 
-    failed = []
+    failed, written = [], False
     for name in arguments.names or COMPARISONS:
         print(f"{name}: {COMPARISONS[name].about}", flush=True)
         missing = missing_peers()
@@ -56,7 +56,9 @@ def main() -> None:
             found = json.loads(arguments.json.read_text())
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found | {name: result}, indent=1) + "\n")
-    print(f"results are in {arguments.json}")
+        written = True
+    if written:
+        print(f"results are in {arguments.json}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
