@@ -148,12 +148,14 @@ def plot(points: list[dict], path: Path) -> None:
         for stage in STAGES:
             for ax, what in zip(column, ("seconds", "peak MB"), strict=True):
                 ax.plot(x, [point[stage][what] for point in own], "o-", label=stage)
-        column[0].set(xscale="log", yscale="log")
-        column[1].set(xscale="log", xlabel=title)
-        column[1].set_ylim(bottom=0)
         for ax in column:
+            ax.set_xscale("log")
+            ax.set_xticks(x, [f"{value:,}" for value in x])
+            ax.minorticks_off()
             ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("seconds")
+        column[1].set_xlabel(title)
+    axes[0, 0].set(yscale="log", ylabel="seconds")
+    axes[1, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylabel("peak memory of the process, MB")
     axes[0, 0].legend()
     figure.tight_layout()
