@@ -1,0 +1,121 @@
+"""Projections alone: the sketch against the gradient that it projects, and ours against
+traker's and dattri's on the CPU.
+
+The gradient is that of one compiled step of `featurize`, all of whose images are kept
+apart; the peers project the very gradients that it makes.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+import dtrak_jax as dtrak
+from dtrak_jax import parallel
+from dtrak_jax.features import gradients, project
+from dtrak_jax.streams import id_words
+from tests.benchmarks import missing_peers
+from tests.benchmarks.rows import Row, in_turn
+from tests.benchmarks.workload import Workload, digits, task
+
+KINDS = {"sketch": "rademacher", "rademacher": "rademacher", "gaussian": "normal"}
+"""Our projections, with the peers' that each is compared with."""
+
+GOALS = {"rademacher": ("at least", 3)}
+
+
+def measure(small: bool, repetitions: int) -> list[Row]:
+    """64 gradients; k = 2,048, and for the sketch against the gradient also 32,768."""
+    work = digits(small, 8 if small else 64)
+    dims = (128, 256) if small else (2048, 32768)
+    gradient = gradient_step(work)
+    given = jax.block_until_ready(gradient())
+    count = len(given)
+    settings = work.settings(gradients=count)
+    rows = []
+    for k in dims:
+        rows.append(
+            Row(
+                name=f"sketch against gradient, k={k}",
+                ours="the sketch alone",
+                theirs="the gradients that it projects",
+                goal=("at most", 0.05),
+                settings=settings | {"dim": k},
+                agreement={"distortion": distortion(given, ours("sketch", k, given)())},
+                items=count,
+                unit="gradients/s",
+                **in_turn(ours("sketch", k, given), gradient, repetitions),
+            )
+        )
+    return rows + against_peers(given, dims[0], settings, repetitions)
+
+
+def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
+    """Each of our projections with both peers' of its kind, at equal p and k."""
+    if missing_peers():
+        print(
+            f"  the rows with {' and '.join(missing_peers())} are left out; "
+            'pip install ".[benchmark]" installs them.'
+        )
+        return []
+    from tests.benchmarks import peers
+
+    rows = []
+    tensor = peers.torch.from_numpy(np.array(given))
+    for kind, their_kind in KINDS.items():
+        found = peers.projections(their_kind, tensor.shape[1], k)
+        for package, function in found.items():
+
+            def theirs(function=function):
+                return function(tensor)
+
+            rows.append(
+                Row(
+                    name=f"{kind}, k={k}, {package} {their_kind}",
+                    ours=f"the {kind} projection alone",
+                    theirs=f"{package}'s BasicProjector, {their_kind}",
+                    goal=GOALS.get(kind),
+                    settings=settings | {"dim": k},
+                    agreement={
+                        "distortion": distortion(given, ours(kind, k, given)()),
+                        "their_distortion": distortion(given, theirs().numpy()),
+                    },
+                    items=len(given),
+                    unit="gradients/s",
+                    **in_turn(ours(kind, k, given), theirs, repetitions),
+                )
+            )
+    return rows
+
+
+def ours(kind: str, k: int, given: jax.Array):
+    """A function that projects the gradients [n, p] to [n, k]."""
+    compiled = jax.jit(functools.partial(project, dtrak.Projection(kind, k)))
+    return functools.partial(compiled, given)
+
+
+def gradient_step(work: Workload):
+    """A function that returns the images' own gradients [n, p] at t = 300."""
+    one = task(work, timesteps=(300,))
+    n = len(work.images)
+    step = gradients.gradient_function(one, parallel.mesh(jax.local_devices()))
+    slots = gradients.Slots(
+        x=work.images[:, None],
+        words=id_words(map(str, range(n))),
+        position=np.arange(n, dtype=np.int32),
+        pair=np.zeros((n, 1), np.int32),
+        weight=np.ones((n, 1), np.float32),
+        cond=None,
+    )
+    return lambda: step(work.params, slots)[0]["square"]
+
+
+def distortion(given: jax.Array, projected: np.ndarray) -> float:
+    """Root mean square error of the normalised inner products; 1/sqrt(k) is promised
+    where gradients are unrelated."""
+    g, phi = np.asarray(given, np.float64), np.asarray(projected, np.float64)
+    norms = np.linalg.norm(g, axis=1)
+    error = (phi @ phi.T - g @ g.T) / np.outer(norms, norms)
+    found = float(np.sqrt(np.mean(error[np.triu_indices(len(g), 1)] ** 2)))
+    assert found < 3 / projected.shape[1] ** 0.5, f"inner products are off by {found}"
+    return found
