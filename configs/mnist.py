@@ -49,6 +49,6 @@ def get_config() -> Config:
         attribution=AttributionConfig(
             methods=("dtrak", "trak", "gradient-cosine", "pixel-cosine", "random")
         ),
-        ensemble=dataclasses.replace(digits.ensemble, subsets=24),
+        ensemble=dataclasses.replace(digits.ensemble, subsets=16),
         ablation=AblationConfig(studies=("noise",), draws=1, noise_seeds=1),
     )
