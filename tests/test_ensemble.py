@@ -10,7 +10,7 @@ import pytest
 from conftest import apply, init, train_apply
 
 from dtrak_jax import diffusion, training
-from dtrak_jax.config import TrainConfig
+from dtrak_jax.config import EnsembleConfig, TrainConfig
 from dtrak_jax.evaluation import outputs
 from dtrak_jax.streams import fold_in, id_words, stream
 from dtrak_jax.training import ensemble
@@ -150,9 +150,8 @@ def test_missing_and_diverging_members_are_named(images, trained, tmp_path):
 def measured(images, trained, names="abc", **changes):
     options = {"timesteps": 4, "draws": 2, "seed": 0, "batch_size": 5} | changes
     ids = np.array([f"query-{i}" for i in range(len(images))])
-    return outputs.measure(
-        apply, SCHEDULE, load(trained, names), images, ids, **options
-    )
+    settings = EnsembleConfig(**options)
+    return outputs.measure(apply, SCHEDULE, load(trained, names), images, ids, settings)
 
 
 def test_losses_are_means_over_timesteps_and_draws(images, trained):

@@ -6,6 +6,7 @@ taking away random ones, the better the method. `counterfactual` does all of it.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -332,8 +333,12 @@ def bottleneck(
             found.append(np.asarray(features(params, x, jnp.full(size, t))))
         return np.concatenate(found)[: len(images)]
 
-    mean = embed(images).mean(axis=0)
-    return lambda images: embed(images) - mean
+    @functools.cache
+    def mean() -> np.ndarray:
+        # When first needed: after the arguments of a counterfactual were checked.
+        return embed(images).mean(axis=0)
+
+    return lambda images: embed(images) - mean()
 
 
 def summarize(values: np.ndarray) -> dict[str, float]:

@@ -87,7 +87,7 @@ def retrain(config: Config, workdir: epath.Path) -> None:
 
 def _measure_outputs(config, workdir, queries, names, train_config) -> None:
     """The losses of every query under every member; ensemble/MEMBER/outputs.npz."""
-    model, settings = models.build(config.model), config.ensemble
+    model = models.build(config.model)
     images = np.concatenate([images for images, _ in queries.values()])
     ids = np.concatenate([ids for _, ids in queries.values()])
     wanted = {
@@ -123,10 +123,7 @@ def _measure_outputs(config, workdir, queries, names, train_config) -> None:
                 params,
                 images,
                 ids,
-                timesteps=settings.timesteps,
-                draws=settings.draws,
-                seed=settings.seed,
-                batch_size=settings.batch_size,
+                config.ensemble,
             )
             for name, own in zip(group, losses, strict=True):
                 path = workdir / "ensemble" / name / "outputs.npz"

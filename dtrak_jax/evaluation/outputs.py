@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
+from dtrak_jax.config import EnsembleConfig
 from dtrak_jax.diffusion.loss import denoising_loss
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.parallel import P
@@ -45,11 +46,7 @@ def measure(
     params,
     images: np.ndarray,
     ids: np.ndarray,
-    *,
-    timesteps: int | tuple[int, ...],
-    draws: int,
-    seed: int,
-    batch_size: int,
+    settings: EnsembleConfig,
 ) -> np.ndarray:
     """The mean denoising loss of every image under several models, [models, n].
 
@@ -64,10 +61,7 @@ def measure(
         this process has devices, one on each.
       images: [n, H, W, C] in [-1, 1].
       ids: their names [n].
-      timesteps: see `timestep_grid`.
-      draws: noise draws at each timestep.
-      seed: of the noise.
-      batch_size: images at once on each device.
+      settings: its timesteps (see `timestep_grid`), draws, seed and batch_size.
     """
     models, n = len(jax.tree.leaves(params)[0]), len(images)
     mesh = parallel.mesh(jax.local_devices()[:models], models)
@@ -75,15 +69,14 @@ def measure(
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P("member")))
     words = id_words(ids)
     total = np.zeros((models, n))
-    pairs = [(t, d) for t in timestep_grid(timesteps, schedule) for d in range(draws)]
-    size = min(batch_size, n)
+    grid = timestep_grid(settings.timesteps, schedule)
+    pairs = [(t, d) for t in grid for d in range(settings.draws)]
+    seed, size = np.uint32(settings.seed), min(settings.batch_size, n)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         x, w = (parallel.pad(a[rows], size) for a in (images, words))
         # All are dispatched before the first is waited for.
-        values = [
-            losses(params, x, w, t, np.int32(d), np.uint32(seed)) for t, d in pairs
-        ]
+        values = [losses(params, x, w, t, np.int32(d), seed) for t, d in pairs]
         for value in values:
             total[:, rows] += np.asarray(value)[:, : rows.stop - rows.start]
     return total / len(pairs)

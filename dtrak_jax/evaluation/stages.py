@@ -250,18 +250,9 @@ def remove_and_retrain(config: Config, workdir: epath.Path) -> None:
         return scores
 
     def measure_losses(params, images, ids) -> np.ndarray:
-        (losses,) = measure(
-            models.apply_fn(model),
-            schedule,
-            jax.tree.map(lambda leaf: leaf[None], params),
-            images,
-            ids,
-            timesteps=config.ensemble.timesteps,
-            draws=config.ensemble.draws,
-            seed=config.ensemble.seed,
-            batch_size=config.ensemble.batch_size,
-        )
-        return losses
+        one = jax.tree.map(lambda leaf: leaf[None], params)
+        apply = models.apply_fn(model)
+        return measure(apply, schedule, one, images, ids, config.ensemble)[0]
 
     counterfactual.counterfactual(
         models.init_fn(model),
