@@ -9,6 +9,7 @@ from dtrak_jax.diffusion import (
     scaled_linear_schedule,
 )
 from dtrak_jax.features import Features, Projection, Task, distortion, featurize
+from dtrak_jax.layers import layer
 
 __all__ = [
     "Features",
@@ -22,6 +23,7 @@ __all__ = [
     "damping_path",
     "distortion",
     "featurize",
+    "layer",
     "linear_schedule",
     "models",
     "scaled_linear_schedule",

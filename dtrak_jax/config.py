@@ -62,7 +62,7 @@ SQUARED = "-squared"
 
 NOISES = ("common", "independent", "reference", "cyclic")
 STRATEGIES = ("uniform", "cumulative")
-PROJECTIONS = ("sketch", "rademacher", "gaussian", "none")
+PROJECTIONS = ("sketch", "rademacher", "gaussian", "factorized", "none")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v")
 SAMPLERS = ("ddim", "ancestral")

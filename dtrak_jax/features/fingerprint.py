@@ -6,7 +6,7 @@ from importlib import metadata
 import jax
 import numpy as np
 
-from dtrak_jax.features.gradients import network_inputs
+from dtrak_jax.features.gradients import Folds, network_inputs
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.trees import named_leaves
@@ -19,6 +19,7 @@ def fingerprint(
     task: Task,
     params,
     projection: Projection,
+    folds: Folds,
     images: np.ndarray,
     ids: tuple[str, ...],
     cond: np.ndarray | None,
@@ -30,7 +31,8 @@ def fingerprint(
     """
     x, t, condition = network_inputs(images, cond, 1)
     scalar = jax.ShapeDtypeStruct((), np.int32)
-    return {
+    raw = projection.kind == "none"
+    fields = {
         "format": FORMAT,
         "dtrak_jax": metadata.version("dtrak-jax"),
         "jax": jax.__version__,
@@ -52,9 +54,13 @@ def fingerprint(
         "noise_seed": task.seed,
         "parameters": task.parameters,
         "projection": projection.kind,
-        "dim": None if projection.kind == "none" else projection.dim,
-        "projection_seed": None if projection.kind == "none" else projection.seed,
+        "dim": None if raw else projection.dim,
+        "projection_seed": None if raw else projection.seed,
     }
+    if folds:
+        # What was found to be a layer is not in the network's program.
+        fields["layers"] = _digest_tree(folds)
+    return fields
 
 
 def _digest(*parts: bytes) -> str:

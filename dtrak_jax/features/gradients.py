@@ -11,8 +11,14 @@ import numpy as np
 
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.task import Task
+from dtrak_jax.layers import Fold, Sketch, Watch, watching
+from dtrak_jax.models.linen import marking_layers
 from dtrak_jax.parallel import P, over_mesh
 from dtrak_jax.trees import named_leaves
+
+Folds = dict[int, tuple[Fold, Fold]]
+"""{leaf: (P_in, P_out)} of the kernels whose gradient G [window, C_in, C_out] is not
+wanted, but P_in^T G P_out; see `factorized`."""
 
 
 class Slots(NamedTuple):
@@ -69,17 +75,20 @@ def chosen_leaves(task: Task, params) -> list[int]:
 
 @functools.cache
 def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
-    """Compiles (params, Slots) -> gradients and losses, slots spread over the mesh.
+    """Compiles (params, Folds, Slots) -> gradients and losses.
+
+    Slots are spread over the mesh.
 
     Returns:
       A function whose results are {measurement: gradients float32 [S, p]} and the mean
       squared error of every noised image [S, R].
     """
 
-    def per_device(params, slots):
-        return jax.vmap(functools.partial(_slot_gradients, task, params))(slots)
+    def per_device(params, folds, slots):
+        one_slot = functools.partial(_slot_gradients, task, params, folds)
+        return jax.vmap(one_slot)(slots)
 
-    return over_mesh(per_device, mesh, (P(), P("data")), P("data"))
+    return over_mesh(per_device, mesh, (P(), P(), P("data")), P("data"))
 
 
 @functools.cache
@@ -92,7 +101,9 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
     return over_mesh(per_device, mesh, P("data"), P("data"))
 
 
-def _slot_gradients(task: Task, params, slot: Slots) -> tuple[dict, jax.Array]:
+def _slot_gradients(
+    task: Task, params, folds: Folds, slot: Slots
+) -> tuple[dict, jax.Array]:
     """{measurement: gradient [p]} and errors [R] of one slot (no leading axis)."""
     copies = slot.pair.shape[0]
     shape = slot.x.shape[1:]
@@ -109,13 +120,23 @@ def _slot_gradients(task: Task, params, slot: Slots) -> tuple[dict, jax.Array]:
 
     leaves, treedef = jax.tree.flatten(params)
     chosen = chosen_leaves(task, params)
+    kernels = {id(leaves[i]): i for i in folds}
+
+    def variable(i):
+        if i not in folds:
+            return leaves[i]
+        fold_in, fold_out = folds[i]
+        window = leaves[i].size // (len(fold_in.signs) * len(fold_out.signs))
+        return jnp.zeros((window, fold_in.width, fold_out.width))
 
     def predict(differentiated):
         replaced = dict(zip(chosen, differentiated, strict=True))
+        sketches = {i: Sketch(replaced.pop(i), *folds[i]) for i in folds}
         all_leaves = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return task.apply(treedef.unflatten(all_leaves), x_t, t, cond)
+        with watching(Watch(kernels, sketches)), marking_layers():
+            return task.apply(treedef.unflatten(all_leaves), x_t, t, cond)
 
-    prediction, pull_back = jax.vjp(predict, [leaves[i] for i in chosen])
+    prediction, pull_back = jax.vjp(predict, [variable(i) for i in chosen])
     gradients = {}
     for name, measure in task.measurements.items():
         per_image = jax.vmap(

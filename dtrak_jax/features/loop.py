@@ -1,6 +1,7 @@
 """The featurize stage: images in, gradient features out."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from dtrak_jax import parallel
 from dtrak_jax.config import at_least
 from dtrak_jax.data import check_ids, check_images
 from dtrak_jax.features import gradients
+from dtrak_jax.features.factorized import channel_folds
 from dtrak_jax.features.fingerprint import fingerprint
 from dtrak_jax.features.gradients import Slots
 from dtrak_jax.features.projection import Projection
@@ -73,6 +75,9 @@ def featurize(
     check_ids(ids, len(images))
     at_least("batch_size", batch_size, 1)
     check_network(task, params, images, cond)
+    folds = channel_folds(
+        task, params, projection, gradients.network_inputs(images, cond, 1)
+    )
     p = parameter_count(task, params)
 
     mesh = parallel.mesh(jax.local_devices())
@@ -82,7 +87,7 @@ def featurize(
     unit = max(1, -(-slots // kernels))
     chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
     metadata = {
-        "fingerprint": fingerprint(task, params, projection, images, ids, cond),
+        "fingerprint": fingerprint(task, params, projection, folds, images, ids, cond),
         "shape": [pairs, len(ids), k] if task.per_timestep else [len(ids), k],
         "pairs": pairs,
         "rows_per_chunk": unit * max(1, chunk_rows // unit),
@@ -93,7 +98,13 @@ def featurize(
     else:
         target = Store.open_or_create(store, metadata)
 
-    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, parallel.P()))
+    gradient = functools.partial(
+        gradients.gradient_function(task, mesh),
+        *jax.device_put(
+            (params, folds), jax.sharding.NamedSharding(mesh, parallel.P())
+        ),
+    )
+    project = gradients.projection_function(projection, mesh)
     words = id_words(ids)
     mine = target.missing_chunks()
     if store is not None:
@@ -118,7 +129,7 @@ def featurize(
                 weight=None,
                 cond=None if cond is None else np.asarray(cond[chunk]),
             )
-            results = _chunk(task, projection, mesh, params, rows, slots, copies)
+            results = _chunk(task, gradient, project, rows, slots, copies)
             _check_finite(results, ids[chunk], task)
             target.write(chunk, *results)
             bar.update(len(rows.x))
@@ -219,25 +230,22 @@ def _images_of(x: np.ndarray, pair: np.ndarray) -> np.ndarray:
 
 def _chunk(
     task: Task,
-    projection: Projection,
-    mesh: jax.sharding.Mesh,
-    params,
+    gradient: Callable,
+    project: Callable,
     rows: Slots,
     slots: int,
     copies: int,
 ) -> tuple[dict, dict, np.ndarray]:
     """(phi, squared norms, losses) of a chunk of rows, as `Store.write` takes them."""
-    gradient = gradients.gradient_function(task, mesh)
-    project = gradients.projection_function(projection, mesh)
     n, kernels = len(rows.x), len(task.pairs) if task.per_timestep else 1
     phi = {name: [] for name in task.measurements}
     squared_norms = {name: [] for name in task.measurements}
     losses = []
     for count, (first, *others) in _batches(task, rows, slots, copies):
-        total, errors = gradient(params, first)
+        total, errors = gradient(first)
         errors = [errors]
         for part in others:
-            more, error = gradient(params, part)
+            more, error = gradient(part)
             total = jax.tree.map(jnp.add, total, more)
             errors.append(error)
         for name, flat in total.items():

@@ -23,7 +23,9 @@ class Projection:
     Attributes:
       kind: "sketch" (a count sketch by signed cyclic shifts, O(p) work, the default),
         "rademacher" or "gaussian" (dense, entries +-1/sqrt(k) or N(0, 1/k), O(p k)
-        work), or "none" (the gradient itself; small models only).
+        work), "factorized" (a sketch of sketches that are made layer by layer, without
+        the gradients of kernels; see `features.factorized`), or "none" (the gradient
+        itself; small models only).
       dim: k; "none" ignores it.
       seed: of the random numbers.
     """
@@ -47,8 +49,8 @@ def project(projection: Projection, gradients: jax.Array) -> jax.Array:
     if projection.kind == "none":
         return gradients
     key = stream(projection.seed, projection.kind)
-    kinds = {"sketch": _sketch, "rademacher": _dense, "gaussian": _dense}
-    return kinds[projection.kind](projection, key, gradients)
+    dense = projection.kind in ("rademacher", "gaussian")
+    return (_dense if dense else _sketch)(projection, key, gradients)
 
 
 def _sketch(projection: Projection, key: jax.Array, gradients: jax.Array) -> jax.Array:
