@@ -150,7 +150,7 @@ def studies(config: Config) -> dict[str, list[Arm]]:
         yield from arms("measurement", source, ("apart", "averaged"))
 
     def projections() -> Iterator[Arm]:
-        for kind in ("sketch", "rademacher", "gaussian"):
+        for kind in ("sketch", "rademacher", "gaussian", "factorized"):
             for dim in settings.dims if kind == "sketch" else (features.dim,):
                 source = like_base(projection=kind, dim=dim, draws=1)
                 yield from arms("projection", source)

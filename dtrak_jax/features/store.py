@@ -19,7 +19,8 @@ class Features:
       ids: of the n examples.
       phi: float32 [T, n, k], T pairs of a timestep and a draw kept apart, or [n, k]
         averaged. A TensorStore, so that rows are read when they are needed.
-      squared_norms: |g|^2 of the gradients before projection, [T, n] or [n].
+      squared_norms: |g|^2 of the gradients before projection, [T, n] or [n]; where they
+        are not formed ("factorized"), of the sketches that are, right in expectation.
       losses: mean squared error of every noised image [T, n]; the residual's norm is
         sqrt(d * losses), d the number of outputs.
       fingerprint: what the values depend on.

@@ -1,0 +1,322 @@
+"""Sketches made layer by layer are those of the exact gradients, kernel by kernel."""
+
+import math
+import runpy
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DIGITS
+
+import dtrak_jax as dtrak
+from dtrak_jax import models, parallel
+from dtrak_jax.features import factorized, gradients
+from dtrak_jax.features.gradients import Slots
+from dtrak_jax.layers import Fold
+from dtrak_jax.trees import named_leaves
+
+SCHEDULE = dtrak.linear_schedule()
+
+LAYERS = {
+    "dense": partial(nn.Dense, 5),
+    "stride": partial(nn.Conv, 5, (3, 3), strides=2),
+    "valid": partial(nn.Conv, 5, (3, 2), strides=(1, 3), padding="VALID"),
+    "explicit": partial(nn.Conv, 5, (3, 3), padding=((0, 1), (2, 3))),
+    "integer": partial(nn.Conv, 5, (3, 3), padding=2, use_bias=False),
+    "one_by_one": partial(nn.Conv, 5, (1, 1)),
+    "dilated": partial(nn.Conv, 5, (3, 3), kernel_dilation=(2, 1)),
+    "spread": partial(nn.Conv, 5, (3, 3), padding=1, input_dilation=2),
+    "attention": partial(nn.MultiHeadDotProductAttention, 2, qkv_features=6),
+    "two_axes": partial(nn.DenseGeneral, 5, axis=(-2, -1)),
+}
+UNKNOWN = {
+    "groups": partial(nn.Conv, 6, (3, 3), feature_group_count=2),
+    "circular": partial(nn.Conv, 5, (3, 3), padding="CIRCULAR"),
+    "group_norm": partial(nn.GroupNorm, 3),
+    "layer_norm": partial(nn.LayerNorm),
+    "other_axis": partial(nn.DenseGeneral, 5, axis=1),
+}
+
+
+class Net(nn.Module):
+    """All of these side by side, after a Dense on the time and before another."""
+
+    @nn.compact
+    def __call__(self, x, t):
+        h = nn.Dense(6, name="embedding")(jnp.sin(t[:, None] / 100))
+        h = x * h[:, None, None, :]
+        branches = LAYERS | UNKNOWN
+        means = [
+            nn.tanh(layer(name=name)(h)).reshape(len(x), -1).mean(axis=1)
+            for name, layer in branches.items()
+        ]
+        out = nn.Dense(1, name="out")(jnp.stack(means, axis=1))
+        return x * out[:, None, None, :]
+
+
+@pytest.fixture(scope="module")
+def net():
+    """(apply, params), no parameter being 0."""
+    shapes = jax.eval_shape(
+        Net().init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1)
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 2, shapes
+    )["params"]
+    return lambda params, x, t, cond: Net().apply({"params": params}, x, t), params
+
+
+def own(params, x, t, cond):
+    """A network without flax, each kernel marked, one of them used twice."""
+    w, v = params["conv"], params["dense"]
+    options = {"padding": [(1, 2), (0, 1)]}
+    h = jax.lax.conv_general_dilated(
+        x, w, (2, 1), **options, rhs_dilation=(1, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    h = dtrak.layer(w, x, h, **options, strides=(2, 1), dilation=(1, 2))
+    h = jnp.tanh(h).mean(axis=(1, 2))
+    for _ in range(2):
+        h = jnp.tanh(dtrak.layer(v, h, h @ v) + params["bias"].reshape(1, -1))
+    return x * h[:, None, None, :1]
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """(own, its parameters)."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 2, 1, 5), "dense": (5, 5), "bias": (5,)}
+    return own, {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+def task_of(network, **changes):
+    settings = {"measurement": ("square", "loss"), "timesteps": (0, 150, 600)}
+    return dtrak.Task(network[0], SCHEDULE, **settings | changes)
+
+
+def folds_of(task, params, dim, seed=0):
+    spec = dtrak.Projection("factorized", dim=dim, seed=seed)
+    inputs = gradients.network_inputs(np.zeros((1, 8, 8, 1)), None, 1)
+    return factorized.channel_folds(task, params, spec, inputs)
+
+
+def identities(folds):
+    """The same layers, and maps that lose nothing and change no sign."""
+
+    def identity(fold):
+        return Fold(np.ones_like(fold.signs), len(fold.signs))
+
+    return {i: tuple(map(identity, pair)) for i, pair in folds.items()}
+
+
+def short(task, params, folds, images):
+    """{measurement: [3, p]}: gradients averaged over two timesteps of unequal weight."""
+    slots = Slots(
+        x=images[:3, None],
+        words=np.zeros((3, 2), np.uint32),
+        position=np.arange(3, dtype=np.int32),
+        pair=np.tile(np.array([1, 2], np.int32), (3, 1)),
+        weight=np.tile(np.array([0.3, 0.7], np.float32), (3, 1)),
+        cond=None,
+    )
+    function = gradients.gradient_function(task, parallel.mesh(jax.local_devices()[:1]))
+    return {k: np.asarray(v) for k, v in function(params, folds, slots)[0].items()}
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", ["net", "tiny", "marked"])
+def test_with_identities_they_are_the_gradients(name, request, images):
+    """Leaf by leaf, in the gradient's own order; `test_features` has those from grad."""
+    network = request.getfixturevalue(name)
+    measurements = ("square", "loss") if name == "marked" else ("square",)
+    task, params = task_of(network, measurement=measurements), network[1]
+    folds = identities(folds_of(task, params, 1))
+    exact, ours = (short(task, params, f, images) for f in ({}, folds))
+    leaves = named_leaves(params)
+    ends = np.cumsum([leaf.size for leaf in leaves.values()])
+    for measurement, gradient in exact.items():
+        assert ours[measurement].shape == gradient.shape
+        parts = (np.split(g, ends[:-1], axis=1) for g in (ours[measurement], gradient))
+        for path, mine, right in zip(leaves, *parts, strict=True):
+            error = np.abs(mine - right).max()
+            assert error <= 1e-5 * max(np.abs(right).max(), np.abs(gradient).max()), (
+                path
+            )
+    assert len(folds) == {"net": 15, "marked": 2}.get(name, len(folds))
+
+
+def test_known_layers(net, tiny):
+    """All kernels of the UNet; and those of `LAYERS`, where attention has four."""
+    for network, is_layer in [
+        (tiny, lambda path: True),
+        (net, lambda path: path.split("/")[0] not in UNKNOWN),
+    ]:
+        paths = list(named_leaves(network[1]))
+        found = {paths[i] for i in folds_of(task_of(network), network[1], 1)}
+        kernels = {path for path in paths if path.endswith("kernel")}
+        assert found == set(filter(is_layer, kernels))
+
+
+def test_inner_products_are_unbiased(marked, images):
+    """Mean over seeds of the folds alone, which here lose much."""
+    task, params = task_of(marked, measurement="loss"), marked[1]
+    exact = short(task, params, {}, images)["loss"]
+    grams = []
+    for seed in range(300):
+        folds = folds_of(task, params, 1, seed)
+        phi = short(task, params, folds, images)["loss"]
+        assert phi.shape[1] < exact.shape[1] / 2
+        grams.append(phi @ phi.T)
+    error = np.array(grams) - exact @ exact.T
+    assert np.abs(error[0]).max() > 0.05 * np.abs(exact @ exact.T).max()
+    assert (np.abs(error.mean(axis=0)) < 4 * error.std(axis=0) / 300**0.5).all()
+
+
+@pytest.mark.parametrize("per_timestep", [True, False])
+def test_wide_features_lose_nothing(marked, images, per_timestep):
+    task = task_of(marked, per_timestep=per_timestep)
+    exact, ours = (
+        dtrak.featurize(task, marked[1], images[:4], projection)
+        for projection in (dtrak.Projection("none"), dtrak.Projection("factorized"))
+    )
+    for name in exact:
+        close(ours[name].squared_norms, exact[name].squared_norms)
+        pairs = zip(ours[name].kernels(), exact[name].kernels(), strict=True)
+        for phi, g in pairs:
+            close(phi @ phi.T, g @ g.T)
+    measured = dtrak.distortion(
+        task, marked[1], images[:4], dtrak.Projection("factorized")
+    )
+    assert all(0 < errors.largest < 1e-5 for errors in measured.values())
+
+
+def test_batches_devices_and_timesteps(marked, images, request):
+    """Another batch size on one device; another order; and averaging is linear."""
+    projection, params = dtrak.Projection("factorized", dim=6), marked[1]
+    task = task_of(marked, measurement="loss")
+    few, ids = images[:5], ("a", "b", "c", "d", "e")
+    apart = dtrak.featurize(task, params, few, projection, ids=ids, batch_size=2)
+    assert apart.shape == (3, 5, 6)
+    averaged = dtrak.featurize(
+        task_of(marked, measurement="loss", per_timestep=False),
+        params, few, projection, ids=ids, batch_size=2,
+    )  # fmt: skip
+    close(averaged, np.asarray(apart).mean(axis=0))
+    request.getfixturevalue("one_device")
+    order = [3, 0, 4, 2, 1]
+    again = dtrak.featurize(
+        task, params, few[order], projection, ids=[ids[i] for i in order], batch_size=3
+    )
+    close(again, np.asarray(apart)[:, order])
+
+
+def test_dimensions_are_shared_out():
+    """As many entries as allowed, equally many to each layer; small kernels whole."""
+    sizes = {0: (9, 16, 16), 1: (9, 16, 1), 2: (1, 64, 512), 3: (9, 256, 256)}
+    for length in (500, 5_000, 50_000):
+        channels = factorized._channels(sizes, length)
+        entries = {i: sizes[i][0] * math.prod(channels[i]) for i in sizes}
+        assert length / 2 < sum(entries.values()) <= length
+        for i, (_, c_in, c_out) in sizes.items():
+            assert channels[i] == (
+                min(max(channels[i]), c_in),
+                min(max(channels[i]), c_out),
+            )
+    assert factorized._channels(sizes, 50_000)[1] == (16, 1)
+    assert set(factorized._channels(sizes, 1).values()) == {(1, 1)}
+    everything = factorized._channels(sizes, 10**9)
+    assert everything == {i: size[1:] for i, size in sizes.items()}
+
+
+@pytest.mark.parametrize("measurements", [("square",), ("square", "loss")])
+def test_kernel_gradients_are_not_formed(measurements):
+    """XLA's count: under three quarters of a plain batched gradient for the first
+    measurement, and under 0.45 of it for the second, which is one more way back."""
+    config = runpy.run_path(str(DIGITS))["get_config"]()
+    model = models.build(config.model)
+    apply, n = models.apply_fn(model), 16
+    params = jax.eval_shape(models.init_fn(model), jax.random.key(0))
+    x, t = (jax.ShapeDtypeStruct(s, np.float32) for s in [(n, 8, 8, 1), (n,)])
+
+    def loss(params, x, t):
+        return jnp.sum(apply(params, x, t, None) ** 2)
+
+    plain = jax.jit(jax.grad(loss)).lower(params, x, t).cost_analysis()["flops"]
+    task = task_of((apply,), measurement=measurements)
+    slots = Slots(
+        x=jax.ShapeDtypeStruct((n, 1, 8, 8, 1), np.float32),
+        words=jax.ShapeDtypeStruct((n, 2), np.uint32),
+        position=jax.ShapeDtypeStruct((n,), np.int32),
+        pair=jax.ShapeDtypeStruct((n, 1), np.int32),
+        weight=jax.ShapeDtypeStruct((n, 1), np.float32),
+        cond=None,
+    )
+    function = gradients.gradient_function(task, parallel.mesh(jax.local_devices()[:1]))
+    folds = folds_of(task, params, config.features.dim)
+    ours = function.lower(params, folds, slots).cost_analysis()["flops"]
+    assert ours < (0.75 + 0.45 * (len(measurements) - 1)) * plain
+
+
+def test_some_layers_only(marked, images):
+    """A layer that is not chosen has no part in them."""
+    task = task_of(marked, parameters="conv|bias", measurement="loss")
+    folds = identities(folds_of(task, marked[1], 1))
+    exact, ours = (short(task, marked[1], f, images)["loss"] for f in ({}, folds))
+    assert len(folds) == 1
+    close(ours, exact)
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        (lambda p, x, t, cond: x * p["dense"][:1, :1].reshape(1, 1, 1, 1), ""),
+        (jax.jit(own), ""),
+        (own, "bias"),
+    ],
+)
+def test_networks_without_a_known_layer(marked, images, network, parameters):
+    task = task_of((network,), parameters=parameters)
+    with pytest.raises(ValueError, match=r"found no layer .* by `dtrak_jax.layer`"):
+        dtrak.featurize(task, marked[1], images, dtrak.Projection("factorized"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "SAME"}, {"padding": "VALID", "strides": 2}, {}]
+)
+def test_wrong_marks(marked, images, options):
+    def apply(params, x, t, cond):
+        w = params["conv"]
+        h = jax.lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x * dtrak.layer(w, x, h, **options).mean(axis=(1, 2, 3), keepdims=True)
+
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 2, 1, 5\) is marked"):
+        dtrak.featurize(
+            task_of((apply,)), marked[1], images, dtrak.Projection("factorized")
+        )
+
+
+def test_stores_know_the_layers(marked, images, tmp_path):
+    """A layer that is marked now and was not before gives other features."""
+
+    def half(params, x, t, cond):
+        return own(params | {"dense": params["dense"] + 0}, x, t, cond)
+
+    projection = dtrak.Projection("factorized", dim=4)
+    for network, message in [(own, None), (half, "network|layers")]:
+        arguments = (task_of((network,)), marked[1], images, projection)
+        if message is None:
+            dtrak.featurize(*arguments, store=tmp_path / "s")
+            continue
+        with pytest.raises(ValueError, match=f"holds other features: ({message})"):
+            dtrak.featurize(*arguments, store=tmp_path / "s")
