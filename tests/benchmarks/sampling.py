@@ -34,7 +34,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
             theirs="diffusers' DDIMPipeline, a generator for each image",
             goal=("at least", 2),
             settings=work.settings(steps=steps, batch=count),
-            agreement={"largest pixel difference": pixel_error(work, pipeline, steps)},
+            agreement={"largest pixel difference": pixel_error(work, pipeline)},
             items=count,
             unit="images/s",
             **in_turn(ours, lambda: pipeline(count, steps), repetitions),
@@ -42,8 +42,13 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     ]
 
 
-def pixel_error(work: Workload, pipeline, steps: int) -> float:
-    """Of four images from the same noise, with pixels in [0, 1]."""
+def pixel_error(work: Workload, pipeline) -> float:
+    """Of four images from the same noise, with pixels in [0, 1], in ten steps.
+
+    In fifty a network with random weights makes of rounding whatever it likes: its
+    predictions are far off, and every step divides them by sqrt(alpha_bar) and clips.
+    """
+    steps = 10
 
     @jax.jit
     def step(x, t, s):

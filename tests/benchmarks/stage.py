@@ -123,7 +123,7 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
 
 def mean_error(work: Workload, timesteps: int) -> float:
     """|g - g'| / |g| of the mean of the examples' gradients and the batched one."""
-    few = work._replace(images=work.images[:8])
+    few = work._replace(images=work.images[:BATCH])
     one = task(few, timesteps=timesteps)
     exact = dtrak.featurize(one, few.params, few.images, dtrak.Projection("none"))
     mean = np.asarray(exact).mean(axis=(0, 1))
