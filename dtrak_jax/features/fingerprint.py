@@ -11,7 +11,7 @@ from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.trees import named_leaves
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a stored number changes."""
 
 

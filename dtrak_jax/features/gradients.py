@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dtrak_jax.features.convolutions import kernel_gradients_as_products
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.task import Task
 from dtrak_jax.layers import Fold, Sketch, Watch, watching
@@ -80,8 +81,9 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
     Slots are spread over the mesh.
 
     Returns:
-      A function whose results are {measurement: gradients float32 [S, p]} and the mean
-      squared error of every noised image [S, R].
+      A function whose results are {measurement: gradient} and the mean squared error of
+      every noised image [S, R]. A gradient is a list of parts float32 [S, p_i], one of
+      each parameter, since joining them to [S, p] would take a copy of all.
     """
 
     def per_device(params, folds, slots):
@@ -93,10 +95,19 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
 
 @functools.cache
 def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Callable:
-    """Compiles gradients [S, p] -> (features [S, k], squared gradient norms [S])."""
+    """Compiles {measurement: gradient} -> {measurement: (features, squared norms)}.
+
+    Features are [S, k], the squared norms of the gradients [S]. A program of its own:
+    in one with the gradients XLA would not write those down before adding them up, and
+    read the layers' products in the wrong order.
+    """
+
+    def one(parts):
+        norms = sum(jnp.sum(part**2, axis=1) for part in parts)
+        return project(projection, parts), norms
 
     def per_device(gradients):
-        return project(projection, gradients), jnp.sum(gradients**2, axis=1)
+        return {name: one(parts) for name, parts in gradients.items()}
 
     return over_mesh(per_device, mesh, P("data"), P("data"))
 
@@ -104,7 +115,7 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
 def _slot_gradients(
     task: Task, params, folds: Folds, slot: Slots
 ) -> tuple[dict, jax.Array]:
-    """{measurement: gradient [p]} and errors [R] of one slot (no leading axis)."""
+    """{measurement: parts [p_i]} and errors [R] of one slot (no leading axis)."""
     copies = slot.pair.shape[0]
     shape = slot.x.shape[1:]
     x = jnp.broadcast_to(slot.x, (copies, *shape))
@@ -137,14 +148,18 @@ def _slot_gradients(
             return task.apply(treedef.unflatten(all_leaves), x_t, t, cond)
 
     prediction, pull_back = jax.vjp(predict, [variable(i) for i in chosen])
-    gradients = {}
-    for name, measure in task.measurements.items():
+    weight = slot.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
+    cotangents = []
+    for measure in task.measurements.values():
         per_image = jax.vmap(
             jax.grad(lambda p, y, s, f=measure: f(p, y, s, task.schedule))
         )(prediction, target, t)
-        weight = slot.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
-        (pulled,) = pull_back(weight * per_image)
-        flat = [leaf.reshape(-1).astype(jnp.float32) for leaf in pulled]
-        gradients[name] = jnp.concatenate(flat)
+        cotangents.append(weight * per_image)
+    if copies == 1:
+        pull_back = kernel_gradients_as_products(pull_back)
+    gradients = {}
+    for name, cotangent in zip(task.measurements, cotangents, strict=True):
+        (pulled,) = pull_back(cotangent)
+        gradients[name] = [leaf.reshape(-1).astype(jnp.float32) for leaf in pulled]
     error = jnp.mean((prediction - target) ** 2, axis=tuple(range(1, prediction.ndim)))
     return gradients, error

@@ -1,7 +1,7 @@
 """The featurize stage: images in, gradient features out."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -98,13 +98,12 @@ def featurize(
     else:
         target = Store.open_or_create(store, metadata)
 
-    gradient = functools.partial(
-        gradients.gradient_function(task, mesh),
-        *jax.device_put(
-            (params, folds), jax.sharding.NamedSharding(mesh, parallel.P())
-        ),
+    params, folds = jax.device_put(
+        (params, folds), jax.sharding.NamedSharding(mesh, parallel.P())
     )
-    project = gradients.projection_function(projection, mesh)
+    start = functools.partial(
+        _start_chunk, task, projection, mesh, params, folds, slots, copies
+    )
     words = id_words(ids)
     mine = target.missing_chunks()
     if store is not None:
@@ -120,6 +119,14 @@ def featurize(
         unit="image",
         disable=None,
     ) as bar:
+
+        def finish(chunk: slice, started) -> None:
+            results = _finish_chunk(task, started)
+            _check_finite(results, ids[chunk], task)
+            target.write(chunk, *results)
+            bar.update(chunk.stop - chunk.start)
+
+        before = None
         for chunk in mine:
             rows = Slots(
                 x=np.asarray(images[chunk], np.float32),
@@ -129,10 +136,13 @@ def featurize(
                 weight=None,
                 cond=None if cond is None else np.asarray(cond[chunk]),
             )
-            results = _chunk(task, gradient, project, rows, slots, copies)
-            _check_finite(results, ids[chunk], task)
-            target.write(chunk, *results)
-            bar.update(len(rows.x))
+            started = start(rows)
+            # The devices go on with this chunk while the one before is written.
+            if before:
+                finish(*before)
+            before = chunk, started
+        if before:
+            finish(*before)
     parallel.wait_for_all(f"finish {store}")
     features = {name: target.features(name) for name in task.measurements}
     if isinstance(task.measurement, tuple):
@@ -174,9 +184,7 @@ def check_network(task: Task, params, images, cond) -> None:
 def _slots_and_copies(task: Task, batch_size: int, devices: int) -> tuple[int, int]:
     """S over all devices, and R; see `Slots`.
 
-    An averaged gradient is one ordinary batched gradient over its noised copies: on a
-    CPU about twice as fast as vmapping several examples, and without the grouped
-    convolutions that vmapping makes.
+    An averaged gradient is one ordinary batched gradient over its noised copies.
     """
     if task.per_timestep:
         return batch_size * devices, 1
@@ -228,41 +236,65 @@ def _images_of(x: np.ndarray, pair: np.ndarray) -> np.ndarray:
     return x[np.arange(len(x))[:, None], pair]
 
 
-def _chunk(
+def _start_chunk(
     task: Task,
-    gradient: Callable,
-    project: Callable,
-    rows: Slots,
+    projection: Projection,
+    mesh: jax.sharding.Mesh,
+    params,
+    folds: gradients.Folds,
     slots: int,
     copies: int,
-) -> tuple[dict, dict, np.ndarray]:
-    """(phi, squared norms, losses) of a chunk of rows, as `Store.write` takes them."""
-    n, kernels = len(rows.x), len(task.pairs) if task.per_timestep else 1
-    phi = {name: [] for name in task.measurements}
-    squared_norms = {name: [] for name in task.measurements}
-    losses = []
+    rows: Slots,
+) -> list[tuple[int, dict, list]]:
+    """Has the devices compute a chunk of rows, and does not wait for them.
+
+    Returns:
+      For each batch: how many slots count, {measurement: (features, squared norms)} and
+      the losses of its noised images, a part of them in each entry.
+    """
+    gradient = gradients.gradient_function(task, mesh)
+    project = gradients.projection_function(projection, mesh)
+    batches = []
     for count, (first, *others) in _batches(task, rows, slots, copies):
-        total, errors = gradient(first)
-        errors = [errors]
+        total, error = gradient(params, folds, first)
+        errors = [error]
         for part in others:
-            more, error = gradient(part)
+            more, error = gradient(params, folds, part)
             total = jax.tree.map(jnp.add, total, more)
             errors.append(error)
-        for name, flat in total.items():
-            features, norms = project(flat)
-            phi[name].append(np.asarray(features)[:count])
-            squared_norms[name].append(np.asarray(norms)[:count])
-        losses.append(np.concatenate(errors, axis=1)[:count])
+        batches.append((count, project(total), errors))
+        # Two batches under way keep the devices busy; more would take memory.
+        jax.block_until_ready(batches[max(0, len(batches) - 2)])
+    return batches
 
-    def by_kernel(parts: list[np.ndarray]) -> np.ndarray:
-        whole = np.concatenate(parts)
-        whole = np.moveaxis(whole.reshape(n, kernels, *whole.shape[1:]), 1, 0)
-        return whole if task.per_timestep else whole[0]
+
+def _finish_chunk(
+    task: Task, batches: list[tuple[int, dict, list]]
+) -> tuple[dict, dict, np.ndarray]:
+    """(phi, squared norms, losses) of what was started, as `Store.write` takes them."""
+    kernels = len(task.pairs) if task.per_timestep else 1
+    n = sum(count for count, *_ in batches) // kernels
+    results = {
+        name: [
+            np.concatenate(
+                [np.asarray(features[name][i])[:m] for m, features, _ in batches]
+            )
+            for i in range(2)
+        ]
+        for name in task.measurements
+    }
+    losses = np.concatenate(
+        [np.concatenate(parts, axis=1)[:m] for m, _, parts in batches]
+    )
+
+    def by_kernel(rows: np.ndarray) -> np.ndarray:
+        split = np.moveaxis(rows.reshape(n, kernels, *rows.shape[1:]), 1, 0)
+        return split if task.per_timestep else split[0]
 
     return (
-        {name: by_kernel(parts) for name, parts in phi.items()},
-        {name: by_kernel(parts) for name, parts in squared_norms.items()},
-        np.concatenate(losses).reshape(n, -1)[:, : len(task.pairs)].T,
+        {name: by_kernel(phi) for name, (phi, _) in results.items()},
+        {name: by_kernel(norms) for name, (_, norms) in results.items()},
+        losses.reshape(n, -1)[:, : len(task.pairs)].T,
     )
 
 

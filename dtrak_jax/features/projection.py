@@ -5,15 +5,20 @@ of (seed, row, column) whatever the device or tile, and never hold a p x k matri
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dtrak_jax.config import PROJECTIONS, at_least, one_of
 from dtrak_jax.streams import fold_in, stream
 
 TILE_ENTRIES = 2**22
 """Entries of a dense projection that exist at one time."""
+
+SKETCH_ROWS = 16
+"""Rows of a sketch that are added in one pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,44 +49,90 @@ class Projection:
         return p if self.kind == "none" else self.dim
 
 
-def project(projection: Projection, gradients: jax.Array) -> jax.Array:
-    """Projects gradients [n, p] to features [n, k], float32."""
-    if projection.kind == "none":
-        return gradients
-    key = stream(projection.seed, projection.kind)
-    dense = projection.kind in ("rademacher", "gaussian")
-    return (_dense if dense else _sketch)(projection, key, gradients)
+def project(
+    projection: Projection, gradients: jax.Array | Sequence[jax.Array]
+) -> jax.Array:
+    """Projects gradients [n, p] to features [n, k], float32.
 
-
-def _sketch(projection: Projection, key: jax.Array, gradients: jax.Array) -> jax.Array:
-    """Lays p entries out as rows of length k; flips, shifts and adds the rows.
-
-    Entries of one row never meet; two of different rows meet with probability 1/k,
-    with independent signs: a count sketch (Charikar et al. 2002) without scatter.
+    Args:
+      projection: P.
+      gradients: [n, p], or their parts [n, p_i] in order, which saves joining them. A
+        sketch depends on the sizes of the parts.
     """
-    n, p = gradients.shape
-    k = projection.dim
-    rows = -(-p // k)
-    laid_out = jnp.pad(gradients, ((0, 0), (0, rows * k - p))).reshape(n, rows, k)
-
-    def add_row(total, r):
-        row_key = fold_in(key, r)
-        row = jax.lax.dynamic_index_in_dim(laid_out, r, axis=1, keepdims=False)
-        shift = jax.random.randint(fold_in(row_key, 1), (), 0, k)
-        flipped = row * _signs(fold_in(row_key, 0), k).reshape(1, k)
-        return total + jnp.roll(flipped, shift, axis=1), None
-
-    return jax.lax.scan(add_row, jnp.zeros((n, k)), jnp.arange(rows))[0]
+    parts = [gradients] if hasattr(gradients, "shape") else list(gradients)
+    key = stream(projection.seed, projection.kind)
+    if projection.kind in ("sketch", "factorized"):
+        return _sketch(projection, key, parts)
+    if projection.kind == "none":
+        return jnp.concatenate(parts, axis=1)
+    return _dense(projection, key, parts)
 
 
-def _dense(projection: Projection, key: jax.Array, gradients: jax.Array) -> jax.Array:
+def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
+    """Lays entries out as rows of length k, flips signs at random and adds rows up.
+
+    Entries of one row never meet; those of different parts meet with probability about
+    1/k, since the rows of a part begin at a random entry. Signs are independent. It is
+    a count sketch (Charikar et al. 2002) that only adds slices up; what comes before
+    and after the rows of a part is joined and laid out in the same way.
+    """
+    n, k = len(parts[0]), projection.dim
+    # Known when compiling, as shifts that are not would be passes through memory.
+    random = np.random.default_rng(projection.seed)
+    laid_out, rest = [], []
+    for part in parts:
+        rows, spare = divmod(part.shape[1], k)
+        start = int(random.integers(0, spare + 1)) if rows else spare
+        stop = start + rows * k
+        laid_out.append(part[:, start:stop])
+        rest += [part[:, :start], part[:, stop:]]
+    filling = -sum(piece.shape[1] for piece in rest) % k
+    laid_out.append(jnp.concatenate([*rest, jnp.zeros((n, filling))], axis=1))
+
+    counts = [rows.shape[1] // k for rows in laid_out]
+    # All in one draw: a draw for each part costs more than adding its rows.
+    signs = _signs(key, sum(counts) * k).reshape(1, -1)
+    total, before = jnp.zeros((n, k)), 0
+    for rows, count in zip(laid_out, counts, strict=True):
+        own = signs[:, before * k : (before + count) * k]
+        total = _add_rows(total, rows, own)
+        before += count
+    return total
+
+
+def _add_rows(total: jax.Array, rows: jax.Array, signs: jax.Array) -> jax.Array:
+    """Adds [n, r k] times signs [1, r k] to the total [n, k]."""
+    k = total.shape[1]
+
+    def add(total, rows, signs):
+        for at in range(0, rows.shape[1], k):
+            total = total + rows[:, at : at + k] * signs[:, at : at + k]
+        return total
+
+    size = SKETCH_ROWS * k
+    blocks = rows.shape[1] // size
+
+    def add_block(b, total):
+        block = [
+            jax.lax.dynamic_slice_in_dim(x, b * size, size, 1) for x in (rows, signs)
+        ]
+        return add(total, *block)
+
+    if blocks > 1:
+        total = jax.lax.fori_loop(0, blocks, add_block, total)
+        rows, signs = rows[:, blocks * size :], signs[:, blocks * size :]
+    return add(total, rows, signs)
+
+
+def _dense(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
     """G R / sqrt(k), a tile of R's rows at a time."""
-    n, p = gradients.shape
-    k = projection.dim
+    n, k = len(parts[0]), projection.dim
+    p = sum(part.shape[1] for part in parts)
     entries = {"rademacher": _signs, "gaussian": _normals}[projection.kind]
     rows = max(1, min(p, TILE_ENTRIES // k))
     tiles = -(-p // rows)
-    laid_out = jnp.pad(gradients, ((0, 0), (0, tiles * rows - p)))
+    filling = jnp.zeros((n, tiles * rows - p), jnp.float32)
+    laid_out = jnp.concatenate([*parts, filling], axis=1)
 
     def add_tile(total, tile):
         start = tile * rows
