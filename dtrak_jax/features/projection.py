@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dtrak_jax.config import PROJECTIONS, at_least, one_of
 from dtrak_jax.streams import fold_in, stream
@@ -69,23 +68,16 @@ def project(
 
 
 def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
-    """Lays entries out as rows of length k, flips signs at random and adds rows up.
+    """Lays the entries out as rows of length k, flips signs at random, adds rows up.
 
-    Entries of one row never meet; those of different parts meet with probability about
-    1/k, since the rows of a part begin at a random entry. Signs are independent. It is
-    a count sketch (Charikar et al. 2002) that only adds slices up; what comes before
-    and after the rows of a part is joined and laid out in the same way.
+    Entries that meet have independent signs; a row's never meet: a count sketch
+    (Charikar et al. 2002) that adds up slices where they lie. What is left of each
+    part after its last whole row is joined, and laid out in the same way.
     """
     n, k = len(parts[0]), projection.dim
-    # Known when compiling, as shifts that are not would be passes through memory.
-    random = np.random.default_rng(projection.seed)
-    laid_out, rest = [], []
-    for part in parts:
-        rows, spare = divmod(part.shape[1], k)
-        start = int(random.integers(0, spare + 1)) if rows else spare
-        stop = start + rows * k
-        laid_out.append(part[:, start:stop])
-        rest += [part[:, :start], part[:, stop:]]
+    whole = [part.shape[1] // k * k for part in parts]
+    laid_out = [part[:, :end] for part, end in zip(parts, whole, strict=True) if end]
+    rest = [part[:, end:] for part, end in zip(parts, whole, strict=True)]
     filling = -sum(piece.shape[1] for piece in rest) % k
     laid_out.append(jnp.concatenate([*rest, jnp.zeros((n, filling))], axis=1))
 
