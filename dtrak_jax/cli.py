@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
-        if stage in evaluation.STAGES:
-            use_all_cores()
+        use_all_cores()
         runner = evaluation if stage in evaluation.STAGES else pipeline
         workdir = runner.run(stage, config, workdir)
     except KeyboardInterrupt as interrupt:
@@ -57,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def use_all_cores() -> None:
     """One CPU device for each core, unless JAX_NUM_CPU_DEVICES says otherwise.
 
-    An ensemble trains a member on each device, and a small network's step gains
-    nothing from a second thread.
+    An ensemble trains a member on each device. In all other stages two devices do the
+    same work faster than one with two threads: many operations have no use for them.
     """
     if jax.config.jax_num_cpu_devices < 0:
         # It is too late where something has used the devices, as in a notebook.

@@ -47,7 +47,7 @@ def operations(function, x):
         {"window_strides": (2, 1)},
         {"window_strides": (3, 2), "padding": "VALID"},
         {"rhs_dilation": (2, 1)},
-        {"lhs_dilation": (1, 2), "padding": "VALID"},
+        {"lhs_dilation": (1, 2), "padding": [(0, 0), (1, 1)]},
         {
             "window_strides": (2, 2),
             "rhs_dilation": (1, 2),

@@ -99,10 +99,6 @@ def test_training_compiles_its_step_once(tmp_path):
     assert found["step"] == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the initial noise is on one device, each later x_t on all of the mesh",
-)
 def test_sampling_compiles_its_step_once():
     params = init(jax.random.key(0))
     shape = (8, 8, 1)
