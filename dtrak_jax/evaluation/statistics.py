@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 BLOCK = 2**25
 """Ranks, of all subsets and resamples, that are in memory at one time."""
@@ -37,15 +38,25 @@ def spearman(
       [q], or [B, q] with weights; 0 where a column is constant.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    w = np.ones((1, len(a))) if weights is None else np.asarray(weights)
-    w = w.astype(np.float32)
+    if weights is None:
+        return _pearson(*(scipy.stats.rankdata(x, axis=0) for x in (a, b)))
+    w = np.asarray(weights, np.float32)
     result = np.empty((len(w), a.shape[1]))
     step = max(1, BLOCK // (len(w) * len(a)))
     for start in range(0, a.shape[1], step):
         columns = slice(start, start + step)
         order_a, order_b = (_order(x[:, columns].T) for x in (a, b))
         result[:, columns] = _correlations(order_a, order_b, w)
-    return result[0] if weights is None else result
+    return result
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The correlations of the columns of a and b [M, q]; 0 where one is constant."""
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    product = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    return np.divide(
+        (a * b).sum(axis=0), product, out=np.zeros(a.shape[1]), where=product > 0
+    )
 
 
 def _order(x: np.ndarray) -> np.ndarray:
