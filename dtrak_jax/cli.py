@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import platform
 import runpy
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
         use_all_cores()
+        keep_compilations()
         runner = evaluation if stage in evaluation.STAGES else pipeline
         workdir = runner.run(stage, config, workdir)
     except KeyboardInterrupt as interrupt:
@@ -63,6 +65,21 @@ def use_all_cores() -> None:
         # It is too late where something has used the devices, as in a notebook.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+
+def keep_compilations() -> None:
+    """What is compiled once is read from disk from then on.
+
+    In ~/.cache/dtrak_jax, by host, as programs fit the processor that they were made
+    on; unless JAX's own settings name a folder (JAX_COMPILATION_CACHE_DIR) or turn it
+    off (JAX_ENABLE_COMPILATION_CACHE=false).
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "dtrak_jax" / platform.node()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:

@@ -37,12 +37,17 @@ def command(stage, workdir, **changes):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts a command in a process of its own, with one device and a warm cache."""
+    """Starts a command in a process of its own, with one device and a home of its own.
+
+    All of them share what was compiled.
+    """
+    cache = tmp_path_factory.mktemp("cache")
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "XDG_CACHE_HOME": str(cache),
     }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def start(line):
         return subprocess.Popen(
@@ -53,7 +58,8 @@ def start(tmp_path_factory):
             text=True,
         )
 
-    return start
+    yield start
+    assert list((cache / "dtrak_jax").rglob("*-cache")), "nothing compiled was kept"
 
 
 @pytest.fixture(scope="module")

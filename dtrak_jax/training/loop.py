@@ -286,7 +286,7 @@ class _Log:
 
     def __init__(self, path: epath.Path, start: int, config: TrainConfig):
         self.path, self.every = path, config.log_every
-        self.rate = learning_rate(config)
+        self.rate = jax.jit(learning_rate(config))
         self.step, self.time = start, time.time()
         # Steps after the checkpoint are done again, and their lines written again.
         before = files.read_json_lines(path) if path.exists() else []
