@@ -7,6 +7,7 @@ and delta on fewer channels the same sum gives P_in^T G P_out, without ever form
 found by `models.linen`.
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -67,11 +68,13 @@ class Watch:
       kernels: {id of an array: index of the kernel}.
       sketches: {index: sketch}, of some kernels or of none.
       found: {index: size} of the kernels that were met.
+      marks: {index: number of layers} with that kernel.
     """
 
     kernels: dict[int, int]
     sketches: dict[int, Sketch]
     found: dict[int, Size] = dataclasses.field(default_factory=dict)
+    marks: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 _watch = contextvars.ContextVar("watch", default=None)
@@ -137,6 +140,7 @@ def layer(
             f"input_dilation={input_dilation!r}; these do not belong together."
         )
     watch.found[index] = size
+    watch.marks[index] += 1
     if index not in watch.sketches:
         return outputs
     into, fold_in, fold_out = watch.sketches[index]

@@ -307,6 +307,19 @@ def test_wrong_marks(marked, images, options):
         )
 
 
+def test_every_use_of_a_kernel_is_marked(marked, images):
+    """Or that part of the gradient would be missing."""
+
+    def also(params, x, t, cond):
+        return own(params, x, t, cond) * params["dense"].sum()
+
+    message = "dense marked as the kernel of 2 layers; the network uses it 3 times"
+    with pytest.raises(ValueError, match=message):
+        dtrak.featurize(
+            task_of((also,)), marked[1], images, dtrak.Projection("factorized")
+        )
+
+
 def test_stores_know_the_layers(marked, images, tmp_path):
     """A layer that is marked now and was not before gives other features."""
 

@@ -123,11 +123,11 @@ def solve(
     """
     query, vectors = np.asarray(query, np.float64), kernel.eigenvectors
     if kernel.dual:
-        left = query @ np.asarray(phi, np.float64).T @ vectors
+        left = _inner_products(query, phi) @ vectors
         right = vectors[rows]
     else:
         left = query @ vectors
-        right = np.asarray(phi[rows], np.float64) @ vectors
+        right = _inner_products(vectors.T, phi[rows]).T
     if subsets is not None:
         right = subsets.astype(np.float64) @ right
 
@@ -156,12 +156,19 @@ def inverse_norms(kernel: Kernel, phi: np.ndarray) -> Callable[[float], np.ndarr
         there = np.any(phi, axis=1, keepdims=True)
         squares = kernel.eigenvectors**2 * kernel.eigenvalues * there
     else:
-        squares = (np.asarray(phi, np.float64) @ kernel.eigenvectors) ** 2
+        squares = _inner_products(kernel.eigenvectors.T, phi).T ** 2
 
     def norms(damping: float) -> np.ndarray:
         return np.sqrt(squares @ (kernel.eigenvalues + damping) ** -2)
 
     return norms
+
+
+def _inner_products(a: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """a phi^T in float64 [m, n]; a block of phi at a time has a copy in float64."""
+    rows = max(1, BLOCK // phi.shape[1])
+    blocks = (phi[start : start + rows] for start in range(0, len(phi), rows))
+    return np.concatenate([a @ b.astype(np.float64).T for b in blocks], axis=1)
 
 
 def gram_matrix(a: np.ndarray) -> np.ndarray:

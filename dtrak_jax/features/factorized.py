@@ -67,18 +67,32 @@ def channel_folds(task: Task, params, projection: Projection, inputs: tuple) -> 
 
 
 def _layer_sizes(task: Task, params, inputs: tuple) -> dict[int, Size]:
-    """{leaf: size} of the layers that the network has."""
+    """{leaf: size} of the layers that the network has.
+
+    Raises:
+      ValueError: the network also uses a layer's kernel where nothing marks it; that
+        part of its gradient would be lost.
+    """
     leaves, treedef = jax.tree.flatten(params)
     chosen = chosen_leaves(task, params)
-    found = {}
+    watch = Watch({}, {})
 
     def predict(leaves, x, t, cond):
-        watch = Watch({id(leaves[i]): i for i in chosen}, {}, found)
+        watch.kernels.update({id(leaves[i]): i for i in chosen})
         with watching(watch), marking_layers():
             return task.apply(treedef.unflatten(leaves), x, t, cond)
 
-    jax.eval_shape(predict, leaves, *inputs)
-    return dict(sorted(found.items()))
+    program = jax.make_jaxpr(predict)(leaves, *inputs).jaxpr
+    for i in sorted(watch.found):
+        leaf = program.invars[i]
+        uses = sum(leaf is used for e in program.eqns for used in e.invars)
+        if uses != watch.marks[i]:
+            raise ValueError(
+                f"projection 'factorized' finds {list(named_leaves(params))[i]} marked "
+                f"as the kernel of {watch.marks[i]} layers; the network uses it "
+                f"{uses} times. Mark every use, or take projection 'sketch'."
+            )
+    return dict(sorted(watch.found.items()))
 
 
 def _channels(sizes: dict[int, Size], length: int) -> dict[int, tuple[int, int]]:

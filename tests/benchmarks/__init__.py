@@ -18,8 +18,6 @@ class Comparison(NamedTuple):
     about: str
     peers: bool = False
     """Whether no row of it can do without the packages of `PEERS`."""
-    all_cores: bool = False
-    """One JAX device for each core, as `dtrak-jax retrain` has it; else one for all."""
 
 
 COMPARISONS = {
@@ -28,9 +26,7 @@ COMPARISONS = {
     "projection": Comparison("projections alone, against the gradient and the peers'"),
     "solver": Comparison("27 values of lambda, against 27 float32 inversions"),
     "lds": Comparison("LDS and its interval, against loops over spearmanr"),
-    "retraining": Comparison(
-        "an ensemble, against PyTorch", peers=True, all_cores=True
-    ),
+    "retraining": Comparison("an ensemble, against PyTorch", peers=True),
     "sampling": Comparison("50 steps of DDIM, against diffusers", peers=True),
     "first_score": Comparison("from the command line to the first score"),
 }

@@ -65,11 +65,11 @@ def main() -> None:
 
 def run(name: str, small: bool, repetitions: int) -> dict | None:
     """The results of one comparison; None if it failed, which it has then said."""
-    devices = os.cpu_count() if COMPARISONS[name].all_cores else 1
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
+            # As the command line has it.
+            "JAX_NUM_CPU_DEVICES": str(os.cpu_count()),
             "TMPDIR": folder,
             "TQDM_DISABLE": "1",
         }

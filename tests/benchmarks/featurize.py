@@ -18,7 +18,10 @@ from tests.benchmarks.workload import Workload, digits, noised, task
 
 def measure(small: bool, repetitions: int) -> list[Row]:
     """T = 10, k = 2,048 and 32,768; averaged over timesteps as in the reference, and
-    kept apart as by default."""
+    kept apart as by default.
+
+    At the larger k only traker, as in the reference, and once: it takes minutes.
+    """
     work = digits(small, 4 if small else peers.BATCH)
     timesteps, dims = (2, (128, 256)) if small else (10, (2048, 32768))
     p = models.parameter_count(work.params)
@@ -36,12 +39,15 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                 features = dtrak.featurize(one, work.params, work.images, projection)
                 return np.asarray(features)
 
+            large = k > dims[0]
             for package, project in peers.projections("normal", p, k).items():
+                if large and package != "traker":
+                    continue
 
                 def theirs(project=project, x_t=x_t, t=t, apart=apart):
                     return peers.features(gradient, project, x_t, t, apart)
 
-                assert ours().shape == theirs().shape
+                assert large or ours().shape == theirs().shape
                 kept = "kept apart" if apart else "averaged"
                 rows.append(
                     Row(
@@ -55,7 +61,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
                         agreement=agreement,
                         items=len(work.images),
                         unit="images/s",
-                        **in_turn(ours, theirs, repetitions),
+                        **in_turn(ours, theirs, 1 if large else repetitions),
                     )
                 )
     return rows

@@ -30,7 +30,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     dims = (128, 256) if small else (2048, 32768)
     gradient = gradient_step(work)
     given = jax.block_until_ready(gradient())
-    count = len(given)
+    count = len(given[0])
     settings = work.settings(gradients=count)
     rows = []
     for k in dims:
@@ -50,7 +50,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     return rows + against_peers(given, dims[0], settings, repetitions)
 
 
-def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
+def against_peers(given: list, k: int, settings: dict, repetitions: int) -> list[Row]:
     """Each of our projections with both peers' of its kind, at equal p and k."""
     if missing_peers():
         print(
@@ -61,7 +61,7 @@ def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
     from tests.benchmarks import peers
 
     rows = []
-    tensor = peers.torch.from_numpy(np.array(given))
+    tensor = peers.torch.from_numpy(np.concatenate(given, axis=1))
     for kind, their_kind in KINDS.items():
         found = peers.projections(their_kind, tensor.shape[1], k)
         for package, function in found.items():
@@ -80,7 +80,7 @@ def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
                         "distortion": distortion(given, ours(kind, k, given)()),
                         "their_distortion": distortion(given, theirs().numpy()),
                     },
-                    items=len(given),
+                    items=len(tensor),
                     unit="gradients/s",
                     **in_turn(ours(kind, k, given), theirs, repetitions),
                 )
@@ -88,17 +88,18 @@ def against_peers(given, k: int, settings: dict, repetitions: int) -> list[Row]:
     return rows
 
 
-def ours(kind: str, k: int, given: jax.Array):
-    """A function that projects the gradients [n, p] to [n, k]."""
+def ours(kind: str, k: int, given: list[jax.Array]):
+    """A function that projects the parts [n, p_i] of gradients to [n, k]."""
     compiled = jax.jit(functools.partial(project, dtrak.Projection(kind, k)))
     return functools.partial(compiled, given)
 
 
 def gradient_step(work: Workload):
-    """A function that returns the images' own gradients [n, p] at t = 300."""
+    """A function that returns the parts of the images' own gradients at t = 300."""
     one = task(work, timesteps=(300,))
     n = len(work.images)
-    step = gradients.gradient_function(one, parallel.mesh(jax.local_devices()))
+    mesh = parallel.mesh(jax.local_devices()[:1])
+    step = gradients.gradient_function(one, mesh)
     slots = gradients.Slots(
         x=work.images[:, None],
         words=id_words(map(str, range(n))),
@@ -107,13 +108,14 @@ def gradient_step(work: Workload):
         weight=np.ones((n, 1), np.float32),
         cond=None,
     )
-    return lambda: step(work.params, slots)[0]["square"]
+    return lambda: step(work.params, {}, slots)[0]["square"]
 
 
-def distortion(given: jax.Array, projected: np.ndarray) -> float:
+def distortion(given: list[jax.Array], projected: np.ndarray) -> float:
     """Root mean square error of the normalised inner products; 1/sqrt(k) is promised
     where gradients are unrelated."""
-    g, phi = np.asarray(given, np.float64), np.asarray(projected, np.float64)
+    g = np.concatenate(given, axis=1).astype(np.float64)
+    phi = np.asarray(projected, np.float64)
     norms = np.linalg.norm(g, axis=1)
     error = (phi @ phi.T - g @ g.T) / np.outer(norms, norms)
     found = float(np.sqrt(np.mean(error[np.triu_indices(len(g), 1)] ** 2)))
