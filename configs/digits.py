@@ -37,5 +37,7 @@ def get_config() -> Config:
             queries=10, count=200, methods=("dtrak", "trak", "pixel-cosine")
         ),
         ensemble=EnsembleConfig(subsets=64, seeds=2, timesteps=25, draws=2),
-        features=FeaturesConfig(timesteps=(100, 200, 300, 400, 500), dim=2048),
+        features=FeaturesConfig(
+            timesteps=(100, 200, 300, 400, 500), dim=2048, batch_size=32
+        ),
     )

@@ -13,6 +13,7 @@ large, they lose nothing.
 """
 
 import bisect
+import functools
 import math
 
 import jax
@@ -44,7 +45,9 @@ def channel_folds(task: Task, params, projection: Projection, inputs: tuple) -> 
     """
     if projection.kind != "factorized":
         return {}
-    sizes = _layer_sizes(task, params, inputs)
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    sizes = _layer_sizes(task, treedef, shapes, inputs)
     if not sizes:
         raise ValueError(
             "projection 'factorized' found no layer among the parameters chosen. It "
@@ -66,14 +69,15 @@ def channel_folds(task: Task, params, projection: Projection, inputs: tuple) -> 
     }
 
 
-def _layer_sizes(task: Task, params, inputs: tuple) -> dict[int, Size]:
+@functools.cache
+def _layer_sizes(task: Task, treedef, leaves: tuple, inputs: tuple) -> dict[int, Size]:
     """{leaf: size} of the layers that the network has.
 
     Raises:
       ValueError: the network also uses a layer's kernel where nothing marks it; that
         part of its gradient would be lost.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    params = treedef.unflatten(leaves)
     chosen = chosen_leaves(task, params)
     watch = Watch({}, {})
 
@@ -82,7 +86,7 @@ def _layer_sizes(task: Task, params, inputs: tuple) -> dict[int, Size]:
         with watching(watch), marking_layers():
             return task.apply(treedef.unflatten(leaves), x, t, cond)
 
-    program = jax.make_jaxpr(predict)(leaves, *inputs).jaxpr
+    program = jax.make_jaxpr(predict)(list(leaves), *inputs).jaxpr
     for i in sorted(watch.found):
         leaf = program.invars[i]
         uses = sum(leaf is used for e in program.eqns for used in e.invars)

@@ -13,6 +13,7 @@ from dtrak_jax import models
 from dtrak_jax.models import convert
 from tests.benchmarks import peers
 from tests.benchmarks.rows import Row, in_turn
+from tests.benchmarks.stage import BATCH
 from tests.benchmarks.workload import Workload, digits, noised, task
 
 
@@ -36,7 +37,9 @@ def measure(small: bool, repetitions: int) -> list[Row]:
             projection = dtrak.Projection("sketch", k)
 
             def ours(one=one, projection=projection):
-                features = dtrak.featurize(one, work.params, work.images, projection)
+                features = dtrak.featurize(
+                    one, work.params, work.images, projection, batch_size=BATCH
+                )
                 return np.asarray(features)
 
             large = k > dims[0]
