@@ -76,13 +76,34 @@ def test_entries_follow_their_law():
             assert np.abs(off).max() < 6 / e.shape[1] ** 0.5
 
 
-def test_a_sketch_has_one_sign_per_entry_and_no_meeting_within_a_row():
-    m = matrix("sketch", 300, 64)
+@pytest.mark.parametrize("k", [1, 2, 3, 63, 64])
+def test_a_sketch_has_one_sign_per_entry_and_no_meeting_within_a_row(k):
+    p = 40 * 65  # more than one block of rows, and a rest
+    m = matrix("sketch", p, k)
     assert (np.count_nonzero(m, axis=1) == 1).all()
-    assert set(np.unique(m)) == {-1, 0, 1}
-    for start in range(0, 300, 64):
-        columns = np.nonzero(m[start : start + 64])[1]
-        assert len(set(columns)) == len(columns)
+    assert set(np.unique(m)) <= {-1, 0, 1}
+    step = k + 1 - k % 2
+    for start in range(0, p - step, step):
+        columns = np.nonzero(m[start : start + k])[1]
+        assert (columns == np.arange(k)).all()
+    # Nothing is lost, and columns are filled evenly.
+    per_column = np.count_nonzero(m, axis=0)
+    assert per_column.max() - per_column.min() <= 1
+
+
+def test_a_sketch_spreads_a_channel_that_holds_the_gradient():
+    """Of kernels [640, 64] of which one output matters, with k = 64."""
+    k, seeds = 64, 200
+    kernels = np.zeros((2, 640, 64), np.float32)
+    kernels[:, :, 5] = np.random.default_rng(0).normal(size=(2, 640))
+    kernels /= np.linalg.norm(kernels, axis=(1, 2), keepdims=True)
+    pair = kernels.reshape(2, -1)
+    error = [
+        np.prod(project(dtrak.Projection("sketch", k, seed), pair), axis=0).sum()
+        - pair[0] @ pair[1]
+        for seed in range(seeds)
+    ]
+    assert np.var(error) < 1.5 / k
 
 
 def test_a_sketch_wider_than_the_gradient_loses_nothing():

@@ -25,7 +25,7 @@ class Projection:
     """A random linear map of R^p to R^k.
 
     Attributes:
-      kind: "sketch" (a count sketch by signed cyclic shifts, O(p) work, the default),
+      kind: "sketch" (a count sketch that adds up signed slices, O(p) work, the default),
         "rademacher" or "gaussian" (dense, entries +-1/sqrt(k) or N(0, 1/k), O(p k)
         work), "factorized" (a sketch of sketches that are made layer by layer, without
         the gradients of kernels; see `features.factorized`), or "none" (the gradient
@@ -72,48 +72,57 @@ def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
 
     Entries that meet have independent signs; a row's never meet: a count sketch
     (Charikar et al. 2002) that adds up slices where they lie. What is left of each
-    part after its last whole row is joined, and laid out in the same way.
+    part is joined, and laid out in the same way.
+
+    The rows of a part begin an odd number of entries apart. Networks have even numbers
+    of channels, one of which may hold most of a gradient; else it would be in the same
+    column in every row.
     """
     n, k = len(parts[0]), projection.dim
-    whole = [part.shape[1] // k * k for part in parts]
-    laid_out = [part[:, :end] for part, end in zip(parts, whole, strict=True) if end]
-    rest = [part[:, end:] for part, end in zip(parts, whole, strict=True)]
-    filling = -sum(piece.shape[1] for piece in rest) % k
-    laid_out.append(jnp.concatenate([*rest, jnp.zeros((n, filling))], axis=1))
+    step = k + 1 - k % 2
+    counts = [part.shape[1] // step for part in parts]
+    rest = []
+    for part, count in zip(parts, counts, strict=True):
+        end = count * step
+        between = part[:, k:end:step] if step > k else part[:, :0]
+        rest += [between, part[:, end:]]
+    last = -(-sum(piece.shape[1] for piece in rest) // k)
+    filling = last * k - sum(piece.shape[1] for piece in rest)
+    rest = jnp.concatenate([*rest, jnp.zeros((n, filling))], axis=1)
 
-    counts = [rows.shape[1] // k for rows in laid_out]
     # All in one draw: a draw for each part costs more than adding its rows.
-    signs = _signs(key, sum(counts) * k).reshape(1, -1)
+    signs = _signs(key, (sum(counts) + last) * k).reshape(-1, 1, k)
     total, before = jnp.zeros((n, k)), 0
-    for rows, count in zip(laid_out, counts, strict=True):
-        own = signs[:, before * k : (before + count) * k]
-        total = _add_rows(total, rows, own)
+    laid_out = [(part, count, step) for part, count in zip(parts, counts, strict=True)]
+    for part, count, step in [*laid_out, (rest, last, k)]:
+        total = _add_rows(total, part, signs[before : before + count], step)
         before += count
     return total
 
 
-def _add_rows(total: jax.Array, rows: jax.Array, signs: jax.Array) -> jax.Array:
-    """Adds [n, r k] times signs [1, r k] to the total [n, k]."""
-    k = total.shape[1]
+def _add_rows(
+    total: jax.Array, part: jax.Array, signs: jax.Array, step: int
+) -> jax.Array:
+    """Adds the rows of [n, m] that begin `step` apart, times signs [r, 1, k]."""
+    k, count = total.shape[1], len(signs)
 
-    def add(total, rows, signs):
-        for at in range(0, rows.shape[1], k):
-            total = total + rows[:, at : at + k] * signs[:, at : at + k]
+    def add(total, part, signs):
+        for r, sign in enumerate(signs):
+            total = total + part[:, r * step : r * step + k] * sign
         return total
 
-    size = SKETCH_ROWS * k
-    blocks = rows.shape[1] // size
-
     def add_block(b, total):
-        block = [
-            jax.lax.dynamic_slice_in_dim(x, b * size, size, 1) for x in (rows, signs)
-        ]
-        return add(total, *block)
+        size = SKETCH_ROWS * step
+        block = jax.lax.dynamic_slice_in_dim(part, b * size, size, axis=1)
+        own = jax.lax.dynamic_slice_in_dim(signs, b * SKETCH_ROWS, SKETCH_ROWS)
+        return add(total, block, own)
 
-    if blocks > 1:
-        total = jax.lax.fori_loop(0, blocks, add_block, total)
-        rows, signs = rows[:, blocks * size :], signs[:, blocks * size :]
-    return add(total, rows, signs)
+    blocks = count // SKETCH_ROWS
+    if blocks < 2:
+        return add(total, part, signs)
+    total = jax.lax.fori_loop(0, blocks, add_block, total)
+    done = blocks * SKETCH_ROWS
+    return add(total, part[:, done * step :], signs[done:])
 
 
 def _dense(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
