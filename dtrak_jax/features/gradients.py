@@ -82,7 +82,7 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
 
     Returns:
       A function whose results are {measurement: gradient} and the mean squared error of
-      every noised image [S, R]. A gradient is a list of parts float32 [S, p_i], one of
+      every noised image [S, R]. A gradient is a list of parts float32 [S, p_i], one for
       each parameter, since joining them to [S, p] would take a copy of all.
     """
 
@@ -156,6 +156,7 @@ def _slot_gradients(
         )(prediction, target, t)
         cotangents.append(weight * per_image)
     if copies == 1:
+        # A sum over many noised images is fastest as the convolution that it is.
         pull_back = kernel_gradients_as_products(pull_back)
     gradients = {}
     for name, cotangent in zip(task.measurements, cotangents, strict=True):

@@ -86,9 +86,9 @@ def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
         end = count * step
         between = part[:, k:end:step] if step > k else part[:, :0]
         rest += [between, part[:, end:]]
-    last = -(-sum(piece.shape[1] for piece in rest) // k)
-    filling = last * k - sum(piece.shape[1] for piece in rest)
-    rest = jnp.concatenate([*rest, jnp.zeros((n, filling))], axis=1)
+    left = sum(piece.shape[1] for piece in rest)
+    last = -(-left // k)
+    rest = jnp.concatenate([*rest, jnp.zeros((n, last * k - left))], axis=1)
 
     # All in one draw: a draw for each part costs more than adding its rows.
     signs = _signs(key, (sum(counts) + last) * k).reshape(-1, 1, k)
