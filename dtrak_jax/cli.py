@@ -30,6 +30,9 @@ COMMANDS = {
     "ablate": "the same for other noises, kernels, timesteps, ...; ablations.json",
 }
 
+MOST_CORES = 8
+"""Devices that share the work on one model: each holds a batch and its gradients."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `dtrak-jax`; exits with 2 on an error and 130 on an interrupt."""
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
-        use_all_cores()
+        use_cores(os.cpu_count() if stage in evaluation.STAGES else MOST_CORES)
         keep_compilations()
         runner = evaluation if stage in evaluation.STAGES else pipeline
         workdir = runner.run(stage, config, workdir)
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote {workdir / 'report.html'}")
 
 
-def use_all_cores() -> None:
+def use_cores(most: int) -> None:
     """One CPU device for each core, unless JAX_NUM_CPU_DEVICES says otherwise.
 
     An ensemble trains a member on each device. In all other stages two devices do the
@@ -64,7 +67,7 @@ def use_all_cores() -> None:
     if jax.config.jax_num_cpu_devices < 0:
         # It is too late where something has used the devices, as in a notebook.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count())
+            jax.config.update("jax_num_cpu_devices", min(most, os.cpu_count()))
 
 
 def keep_compilations() -> None:
