@@ -56,7 +56,7 @@ def operations(function, x):
         },
     ],
 )
-@pytest.mark.parametrize("window", [(3, 3), (1, 1), (2, 4), (6, 7)])
+@pytest.mark.parametrize("window", [(3, 3), (1, 1), (2, 4), (5, 4)])
 def test_any_convolution(window, options):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 6, 7, 2)).astype(np.float32)
@@ -66,8 +66,6 @@ def test_any_convolution(window, options):
         return convolution(x, kernel, **options)
 
     positions = math.prod(network(x, kernel).shape[1:3])
-    if not positions:
-        pytest.skip("this window does not fit into the image")
     plain, rewritten = both(network, kernel, x)
     np.testing.assert_allclose(rewritten(x), plain(x), rtol=1e-4, atol=1e-4)
     assert "feature_group_count=4" in operations(plain, x)
