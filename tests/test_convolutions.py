@@ -19,6 +19,12 @@ def convolution(x, kernel, **options):
     )
 
 
+def inputs(x_shape, kernel_shape):
+    """Random x and kernel."""
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=s).astype(np.float32) for s in (x_shape, kernel_shape)]
+
+
 def both(network, kernel, x):
     """Every example's own gradient, by `vmap`, as it is and rewritten."""
 
@@ -58,9 +64,7 @@ def operations(function, x):
 )
 @pytest.mark.parametrize("window", [(3, 3), (1, 1), (2, 4), (5, 4)])
 def test_any_convolution(window, options):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 6, 7, 2)).astype(np.float32)
-    kernel = rng.normal(size=(*window, 2, 3)).astype(np.float32)
+    x, kernel = inputs((4, 6, 7, 2), (*window, 2, 3))
 
     def network(x, kernel):
         return convolution(x, kernel, **options)
@@ -75,9 +79,7 @@ def test_any_convolution(window, options):
 
 def test_inside_of_jit_and_checkpoint():
     """Found in a jitted layer; one that is recomputed, or in a loop, stays right."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 6, 6, 2)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 2, 2)).astype(np.float32)
+    x, kernel = inputs((4, 6, 6, 2), (3, 3, 2, 2))
 
     def looped(x, kernel):
         step = lambda x, _: (jnp.tanh(convolution(x, kernel)), None)
@@ -96,9 +98,7 @@ def test_inside_of_jit_and_checkpoint():
 
 def test_groups_stay():
     """A convolution with groups is left as it is."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 6, 6, 4)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 2, 6)).astype(np.float32)
+    x, kernel = inputs((4, 6, 6, 4), (3, 3, 2, 6))
 
     def network(x, kernel):
         return convolution(x, kernel, feature_group_count=2)

@@ -392,7 +392,7 @@ def test_apply_must_be_a_function():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("count", 8), "'rademacher', 'gaussian', 'factorized', 'none'"),
+        (("count", 8), "'sketch', 'rademacher', 'gaussian', 'factorized', 'none'"),
         (("sketch", 0), "dim is 0"),
         (("sketch", 2.5), "dim is 2.5"),
     ],

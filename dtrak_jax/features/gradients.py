@@ -148,19 +148,16 @@ def _slot_gradients(
             return task.apply(treedef.unflatten(all_leaves), x_t, t, cond)
 
     prediction, pull_back = jax.vjp(predict, [variable(i) for i in chosen])
-    weight = slot.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
-    cotangents = []
-    for measure in task.measurements.values():
-        per_image = jax.vmap(
-            jax.grad(lambda p, y, s, f=measure: f(p, y, s, task.schedule))
-        )(prediction, target, t)
-        cotangents.append(weight * per_image)
     if copies == 1:
         # A sum over many noised images is fastest as the convolution that it is.
         pull_back = kernel_gradients_as_products(pull_back)
+    weight = slot.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
     gradients = {}
-    for name, cotangent in zip(task.measurements, cotangents, strict=True):
-        (pulled,) = pull_back(cotangent)
+    for name, measure in task.measurements.items():
+        per_image = jax.vmap(
+            jax.grad(lambda p, y, s, f=measure: f(p, y, s, task.schedule))
+        )(prediction, target, t)
+        (pulled,) = pull_back(weight * per_image)
         gradients[name] = [leaf.reshape(-1).astype(jnp.float32) for leaf in pulled]
     error = jnp.mean((prediction - target) ** 2, axis=tuple(range(1, prediction.ndim)))
     return gradients, error

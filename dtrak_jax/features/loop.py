@@ -274,26 +274,23 @@ def _finish_chunk(
     """(phi, squared norms, losses) of what was started, as `Store.write` takes them."""
     kernels = len(task.pairs) if task.per_timestep else 1
     n = sum(count for count, *_ in batches) // kernels
-    results = {
-        name: [
-            np.concatenate(
-                [np.asarray(features[name][i])[:m] for m, features, _ in batches]
-            )
-            for i in range(2)
-        ]
-        for name in task.measurements
-    }
-    losses = np.concatenate(
-        [np.concatenate(parts, axis=1)[:m] for m, _, parts in batches]
-    )
 
-    def by_kernel(rows: np.ndarray) -> np.ndarray:
+    def by_kernel(*parts: np.ndarray) -> np.ndarray:
+        rows = np.concatenate(parts)
         split = np.moveaxis(rows.reshape(n, kernels, *rows.shape[1:]), 1, 0)
         return split if task.per_timestep else split[0]
 
+    counted = [
+        jax.tree.map(lambda rows, m=m: np.asarray(rows)[:m], features)
+        for m, features, _ in batches
+    ]
+    results = jax.tree.map(by_kernel, *counted)
+    losses = np.concatenate(
+        [np.concatenate(parts, axis=1)[:m] for m, _, parts in batches]
+    )
     return (
-        {name: by_kernel(phi) for name, (phi, _) in results.items()},
-        {name: by_kernel(norms) for name, (_, norms) in results.items()},
+        {name: phi for name, (phi, _) in results.items()},
+        {name: norms for name, (_, norms) in results.items()},
         losses.reshape(n, -1)[:, : len(task.pairs)].T,
     )
 
