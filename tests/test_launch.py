@@ -467,6 +467,19 @@ def test_workers_that_start_at_once_install_once(launcher):
     assert not Path(f"{venv}.lock").exists()
 
 
+def test_a_worker_looks_again_once_it_may_install(launcher):
+    """Another one may have ended just before: here, as this one makes its lock."""
+    settings = give_uv(launcher, SHOW)
+    launcher.run("worker.sh", "install", **settings)
+    note = f"{settings['VENV']}/installed"
+    Path(note).rename(f"{note}.late")
+    real = shutil.which("mkdir")
+    launcher.fake("mkdir", f'#!/bin/bash\nmv {note}.late {note}\n{real} "$@"\n')
+    launcher.answer()
+    assert launcher.run("worker.sh", "install", **settings).returncode == 0
+    assert launcher.calls() == []
+
+
 def test_a_worker_that_cannot_install_leaves_no_lock(launcher):
     launcher.answer(uv=[[1, "no network"]])
     settings = {"JAX_PACKAGE": "jax", "VENV": str(launcher.bin.parent / "venv")}
