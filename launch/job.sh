@@ -14,6 +14,7 @@ END
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/launch/settings.sh"
+here=$PWD
 mkdir -p ~/dtrak_jax_job
 cd ~/dtrak_jax_job
 
@@ -35,9 +36,9 @@ start() {
     # inner shell that expands.
     # shellcheck disable=SC2016
     setsid flock lock bash -c '
-        (cd && "$@") || code=$?
+        (cd "$0" && "$@") || code=$?
         echo "${code:-0}" >exit.partial && mv exit.partial exit
-    ' job "$@" >>log 2>&1 </dev/null 3>&- &
+    ' "$here" "$@" >>log 2>&1 </dev/null 3>&- &
     until [[ -e exit ]] || is_running; do sleep 0.1; done
 }
 

@@ -52,7 +52,8 @@ is_installed() {
 # A folder is made by one worker only, on any file system.
 install() {
     local waited=0
-    wanted="$JAX_PACKAGE $(cksum <setup.cfg)"
+    # With its path: a copy of it elsewhere would not work.
+    wanted="$VENV $JAX_PACKAGE $(cksum <setup.cfg)"
     until is_installed; do
         if [[ -n $dry_run ]]; then
             build

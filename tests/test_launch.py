@@ -392,12 +392,12 @@ def test_a_job_outlives_the_session_that_started_it(launcher, tmp_path):
     other = launcher.run("job.sh", "start", "true")
     assert other.returncode == 2
     assert "another job is running: bash -c 'until" in other.error
-    (tmp_path / "home" / "go").touch()
+    (launcher.project / "go").touch()
     wait_until(lambda: launcher.run("job.sh", "status").out == "job: exit 7\n")
     assert (tmp_path / "home" / "dtrak_jax_job" / "log").read_text() == "done\n"
 
 
-def test_a_job_that_was_killed_is_lost(launcher, tmp_path):
+def test_a_job_that_was_killed_is_lost(launcher):
     launcher.run(
         "job.sh",
         "start",
@@ -405,9 +405,9 @@ def test_a_job_that_was_killed_is_lost(launcher, tmp_path):
         "-c",
         "cut -d ' ' -f 6 /proc/self/stat >sid; sleep 60",
     )
-    wait_until((tmp_path / "home" / "sid").exists)
-    wait_until((tmp_path / "home" / "sid").read_text)
-    os.killpg(int((tmp_path / "home" / "sid").read_text()), signal.SIGKILL)
+    wait_until((launcher.project / "sid").exists)
+    wait_until((launcher.project / "sid").read_text)
+    os.killpg(int((launcher.project / "sid").read_text()), signal.SIGKILL)
     wait_until(lambda: launcher.run("job.sh", "status").out == "job: lost\n")
 
 
@@ -534,7 +534,7 @@ def test_a_slurm_job_that_saved_goes_back_into_the_queue(
 
 
 def test_jax_finds_its_peers_and_gpus_under_slurm(launcher):
-    """One process on each of two nodes, each with all three GPUs."""
+    """One process on each of two nodes, each with all three GPUs; and again."""
     launcher.fake(
         "srun",
         f"""#!{sys.executable}
@@ -556,6 +556,7 @@ print(jax.process_index(), jax.process_count(), gpus, flush=True)
 """
     settings = SLURM_JOB | give_uv(launcher, program)
     settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    process = launcher.run("gpu.sbatch", "train", *JOB[1:], **settings)
+    process = launcher.run("gpu.sbatch", *JOB, **settings)
     assert process.returncode == 0, process.error
-    assert sorted(process.out.splitlines()) == ["0 2 0,1,2", "1 2 0,1,2"]
+    lines = sorted(process.out.splitlines())
+    assert lines == ["0 2 0,1,2"] * 2 + ["1 2 0,1,2"] * 2
