@@ -19,10 +19,12 @@ ROOT = Path(__file__).parent.parent
 CELLS = json.loads((ROOT / "launch" / "colab.ipynb").read_text())["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 FLAGS = (
-    "--data.train 40 --data.validation 0 --model.block-out-channels 4 8 "
-    "--model.norm-num-groups 2 --train.steps 10 --train.batch-size 8 --sample.count 5 "
-    "--sample.steps 3 --features.timesteps 100 --features.measurements square "
-    "--features.projection none --attribution.methods dtrak --report.methods dtrak"
+    "--data.train 40 --data.validation 0 --model.block-out-channels 4 "
+    "--model.down-block-types DownBlock2D --model.up-block-types UpBlock2D "
+    "--model.no-add-attention --model.norm-num-groups 2 --train.steps 10 "
+    "--train.batch-size 8 --sample.count 5 --sample.steps 3 --features.timesteps 100 "
+    "--features.measurements square --features.dim 64 --features.batch-size 8 "
+    "--attribution.methods dtrak --report.methods dtrak"
 )
 
 
