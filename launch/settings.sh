@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154
-# Sourced by the launchers, which define usage() and root first. Works with the bash 3.2
-# of macOS. Reads --help, --dry-run and the subcommand from the script's own arguments,
+# Sourced by the launchers, which define usage() and root first. Written for bash 3.2,
+# which macOS has. Reads --help, --dry-run and the subcommand from the script's own arguments,
 # and leaves what follows in "$@".
 
 dry_run=

@@ -176,7 +176,7 @@ wait_for_job() {
     done
     if [[ $code -ne 0 ]]; then
         on_workers all "tail -n 20 dtrak_jax_job/log" || true
-        say "the job ended with $code, of: ${lines//$'\n'/, }"
+        say "the job ended with $code, of: $(tr '\n' ' ' <<<"$lines")"
     fi
     return "$code"
 }

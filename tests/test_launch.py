@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -556,6 +557,9 @@ print(jax.process_index(), jax.process_count(), gpus, flush=True)
 """
     settings = SLURM_JOB | give_uv(launcher, program)
     settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        settings["JAX_COORDINATOR_PORT"] = str(free.getsockname()[1])
     process = launcher.run("gpu.sbatch", *JOB, **settings)
     assert process.returncode == 0, process.error
     lines = sorted(process.out.splitlines())
