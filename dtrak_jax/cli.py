@@ -49,7 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        FloatingPointError,
+        MemoryError,
+    ) as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
         print(f"dtrak-jax: {error}\n(DTRAK_TRACEBACK=1 shows where.)", file=sys.stderr)

@@ -79,7 +79,7 @@ class Features:
           FileNotFoundError: there is no store, or not this measurement in it.
           ValueError: it is unfinished or damaged.
         """
-        folder = epath.Path(store)
+        folder = files.at(store)
         if not (folder / "metadata.json").exists():
             raise FileNotFoundError(
                 f"there is no feature store in {folder}; run `dtrak-jax featurize` "
@@ -124,7 +124,7 @@ class Store:
           ValueError: it holds other features (names the field that differs), or
             something that is no feature store.
         """
-        folder = epath.Path(folder)
+        folder = files.at(folder)
         path = folder / "metadata.json"
         if parallel.is_primary() and not path.exists():
             if folder.exists() and any(folder.iterdir()):
@@ -235,11 +235,14 @@ def _zarr(path: epath.Path, shape: tuple[int, ...], chunk: list[int]) -> ts.Tens
 
     NaN is what was not written. Features do not compress; a checksum finds damage.
     """
-    location = str(path) if "://" in str(path) else f"file://{path.absolute()}"
+    kvstore = {"driver": "file", "path": f"{path}/"}
+    if files.is_remote(path):
+        _, _, bucket, *names = path.parts
+        kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{'/'.join(names)}/"}
     return ts.open(
         {
             "driver": "zarr3",
-            "kvstore": f"{location}/",
+            "kvstore": kvstore,
             "metadata": {
                 "shape": shape,
                 "data_type": "float32",
