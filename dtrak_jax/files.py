@@ -49,22 +49,32 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
       OSError: the disk is full or not writable; an older file is left as it was.
     """
     path = at(path)
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        if is_remote(path):
+            path.write_bytes(data)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_and_rename(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        remedy = "Free space or mend the permissions"
+        if is_remote(path):
+            remedy = "See that the bucket is there and may be written to"
         raise OSError(
             error.errno,
             f"{error.strerror or error}; {path} was not written, and what was there "
-            "before is unchanged. Free space or mend the permissions, then rerun",
+            f"before is unchanged. {remedy}, then rerun",
             str(path),
         ) from error
+
+
+def _write_and_rename(path: epath.Path, data: bytes) -> None:
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.PathLike, value: object) -> None:
