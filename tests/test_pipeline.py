@@ -130,18 +130,22 @@ def test_killed_on_a_bucket_it_ends_the_same(start, whole, bucket, tmp_path):
     """The same again with the workdir on gs://, over HTTP; then copied here."""
     workdir = "gs://bucket/run"
 
+    def line(stage):
+        # A checkpoint is a hundred requests.
+        return command(stage, workdir, train__save_every="150")
+
     def there(ending):
         return any(n.startswith("run/") and n.endswith(ending) for n in bucket.objects)
 
     def start_and_kill(stage, ending):
-        process = start(command(stage, workdir), bucket.environment())
+        process = start(line(stage), bucket.environment())
         kill_when(process, lambda: there(ending))
 
-    start_and_kill("train", "0/commit_success.txt")
+    start_and_kill("train", "/75/commit_success.txt")
     assert not there("/300/commit_success.txt")
     start_and_kill("run", "features/train/losses/c/0/0")
     assert not there("features/train/losses/c/0/3")
-    process = start(command("run", workdir), bucket.environment())
+    process = start(line("run"), bucket.environment())
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert out == f"wrote {workdir}/report.html\n"
