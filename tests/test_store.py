@@ -204,6 +204,7 @@ def test_scores_of_merged_stores(images, tmp_path):
 
 
 def test_an_interrupted_merge_continues(images, tmp_path, small_chunks, stop_after):
+    wanted = arrays(featurize(images))
     stores = [tmp_path / "0", tmp_path / "1"]
     for rows, store in zip((slice(0, 5), slice(5, 12)), stores, strict=True):
         featurize(images, rows, store=store)
@@ -214,10 +215,10 @@ def test_an_interrupted_merge_continues(images, tmp_path, small_chunks, stop_aft
     with pytest.raises(ValueError, match="of 12 examples have no features yet"):
         dtrak.Features.load(into, "loss")
     before = content(into)
-    stop_after(1)
+    stop_after(2)
     merged = dtrak.merge(stores, into)
     assert before.items() < content(into).items()
-    assert_close(arrays(merged), arrays(featurize(images)))
+    assert_close(arrays(merged), wanted)
     stop_after(0)
     assert_same(arrays(dtrak.merge(stores, into)), arrays(merged))
 
@@ -233,7 +234,7 @@ def test_merging_in_a_bucket(images, tmp_path, bucket):
     assert_close(arrays(merged), arrays(featurize(images)))
 
 
-def test_stores_that_cannot_be_merged(images, tmp_path, small_chunks, stop_after):
+def test_stores_that_cannot_be_merged(images, tmp_path, small_chunks):
     first, second = slice(0, 6), slice(6, 12)
     featurize(images, first, store=tmp_path / "first")
     featurize(images, second, store=tmp_path / "second")
@@ -257,7 +258,7 @@ def test_stores_that_cannot_be_merged(images, tmp_path, small_chunks, stop_after
         store = tmp_path / f"reference-{rows.start}"
         featurize(images, rows, store=store, noise="reference", noise_batch=4)
     refused('noise "reference" cannot', "reference-0", "reference-6")
-    refused("holds other features: ids is", "first", "second", into="noise_seed")
+    refused("holds other features: ids is", "first", "second", into="second")
     shutil.copytree(tmp_path / "second", tmp_path / "cut")
     next((tmp_path / "cut" / "losses" / "c").rglob("1")).unlink()
-    refused("3 of 6 examples have no features yet", "first", "cut")
+    refused("2 of 6 examples have no features yet", "first", "cut")
