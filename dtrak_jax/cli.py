@@ -112,7 +112,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("config", metavar="CONFIG", help="such as configs/digits.py")
-    parser.add_argument("--workdir", metavar="DIR", help="the run directory")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
+    )
     known, flags = parser.parse_known_args(arguments)
     default = load_config(known.config)
     config = tyro.cli(

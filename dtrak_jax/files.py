@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -68,7 +69,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def _write_and_rename(path: epath.Path, data: bytes) -> None:
-    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    # Hosts that share the disk may have processes of the same number.
+    partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.write_bytes(data)
         partial.replace(path)
