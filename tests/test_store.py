@@ -258,6 +258,10 @@ def test_stores_that_cannot_be_merged(images, tmp_path, small_chunks):
         store = tmp_path / f"reference-{rows.start}"
         featurize(images, rows, store=store, noise="reference", noise_batch=4)
     refused('noise "reference" cannot', "reference-0", "reference-6")
+    metadata = files.read_json(tmp_path / "draws" / "metadata.json")
+    metadata["fingerprint"]["format"] = 2
+    files.write_json(tmp_path / "draws" / "metadata.json", metadata)
+    refused("of format 2, which cannot be merged", "draws")
     refused("holds other features: ids is", "first", "second", into="second")
     shutil.copytree(tmp_path / "second", tmp_path / "cut")
     next((tmp_path / "cut" / "losses" / "c").rglob("1")).unlink()

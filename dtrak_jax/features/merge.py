@@ -8,7 +8,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dtrak_jax import files, parallel
-from dtrak_jax.features.fingerprint import EXAMPLES, examples_fingerprint
+from dtrak_jax.features.fingerprint import EXAMPLES, FORMAT, examples_fingerprint
 from dtrak_jax.features.store import Features, Store
 
 
@@ -65,6 +65,11 @@ def _joined(stores: Sequence[epath.PathLike], parts: list[dict]) -> dict:
                 f"the stores {stores[0]} (there) and {folder} (here) cannot be merged: "
                 f"{differs[0]}."
             )
+    if settings[0]["format"] != FORMAT:
+        raise ValueError(
+            f"the stores are of format {settings[0]['format']}, which cannot be merged; "
+            f"run featurize again, which makes format {FORMAT}."
+        )
     if settings[0]["noise"] == "reference":
         raise ValueError(
             'features with noise "reference" cannot be merged: their noise follows an '
