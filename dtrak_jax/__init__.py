@@ -8,7 +8,14 @@ from dtrak_jax.diffusion import (
     linear_schedule,
     scaled_linear_schedule,
 )
-from dtrak_jax.features import Features, Projection, Task, distortion, featurize
+from dtrak_jax.features import (
+    Features,
+    Projection,
+    Task,
+    distortion,
+    featurize,
+    merge,
+)
 from dtrak_jax.layers import layer
 
 __all__ = [
@@ -25,6 +32,7 @@ __all__ = [
     "featurize",
     "layer",
     "linear_schedule",
+    "merge",
     "models",
     "scaled_linear_schedule",
 ]

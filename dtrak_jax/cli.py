@@ -49,7 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, FloatingPointError, MemoryError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        FloatingPointError,
+        MemoryError,
+    ) as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
         print(f"dtrak-jax: {error}\n(DTRAK_TRACEBACK=1 shows where.)", file=sys.stderr)
@@ -105,7 +112,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("config", metavar="CONFIG", help="such as configs/digits.py")
-    parser.add_argument("--workdir", metavar="DIR", help="the run directory")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
+    )
     known, flags = parser.parse_known_args(arguments)
     default = load_config(known.config)
     config = tyro.cli(

@@ -55,7 +55,7 @@ def open_run(config: Config, workdir: epath.PathLike) -> epath.Path:
       ValueError: it was made with another config (names the fields that differ), or
         holds something else.
     """
-    workdir = epath.Path(workdir)
+    workdir = files.at(workdir)
     path = workdir / "config.json"
     settings = flatten(config)
     packages = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -279,7 +279,7 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
 def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
     """The features of each set of images under one model; folder/SET."""
     settings = config.features
-    label = " ".join(["featurize", *folder.parts[folder.parts.index("features") + 1 :]])
+    label = "featurize" + str(folder).rpartition("features")[2].replace("/", " ")
     for name, (images, ids) in sets.items():
         # Cyclic noise is a control in which only the queries' noise is shifted.
         shifted = settings.noise == "cyclic" and name == "train"

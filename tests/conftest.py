@@ -9,6 +9,8 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
+import fake_gcs
+import fsspec.config
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,3 +81,13 @@ def one_device(monkeypatch):
     first = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: first)
     monkeypatch.setattr(jax, "devices", lambda: first)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """A bucket that gs://bucket leads to, in this process and those that it starts."""
+    with fake_gcs.serve() as bucket:
+        # The clients read them once, when they are first used.
+        os.environ.update(bucket.environment())
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        yield bucket

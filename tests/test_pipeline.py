@@ -49,10 +49,10 @@ def start(tmp_path_factory):
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
-    def start(line):
+    def start(line, more=None):
         return subprocess.Popen(
             [sys.executable, "-m", "dtrak_jax", *line],
-            env=environment,
+            env=environment | (more or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -121,6 +121,37 @@ def test_killed_in_train_and_in_featurize_it_ends_the_same(start, whole, tmp_pat
     _, error = process.communicate()
     assert process.returncode == 0, error
     cut, expected = arrays(workdir), arrays(whole)
+    assert cut.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_equal(cut[name], value, err_msg=str(name))
+
+
+def test_killed_on_a_bucket_it_ends_the_same(start, whole, bucket, tmp_path):
+    """The same again with the workdir on gs://, over HTTP; then copied here."""
+    workdir = "gs://bucket/run"
+
+    def line(stage):
+        # A checkpoint is a hundred requests.
+        return command(stage, workdir, train__save_every="150")
+
+    def there(ending):
+        return any(n.startswith("run/") and n.endswith(ending) for n in bucket.objects)
+
+    def start_and_kill(stage, ending):
+        process = start(line(stage), bucket.environment())
+        kill_when(process, lambda: there(ending))
+
+    start_and_kill("train", "/75/commit_success.txt")
+    assert not there("/300/commit_success.txt")
+    start_and_kill("run", "features/train/losses/c/0/0")
+    assert not there("features/train/losses/c/0/3")
+    process = start(line("run"), bucket.environment())
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out == f"wrote {workdir}/report.html\n"
+    for name, (_, content) in bucket.objects.items():
+        files.write_bytes(tmp_path / name, content)
+    cut, expected = arrays(tmp_path / "run"), arrays(whole)
     assert cut.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_equal(cut[name], value, err_msg=str(name))

@@ -2,6 +2,7 @@
 
 from dtrak_jax.features.distortion import Distortion, distortion
 from dtrak_jax.features.loop import featurize
+from dtrak_jax.features.merge import merge
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.store import Features
 from dtrak_jax.features.task import Task
@@ -13,5 +14,6 @@ __all__ = [
     "Task",
     "distortion",
     "featurize",
+    "merge",
     "project",
 ]

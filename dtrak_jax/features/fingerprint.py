@@ -1,6 +1,7 @@
 """What decides the values of features, as a small dict that can be compared."""
 
 import hashlib
+from collections.abc import Sequence
 from importlib import metadata
 
 import jax
@@ -11,8 +12,36 @@ from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.trees import named_leaves
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the meaning of a stored number changes."""
+
+EXAMPLES = ("ids", "images", "cond")
+"""The fields of a fingerprint that tell of the examples."""
+
+
+def example_hashes(
+    ids: Sequence[str], images: np.ndarray, cond: np.ndarray | None
+) -> dict[str, list[str] | None]:
+    """Every example's id, and hashes of its image and its condition."""
+    return {
+        "ids": list(ids),
+        "images": _digest_rows(images),
+        "cond": None if cond is None else _digest_rows(cond),
+    }
+
+
+def examples_fingerprint(
+    hashes: dict[str, list[str] | None],
+) -> dict[str, str | None]:
+    """What features depend on of their examples, in this order.
+
+    From `example_hashes`, which a store keeps, so that it can be had for the examples
+    of several stores together.
+    """
+    return {
+        field: None if column is None else _digest(*(i.encode() for i in column))
+        for field, column in hashes.items()
+    }
 
 
 def fingerprint(
@@ -21,10 +50,9 @@ def fingerprint(
     projection: Projection,
     folds: Folds,
     images: np.ndarray,
-    ids: tuple[str, ...],
     cond: np.ndarray | None,
 ) -> dict[str, object]:
-    """Everything that features depend on, apart from rounding.
+    """What features depend on besides their examples, apart from rounding.
 
     Functions of the user's are known by the program that JAX makes of them, so an
     edited network or measurement does not go unnoticed.
@@ -38,9 +66,6 @@ def fingerprint(
         "jax": jax.__version__,
         "network": _program(task.apply, params, x, t, condition),
         "params": _digest_tree(params),
-        "images": _digest_rows(images),
-        "ids": _digest(*(i.encode() for i in ids)),
-        "cond": None if cond is None else _digest_rows(cond),
         "schedule": _digest(repr(task.schedule).encode()),
         "measurements": {
             name: _program(lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar)
@@ -71,12 +96,11 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _digest_rows(array: np.ndarray) -> str:
-    """Of an array's shape, type and content, 64 rows in memory at a time."""
-    digest = hashlib.blake2b(f"{array.dtype}{array.shape}".encode(), digest_size=16)
-    for start in range(0, len(array), 64):
-        digest.update(np.ascontiguousarray(array[start : start + 64]).tobytes())
-    return digest.hexdigest()
+def _digest_rows(array: np.ndarray) -> list[str]:
+    """Of every row's shape, type and content; 64 rows in memory at a time."""
+    head = f"{array.dtype}{array.shape[1:]}".encode()
+    blocks = (np.asarray(array[i : i + 64]) for i in range(0, len(array), 64))
+    return [_digest(head, row.tobytes()) for block in blocks for row in block]
 
 
 def _digest_tree(params) -> str:

@@ -14,7 +14,11 @@ from dtrak_jax.config import at_least
 from dtrak_jax.data import check_ids, check_images
 from dtrak_jax.features import gradients
 from dtrak_jax.features.factorized import channel_folds
-from dtrak_jax.features.fingerprint import fingerprint
+from dtrak_jax.features.fingerprint import (
+    example_hashes,
+    examples_fingerprint,
+    fingerprint,
+)
 from dtrak_jax.features.gradients import Slots
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.store import Features, Store
@@ -86,13 +90,14 @@ def featurize(
     kernels = pairs if task.per_timestep else 1
     unit = max(1, -(-slots // kernels))
     chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
+    hashes = example_hashes(ids, images, cond)
     metadata = {
-        "fingerprint": fingerprint(task, params, projection, folds, images, ids, cond),
+        "fingerprint": fingerprint(task, params, projection, folds, images, cond)
+        | examples_fingerprint(hashes),
         "shape": [pairs, len(ids), k] if task.per_timestep else [len(ids), k],
         "pairs": pairs,
         "rows_per_chunk": unit * max(1, chunk_rows // unit),
-        "ids": list(ids),
-    }
+    } | hashes
     if store is None:
         target = Store.in_memory(metadata)
     else:

@@ -52,6 +52,10 @@ class Features:
             for pair in range(self.phi.shape[0]):
                 yield self._read(pair)
 
+    def rows(self, rows: slice) -> np.ndarray:
+        """The features of some examples alone, [T, rows, k] or [rows, k]."""
+        return self._read((..., rows, slice(None)))
+
     def pairs(self, positions: list[int]) -> np.ndarray:
         """The features of some pairs alone, [len(positions), n, k]."""
         return self._read(positions)
@@ -79,20 +83,14 @@ class Features:
           FileNotFoundError: there is no store, or not this measurement in it.
           ValueError: it is unfinished or damaged.
         """
-        folder = epath.Path(store)
-        if not (folder / "metadata.json").exists():
+        stored = Store.load(store)
+        known = stored.metadata["fingerprint"]["measurements"]
+        if measurement not in known:
             raise FileNotFoundError(
-                f"there is no feature store in {folder}; run `dtrak-jax featurize` "
-                "with this config and workdir first."
+                f"the store {store} has no features of {measurement!r}; it has "
+                f"those of {', '.join(known)}."
             )
-        metadata = files.read_json(folder / "metadata.json")
-        if measurement not in metadata["fingerprint"]["measurements"]:
-            known = ", ".join(metadata["fingerprint"]["measurements"])
-            raise FileNotFoundError(
-                f"the store {folder} has no features of {measurement!r}; it has "
-                f"those of {known}."
-            )
-        return Store.open(folder, metadata).features(measurement)
+        return stored.features(measurement)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Store:
           ValueError: it holds other features (names the field that differs), or
             something that is no feature store.
         """
-        folder = epath.Path(folder)
+        folder = files.at(folder)
         path = folder / "metadata.json"
         if parallel.is_primary() and not path.exists():
             if folder.exists() and any(folder.iterdir()):
@@ -142,6 +140,22 @@ class Store:
                 "store, or delete it."
             )
         return cls.open(folder, found)
+
+    @classmethod
+    def load(cls, folder: epath.PathLike) -> "Store":
+        """The store in the folder.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it is damaged.
+        """
+        path = files.at(folder) / "metadata.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"there is no feature store in {folder}; run `dtrak-jax featurize` "
+                "with this config and workdir first."
+            )
+        return cls.open(path.parent, files.read_json(path))
 
     @classmethod
     def open(cls, folder: epath.Path, metadata: dict) -> "Store":
@@ -235,11 +249,14 @@ def _zarr(path: epath.Path, shape: tuple[int, ...], chunk: list[int]) -> ts.Tens
 
     NaN is what was not written. Features do not compress; a checksum finds damage.
     """
-    location = str(path) if "://" in str(path) else f"file://{path.absolute()}"
+    kvstore = {"driver": "file", "path": f"{path}/"}
+    if files.is_remote(path):
+        _, _, bucket, *names = path.parts
+        kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{'/'.join(names)}/"}
     return ts.open(
         {
             "driver": "zarr3",
-            "kvstore": f"{location}/",
+            "kvstore": kvstore,
             "metadata": {
                 "shape": shape,
                 "data_type": "float32",

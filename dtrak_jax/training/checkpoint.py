@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dtrak_jax import files
 from dtrak_jax.trees import named_leaves
 
 
@@ -17,11 +18,12 @@ def open_manager(
 
     `alone`: only this process uses it, whatever the others do.
 
-    A checkpoint appears by a rename once it is whole, so a killed run leaves the one
-    before it.
+    A checkpoint counts once it is whole (on a local disk by a rename, on gs:// by a
+    file that says so), so a killed run leaves the one before it.
     """
-    directory = epath.Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.at(directory)
+    if not files.is_remote(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     processes = ocp.options.MultiprocessingOptions()
     if alone:
         me = jax.process_index()
@@ -43,6 +45,11 @@ def open_manager(
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+    """The steps of the whole checkpoints in a directory."""
+    return ocp.path.step.checkpoint_steps(files.at(directory))
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:

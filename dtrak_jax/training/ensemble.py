@@ -236,9 +236,7 @@ def _restore(managers, step: int, like):
 
 def _latest_step(folder: epath.Path) -> int:
     """The step of a member's newest checkpoint; 0 if there is none."""
-    if not folder.exists():
-        return 0
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
+    return max(checkpoint.steps(folder), default=0)
 
 
 def _names(members: Sequence[Member]) -> str:

@@ -224,7 +224,7 @@ def load_params(
     """
     step = config.steps if step is None else step
     folder = epath.Path(directory) / "checkpoints"
-    if not (folder / str(step)).exists():
+    if step not in checkpoint.steps(folder):
         raise FileNotFoundError(
             f"there is no checkpoint of step {step} in {folder}; run `dtrak-jax train` "
             "with this config and workdir first."
