@@ -100,11 +100,9 @@ def numerical_gradient(state, x, rows, weights, config):
     def loss(point):
         # The step reuses its buffers, so each call gets its own.
         fresh = jax.tree.map(jnp.array, state._replace(params=unravel(point)))
-        return float(
-            step(
-                fresh, x, rows.astype(np.int32), weights, np.uint32(config.seed)
-            ).loss_sum
-        )
+        asked = np.zeros(mesh.size, np.int32)
+        arrays = x, rows.astype(np.int32), weights, asked, np.uint32(config.seed)
+        return float(step(fresh, *arrays)[0].loss_sum)
 
     width = 1e-2
     unit = np.eye(len(flat), dtype=np.float32) * width
