@@ -65,9 +65,10 @@ def assert_close(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
 
 
-def use(monkeypatch, count, everything=tuple(jax.devices())):
+def use(monkeypatch, count):
     """Makes the first devices the only ones."""
-    monkeypatch.setattr(jax, "devices", lambda: list(everything[:count]))
+    first = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: first)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -145,7 +146,9 @@ def test_a_device_keeps_an_eighth_of_what_can_be_spread():
     sizes = []
     for config in (WHOLE, SPREAD):
         state, step = compiled(config)
-        here = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state)]
+        here = [
+            leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state)
+        ]
         state_bytes = 4 * sum(map(np.prod, here))
         batch_bytes = 4 * (8 * 8 + 4)
         arguments = step.memory_analysis().argument_size_in_bytes
@@ -158,7 +161,7 @@ def test_a_device_keeps_an_eighth_of_what_can_be_spread():
 
 def test_a_step_gathers_once_and_scatters_once():
     """And sums only scalars and what is whole everywhere."""
-    state, step = compiled(SPREAD)
+    _, step = compiled(SPREAD)
     found = re.findall(
         r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", step.as_text()
     )

@@ -81,13 +81,13 @@ def losses(directory):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch, sent):
-    changes = {"train__steps": "200"}
+    changes = {"train__steps": "60"}
     line = digits_command("train", tmp_path / "two", FLAGS, changes)
     processes = start(line, tmp_path / "cache")
     wait_until(lambda: len(losses(tmp_path / "two")) >= 5, processes)
     processes[1].send_signal(sent)
     said = end(processes, 130)
-    steps = [re.search(r"stopped after step (\d+) of 200", text)[1] for text in said]
+    steps = [re.search(r"stopped after step (\d+) of 60", text)[1] for text in said]
     assert steps[0] == steps[1]
     assert (tmp_path / "two" / "checkpoints" / steps[0]).exists()
     end(start(line, tmp_path / "cache"), 0)
@@ -97,7 +97,7 @@ def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch, sent)
     monkeypatch.setattr(jax, "devices", lambda: two)
     pipeline.run(*cli.parse(digits_command("train", tmp_path / "one", FLAGS, changes)))
     one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
-    np.testing.assert_array_equal(two[:, 0], np.arange(1, 201))
+    np.testing.assert_array_equal(two[:, 0], np.arange(1, 61))
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 

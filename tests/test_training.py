@@ -118,6 +118,30 @@ def test_eight_devices_equal_one(images, tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), many, one)
 
 
+class Recorded:
+    """Images that note which of them are read."""
+
+    def __init__(self, images):
+        self.images, self.shape, self.read = images, images.shape, []
+
+    def __getitem__(self, rows):
+        self.read.append(rows.tolist())
+        return self.images[rows]
+
+
+def test_a_device_reads_the_images_of_its_own_examples(images):
+    """JAX asks a process for those of its own devices only."""
+    recorded = Recorded(images)
+    rows, weights = np.array([7, 3, 11, 0, 2]), np.ones(5, np.float32)
+    mesh = loop.parallel.mesh(jax.devices())
+    x, index, weights, asked = loop._place(mesh, recorded, rows, weights, True)
+    assert recorded.read == [[7], [3], [11], [0], [2], [0], [0], [0]]
+    np.testing.assert_array_equal(x[:5], images[rows])
+    np.testing.assert_array_equal(index[:5], rows)
+    assert np.asarray(weights).tolist() == [1] * 5 + [0] * 3
+    assert np.asarray(asked).tolist() == [1] * 8
+
+
 @pytest.mark.parametrize("stop_at", [2, 7])
 def test_an_interrupted_run_continues_bit_for_bit(
     images, tmp_path, monkeypatch, stop_at
