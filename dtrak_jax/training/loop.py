@@ -1,5 +1,6 @@
 """The training loop: AdamW on the denoising loss, resumable at any step."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -208,8 +209,8 @@ def train(
                 before = asked
                 state, asked = step_function(state, *arrays, np.uint32(config.seed))
                 done = step + 1
-                # All must stop at the same step, so each goes by what all were asked
-                # before the step before, and does not wait for the one that runs.
+                # Processes must stop at the same step: each goes by the answer of the
+                # step before, which is the same in all, and waits for none that runs.
                 stopping = stop.is_set() if alone else bool(before)
                 stopping = stopping and done < config.steps
                 bar.update()
@@ -258,11 +259,13 @@ def load_params(
             f"there is no checkpoint of step {step} in {folder}; run `dtrak-jax train` "
             "with this config and workdir first."
         )
-    mesh = parallel.mesh(jax.local_devices()[:1])
-    make_state, _ = _state_maker(init, config, mesh)
-    abstract = jax.eval_shape(make_state)
+    # On the host, since no device need hold the optimiser's state again.
+    state = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        jax.eval_shape(functools.partial(_first_state, init, config)),
+    )
     with checkpoint.open_manager(folder, [step]) as manager:
-        return jax.device_get(trained(checkpoint.restore(manager, step, abstract)))
+        return trained(checkpoint.restore(manager, step, state))
 
 
 def trained(state: TrainState):
@@ -270,14 +273,15 @@ def trained(state: TrainState):
     return state.ema if jax.tree.leaves(state.ema) else state.params
 
 
+def _first_state(init: Callable, config: TrainConfig) -> TrainState:
+    return init_state(init(stream(config.seed, "init")), config)
+
+
 def _state_maker(
     init: Callable, config: TrainConfig, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A jitted function that makes the first state, and where that is on the mesh."""
-
-    def first() -> TrainState:
-        return init_state(init(stream(config.seed, "init")), config)
-
+    first = functools.partial(_first_state, init, config)
     specs = REPLICATED
     if config.fsdp:
         specs = fsdp.shard_specs(jax.eval_shape(first), mesh.size)
