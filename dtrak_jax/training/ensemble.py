@@ -202,7 +202,7 @@ class _Trainer(NamedTuple):
                     "try a smaller train.learning_rate in a new workdir."
                 )
             last = step == self.config.steps
-            checkpoint.save(manager, step, trained(own) if last else own)
+            checkpoint.save_alone(manager, step, trained(own) if last else own)
             manager.wait_until_finished()
 
 

@@ -19,7 +19,7 @@ import jax
 # The key-value store of `jax.distributed` has no public name; Orbax takes it from here.
 from jax._src import distributed
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.2
 """How often a process looks whether another one was asked to stop."""
 
 
@@ -64,10 +64,10 @@ class Notice:
     def __init__(self, stop: threading.Event):
         self.stop, self.alone = stop, jax.process_count() == 1
         self.folder = f"dtrak_jax/notice/{next(_notices)}"
-        self.told, self.looked = False, 0.0
+        self.looked = 0.0
 
     def given(self) -> bool:
-        """Whether this process was asked to stop, or another one a second ago."""
+        """Whether this process was asked to stop, or another one just before."""
         if not self.alone and time.monotonic() > self.looked + POLL_SECONDS:
             self._exchange()
         return self.stop.is_set()
@@ -81,7 +81,7 @@ class Notice:
         self._say("here")
         while len(self._said("here")) < jax.process_count():
             self.given()
-            time.sleep(POLL_SECONDS / 10)
+            time.sleep(POLL_SECONDS)
         self._exchange()
         return self.stop.is_set()
 
