@@ -106,10 +106,10 @@ def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch):
 
 def test_retraining_stops_wherever_each_process_is(tmp_path):
     """Also where the one that is told has nothing left to do but to wait."""
-    steps = 1500
+    steps = 1000
     flags = FLAGS | {
         "train.steps": str(2 * steps),
-        "train.save-every": "200",
+        "train.save-every": "100",
         "ensemble.seeds": "1",
         "ensemble.timesteps": "2",
         "ensemble.draws": "1",
