@@ -301,6 +301,10 @@ class TrainConfig:
     """Steps between the checkpoints that an interrupted run continues from."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
+    fsdp: bool = False
+    """Spread the parameters, their averages and AdamW's moments over the devices (fully
+    sharded data parallelism), for a network whose state one device cannot hold. Changes
+    results by rounding only. Retrained members always live on one device each."""
     seed: int = 42
 
     def __post_init__(self):

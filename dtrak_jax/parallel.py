@@ -23,6 +23,8 @@ def start() -> None:
     here.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    # JAX's own handler would take SIGTERM from all stages; see `training.stop`.
+    jax.config.update("jax_enable_preemption_service", False)
     given = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
     jax.distributed.initialize(**given)
 

@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "features.batch_size",
     "report.",
     "sample.batch_size",
+    "train.fsdp",
 )
 """Settings that may change within a run directory: they change no file that is there,
 or only files that know their settings and are made again."""

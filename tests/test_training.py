@@ -100,11 +100,9 @@ def numerical_gradient(state, x, rows, weights, config):
     def loss(point):
         # The step reuses its buffers, so each call gets its own.
         fresh = jax.tree.map(jnp.array, state._replace(params=unravel(point)))
-        return float(
-            step(
-                fresh, x, rows.astype(np.int32), weights, np.uint32(config.seed)
-            ).loss_sum
-        )
+        asked = np.zeros(mesh.size, np.int32)
+        arrays = x, rows.astype(np.int32), weights, asked, np.uint32(config.seed)
+        return float(step(fresh, *arrays)[0].loss_sum)
 
     width = 1e-2
     unit = np.eye(len(flat), dtype=np.float32) * width
@@ -118,6 +116,30 @@ def test_eight_devices_equal_one(images, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: first)
     one = run(images, tmp_path / "one")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), many, one)
+
+
+class Recorded:
+    """Images that note which of them are read."""
+
+    def __init__(self, images):
+        self.images, self.shape, self.read = images, images.shape, []
+
+    def __getitem__(self, rows):
+        self.read.append(rows.tolist())
+        return self.images[rows]
+
+
+def test_a_device_reads_the_images_of_its_own_examples(images):
+    """JAX asks a process for those of its own devices only."""
+    recorded = Recorded(images)
+    rows, weights = np.array([7, 3, 11, 0, 2]), np.ones(5, np.float32)
+    mesh = loop.parallel.mesh(jax.devices())
+    x, index, weights, asked = loop._place(mesh, recorded, rows, weights, True)
+    assert recorded.read == [[7], [3], [11], [0], [2], [0], [0], [0]]
+    np.testing.assert_array_equal(x[:5], images[rows])
+    np.testing.assert_array_equal(index[:5], rows)
+    assert np.asarray(weights).tolist() == [1] * 5 + [0] * 3
+    assert np.asarray(asked).tolist() == [1] * 8
 
 
 @pytest.mark.parametrize("stop_at", [2, 7])

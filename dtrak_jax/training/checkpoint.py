@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -25,12 +26,22 @@ def open_manager(
     if not files.is_remote(directory):
         directory.mkdir(parents=True, exist_ok=True)
     processes = ocp.options.MultiprocessingOptions()
+    handler = ocp.PyTreeCheckpointHandler()
     if alone:
         me = jax.process_index()
         processes = ocp.options.MultiprocessingOptions(
             primary_host=me,
             active_processes={me},
             barrier_sync_key_prefix=f"process{me}",
+        )
+        arrays = ocp.type_handlers.ArrayHandler(
+            primary_host=me, replica_id=0, use_replica_parallel=False
+        )
+        handler = ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=processes,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+            ),
         )
     options = ocp.CheckpointManagerOptions(
         multiprocessing_options=processes,
@@ -43,7 +54,7 @@ def open_manager(
     return ocp.CheckpointManager(
         directory,
         options=options,
-        item_handlers=ocp.StandardCheckpointHandler(),
+        item_handlers=handler,
     )
 
 
@@ -54,7 +65,25 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
     """Starts saving; the state's buffers may be reused when this returns."""
-    manager.save(step, args=ocp.args.StandardSave(state))
+    manager.save(step, args=ocp.args.PyTreeSave(state))
+
+
+def save_alone(manager: ocp.CheckpointManager, step: int, state) -> None:
+    """Saves a state that is on the host, with a manager that was opened `alone`.
+
+    With several processes Orbax writes what is on the host in process 0 only, and
+    refuses arrays that are on one process's devices only. So another process's device
+    is named as the holder of a second copy, which nobody reads.
+    """
+    others = [d for d in jax.devices() if d.process_index != jax.process_index()]
+    holders = np.array([*jax.local_devices()[:1], *others[:1]])
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(holders, "copy"), jax.P())
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+    save(manager, step, jax.tree.map(place, state))
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract):
@@ -79,7 +108,9 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
                 "or another --workdir."
             )
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        where = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=where)
+        return manager.restore(step, args=args)
     except Exception as error:
         raise _damaged(folder) from error
 

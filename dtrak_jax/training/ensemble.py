@@ -18,7 +18,8 @@ from dtrak_jax.parallel import P
 from dtrak_jax.streams import stream
 from dtrak_jax.training import checkpoint
 from dtrak_jax.training.batches import batch
-from dtrak_jax.training.loop import init_state, stop_requests, train_step, trained
+from dtrak_jax.training.loop import init_state, train_step, trained
+from dtrak_jax.training.stop import Notice, stop_requests
 
 
 class Member(NamedTuple):
@@ -63,7 +64,8 @@ def train_members(
 
     Raises:
       FloatingPointError: a member's loss is no longer finite; names it.
-      KeyboardInterrupt: on SIGINT or SIGTERM, after saving the members in training.
+      KeyboardInterrupt: on SIGINT or SIGTERM to any process, after saving the members
+        in training.
     """
     directory = epath.Path(directory)
     mine = members[jax.process_index() :: jax.process_count()]
@@ -87,20 +89,24 @@ def train_members(
         ) as bar,
         stop_requests() as stop,
     ):
+        notice, interrupted = Notice(stop), ""
         done = sum(step == config.steps for step in starts.values())
         for start, group in groups:
             bar.set_postfix_str(f"{done} of {len(mine)} models done")
-            for step in trainer.train(group, start, stop):
+            for step in trainer.train(group, start, notice.given):
                 bar.update(len(group))
-                if stop.is_set() and step < config.steps:
-                    raise KeyboardInterrupt(
-                        f"stopped with {done} of {len(mine)} models trained and step "
-                        f"{step} of {config.steps} of {_names(group)} saved; the same "
-                        "command continues from there"
-                    )
+            if step < config.steps:
+                interrupted = (
+                    f" and step {step} of {config.steps} of {_names(group)} saved"
+                )
+                break
             done += len(group)
         bar.set_postfix_str(f"{done} of {len(mine)} models done")
-    parallel.wait_for_all(f"train the members in {directory}")
+        if notice.wait_for_all() or interrupted:
+            raise KeyboardInterrupt(
+                f"stopped with {done} of {len(mine)} models trained{interrupted}; the "
+                "same command continues from there"
+            )
 
 
 def load_members(
@@ -145,8 +151,13 @@ class _Trainer(NamedTuple):
     directory: epath.Path
     flip: bool
 
-    def train(self, group: Sequence[Member], start: int, stop) -> Iterator[int]:
-        """Trains from step `start` on; yields after every step, with its number."""
+    def train(
+        self, group: Sequence[Member], start: int, stop: Callable[[], bool]
+    ) -> Iterator[int]:
+        """Trains from step `start` on; yields after every step, with its number.
+
+        Ends where `stop` says so, after saving.
+        """
         config, images = self.config, self.images
         width = len(group)
         mesh = parallel.mesh(jax.local_devices()[:width], width)
@@ -173,13 +184,12 @@ class _Trainer(NamedTuple):
                 weights = np.stack([weights for _, weights in batches])
                 state = step_function(state, x, rows.astype(np.int32), weights, seeds)
                 done = step + 1
-                if (
-                    done == config.steps
-                    or done % config.save_every == 0
-                    or stop.is_set()
-                ):
+                stopping = stop()
+                if done == config.steps or done % config.save_every == 0 or stopping:
                     self._save(managers, group, done, state)
                 yield done
+                if stopping:
+                    return
 
     def _save(self, managers, group, step: int, state) -> None:
         """Saves a member's state, or at the end its parameters alone."""
@@ -192,7 +202,7 @@ class _Trainer(NamedTuple):
                     "try a smaller train.learning_rate in a new workdir."
                 )
             last = step == self.config.steps
-            checkpoint.save(manager, step, trained(own) if last else own)
+            checkpoint.save_alone(manager, step, trained(own) if last else own)
             manager.wait_until_finished()
 
 

@@ -1,11 +1,9 @@
 """The training loop: AdamW on the denoising loss, resumable at any step."""
 
-import contextlib
+import functools
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,8 +19,9 @@ from dtrak_jax.diffusion.loss import denoising_loss
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.parallel import P
 from dtrak_jax.streams import fold_in, stream
-from dtrak_jax.training import checkpoint
+from dtrak_jax.training import checkpoint, fsdp
 from dtrak_jax.training.batches import batch
+from dtrak_jax.training.stop import stop_requests
 
 
 class TrainState(NamedTuple):
@@ -48,10 +47,17 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW on every parameter."""
+REPLICATED = TrainState(*[fsdp.WHOLE] * 5)
+"""The specs of a state that is whole on every device."""
+
+
+def optimizer(config: TrainConfig, specs=fsdp.WHOLE) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW on every parameter.
+
+    Its update takes and returns this device's parts; see `fsdp`.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip_by_global_norm(config.clip_norm, specs),
         optax.adamw(
             learning_rate(config),
             b1=config.b1,
@@ -59,6 +65,19 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
         ),
     )
+
+
+def _clip_by_global_norm(limit: float, specs) -> optax.GradientTransformation:
+    """Optax's, of gradients that are spread over devices."""
+
+    def update(grads, state, params=None):
+        norm = fsdp.global_norm(grads, specs)
+        clipped = jax.tree.map(
+            lambda g: jax.lax.select(norm < limit, g, g / norm * limit), grads
+        )
+        return clipped, state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def init_state(params, config: TrainConfig) -> TrainState:
@@ -83,13 +102,14 @@ def train_step(
     schedule: Schedule,
     config: TrainConfig,
     flip: bool,
+    specs=fsdp.WHOLE,
 ) -> TrainState:
     """One step on this device's share of the batch; runs under `shard_map`.
 
     Timestep, noise and flip of an example are functions of (seed, step, index).
 
     Args:
-      state: the same on all devices.
+      state: the same on all devices, but for what `specs` spreads over them.
       x: images [b, H, W, C].
       index: positions of the images in the training set [b].
       weights: 1, or 0 for the filling of a short batch [b].
@@ -98,6 +118,7 @@ def train_step(
       schedule: the noise schedule.
       config: the optimiser's settings; not its seed.
       flip: whether to mirror half of the images.
+      specs: where the parameters are, and so all that is like them.
     """
     key = fold_in(stream(seed, "train"), state.step)
     dropout_key = fold_in(key, 0, jax.lax.axis_index("data"))
@@ -120,8 +141,11 @@ def train_step(
         losses = denoising_loss(predict, schedule, x, t, eps)
         return jnp.sum(weights * losses) / total
 
-    value, grads = jax.lax.psum(jax.value_and_grad(loss)(state.params), "data")
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    value, grads = jax.value_and_grad(loss)(fsdp.gather(state.params, specs))
+    value, grads = jax.lax.psum(value, "data"), fsdp.scatter_sum(grads, specs)
+    updates, opt_state = optimizer(config, specs).update(
+        grads, state.opt_state, state.params
+    )
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if config.ema_decay:
@@ -147,7 +171,7 @@ def train(
       init: the model's initialisation, key -> params.
       apply: the network in training mode, (params, x, t, cond, key) -> prediction.
       schedule: the noise schedule.
-      images: training images [n, H, W, C] in [-1, 1].
+      images: training images [n, H, W, C] in [-1, 1]; may be mapped from a file.
       config: steps, batch size, optimiser, checkpoints, seed.
       directory: run directory; gets `checkpoints/` and `metrics.jsonl`.
       flip: whether to mirror half of the images.
@@ -157,13 +181,13 @@ def train(
 
     Raises:
       FloatingPointError: the loss is no longer finite.
-      KeyboardInterrupt: on SIGINT or SIGTERM, after saving the state.
+      KeyboardInterrupt: on SIGINT or SIGTERM to any process, after saving the state.
       ValueError: a checkpoint in the directory is of another model.
     """
     directory = epath.Path(directory)
     mesh = parallel.mesh(jax.devices())
-    step_function = _compile(apply, schedule, config, flip, mesh)
-    make_state = _state_maker(init, config, mesh)
+    make_state, specs = _state_maker(init, config, mesh)
+    step_function = _compile(apply, schedule, config, flip, mesh, specs)
     kept = kept_steps(config)
     with (
         checkpoint.open_manager(directory / "checkpoints", kept) as manager,
@@ -175,28 +199,34 @@ def train(
         else:
             state = make_state()
         log = _Log(directory / "metrics.jsonl", start, config)
+        alone, asked = jax.process_count() == 1, False
         with tqdm(
             total=config.steps, initial=start, desc="train", unit="step", disable=None
         ) as bar:
             for step in range(start, config.steps):
                 rows, weights = batch(len(images), config.batch_size, config.seed, step)
-                arrays = (images[rows], rows.astype(np.int32), weights)
-                arrays = _place(mesh, *arrays)
-                state = step_function(state, *arrays, np.uint32(config.seed))
+                arrays = _place(mesh, images, rows, weights, stop.is_set())
+                before = asked
+                state, asked = step_function(state, *arrays, np.uint32(config.seed))
                 done = step + 1
+                # Processes must stop at the same step: each goes by the answer of the
+                # step before, which is the same in all, and waits for none that runs.
+                stopping = stop.is_set() if alone else bool(before)
+                stopping = stopping and done < config.steps
                 bar.update()
                 if done % config.log_every == 0 or done == config.steps:
                     bar.set_postfix(loss=f"{log.write(done, state.loss_sum):.4f}")
                     state = state._replace(loss_sum=jnp.zeros_like(state.loss_sum))
-                if done in kept or done % config.save_every == 0 or stop.is_set():
+                if done in kept or done % config.save_every == 0 or stopping:
                     checkpoint.save(manager, done, state)
-                if stop.is_set() and done < config.steps:
+                if stopping:
                     manager.wait_until_finished()
                     raise KeyboardInterrupt(
                         f"training stopped after step {done} of {config.steps}, which "
                         "is saved; the same command continues from there"
                     )
-    return jax.device_get(trained(state))
+    whole = jax.jit(lambda params: params, out_shardings=_over(mesh, fsdp.WHOLE))
+    return jax.device_get(whole(trained(state)))
 
 
 def kept_steps(config: TrainConfig) -> list[int]:
@@ -229,10 +259,13 @@ def load_params(
             f"there is no checkpoint of step {step} in {folder}; run `dtrak-jax train` "
             "with this config and workdir first."
         )
-    mesh = parallel.mesh(jax.local_devices()[:1])
-    abstract = jax.eval_shape(_state_maker(init, config, mesh))
+    # On the host, since no device need hold the optimiser's state again.
+    state = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        jax.eval_shape(functools.partial(_first_state, init, config)),
+    )
     with checkpoint.open_manager(folder, [step]) as manager:
-        return jax.device_get(trained(checkpoint.restore(manager, step, abstract)))
+        return trained(checkpoint.restore(manager, step, state))
 
 
 def trained(state: TrainState):
@@ -240,14 +273,24 @@ def trained(state: TrainState):
     return state.ema if jax.tree.leaves(state.ema) else state.params
 
 
+def _first_state(init: Callable, config: TrainConfig) -> TrainState:
+    return init_state(init(stream(config.seed, "init")), config)
+
+
 def _state_maker(
     init: Callable, config: TrainConfig, mesh: jax.sharding.Mesh
-) -> Callable[[], TrainState]:
-    """A jitted function that makes the first state, the same on all devices."""
-    return jax.jit(
-        lambda: init_state(init(stream(config.seed, "init")), config),
-        out_shardings=jax.sharding.NamedSharding(mesh, P()),
-    )
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """A jitted function that makes the first state, and where that is on the mesh."""
+    first = functools.partial(_first_state, init, config)
+    specs = REPLICATED
+    if config.fsdp:
+        specs = fsdp.shard_specs(jax.eval_shape(first), mesh.size)
+    return jax.jit(first, out_shardings=_over(mesh, specs)), specs
+
+
+def _over(mesh: jax.sharding.Mesh, specs):
+    """The specs as shardings of the mesh."""
+    return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
 
 
 def _compile(
@@ -256,29 +299,54 @@ def _compile(
     config: TrainConfig,
     flip: bool,
     mesh: jax.sharding.Mesh,
+    specs: TrainState = REPLICATED,
 ) -> Callable:
-    """`train_step` over the mesh; the state's buffers are reused."""
+    """`train_step` over the mesh, and whether any device's `asked` is true.
 
-    def step(*arrays):
-        return train_step(
-            *arrays, apply=apply, schedule=schedule, config=config, flip=flip
-        )
+    The state's buffers are reused. What was asked travels with the step, since a second
+    program with a collective may run beside it, in another order in every process.
+    """
 
-    specs = (P(), P("data"), P("data"), P("data"), P())
-    return parallel.over_mesh(step, mesh, specs, P(), donate_argnums=0)
+    def step(state, x, index, weights, asked, seed):
+        state = train_step(
+            state, x, index, weights, seed,
+            apply=apply, schedule=schedule, config=config, flip=flip,
+            specs=specs.params,
+        )  # fmt: skip
+        return state, jax.lax.pmax(asked[0], "data")
+
+    each = P("data")
+    return parallel.over_mesh(
+        step, mesh, (specs, each, each, each, each, P()), (specs, P()), donate_argnums=0
+    )
 
 
-def _place(mesh: jax.sharding.Mesh, *arrays: np.ndarray) -> list[jax.Array]:
-    """The batch, filled up with zeros to a multiple of the mesh and spread over it."""
+def _place(
+    mesh: jax.sharding.Mesh,
+    images: np.ndarray,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    asked: bool = False,
+) -> list[jax.Array]:
+    """(images[rows], rows, weights, asked) over the mesh, filled up to a multiple of it.
+
+    A process reads the images of its own devices only; the filling has weight 0.
+    """
+    filling = (0, -len(rows) % mesh.size)
+    rows = np.pad(rows.astype(np.int32), filling)
+    weights = np.pad(weights, filling)
+    shapes = (len(rows), *images.shape[1:]), rows.shape, weights.shape, (mesh.size,)
+    readers = (
+        lambda index: images[rows[index[0]]],
+        rows.__getitem__,
+        weights.__getitem__,
+        lambda _: np.array([asked], np.int32),
+    )
     sharding = jax.sharding.NamedSharding(mesh, P("data"))
-    placed = []
-    for array in arrays:
-        filling = [(0, -len(array) % mesh.size)] + [(0, 0)] * (array.ndim - 1)
-        full = np.pad(array, filling)
-        placed.append(
-            jax.make_array_from_callback(full.shape, sharding, full.__getitem__)
-        )
-    return placed
+    return [
+        jax.make_array_from_callback(shape, sharding, reader)
+        for shape, reader in zip(shapes, readers, strict=True)
+    ]
 
 
 class _Log:
@@ -313,31 +381,3 @@ class _Log:
         if parallel.is_primary():
             files.write_json_lines(self.path, self.lines)
         return loss
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM, so that no step is cut in two.
-
-    A second one acts as if this were not here.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    def request(*_) -> None:
-        stop.set()
-        restore()
-
-    for s in before:
-        signal.signal(s, request)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -1,0 +1,102 @@
+"""Stopping on SIGINT or SIGTERM: no step is cut in two, no process left waiting.
+
+JAX's own notifier (`multihost_utils.reached_preemption_sync_point`) does not serve
+here, and `parallel.start` turns it off: it takes SIGTERM for as long as the process
+lives, so that stages that never ask it, such as featurize, could not be ended; no
+handler of Python's can be there beside it; it knows nothing of SIGINT; and it needs all
+processes to count the same steps, which those that train members do not.
+"""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+# The key-value store of `jax.distributed` has no public name; Orbax takes it from here.
+from jax._src import distributed
+
+POLL_SECONDS = 0.2
+"""How often a process looks whether another one was asked to stop."""
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM, so that no step is cut in two.
+
+    A second one acts as if this were not here.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    def request(*_) -> None:
+        stop.set()
+        restore()
+
+    for s in before:
+        signal.signal(s, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+_notices = itertools.count()
+
+
+class Notice:
+    """A request to stop that processes without common steps pass on to each other.
+
+    All make one at the same point of the program. What they say to each other is kept
+    by the coordination service of `jax.distributed`; the devices take no part.
+    """
+
+    def __init__(self, stop: threading.Event):
+        self.stop, self.alone = stop, jax.process_count() == 1
+        self.folder = f"dtrak_jax/notice/{next(_notices)}"
+        self.looked = 0.0
+
+    def given(self) -> bool:
+        """Whether this process was asked to stop, or another one just before."""
+        if not self.alone and time.monotonic() > self.looked + POLL_SECONDS:
+            self._exchange()
+        return self.stop.is_set()
+
+    def wait_for_all(self) -> bool:
+        """Returns once every process has come here; whether any was asked to stop."""
+        if self.alone:
+            return False
+        # Whoever sees all of them here must see what each of them was asked before.
+        self._exchange()
+        self._say("here")
+        while len(self._said("here")) < jax.process_count():
+            self.given()
+            time.sleep(POLL_SECONDS)
+        self._exchange()
+        return self.stop.is_set()
+
+    def _exchange(self) -> None:
+        """Passes the request on, or hears of it."""
+        self.looked = time.monotonic()
+        if self._said("stop"):
+            self.stop.set()
+        elif self.stop.is_set():
+            self._say("stop")
+
+    def _say(self, what: str) -> None:
+        key = f"{self.folder}/{what}/{jax.process_index()}"
+        distributed.global_state.client.key_value_set(key, "")
+
+    def _said(self, what: str) -> list:
+        folder = f"{self.folder}/{what}"
+        return distributed.global_state.client.key_value_dir_get(folder)
