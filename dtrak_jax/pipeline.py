@@ -39,6 +39,7 @@ FREE_FIELDS = (
     "ensemble.subsets",
     "ensemble.timesteps",
     "features.batch_size",
+    "features.proj_devices",
     "report.",
     "sample.batch_size",
 )
@@ -271,6 +272,7 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
             projection(config),
             ids=splits.train.ids[:DISTORTION_EXAMPLES],
             batch_size=config.features.batch_size,
+            proj_devices=config.features.proj_devices,
         )
         if parallel.is_primary():
             files.write_json(path, {k: v._asdict() for k, v in measured.items()})
@@ -292,6 +294,7 @@ def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
             ids=ids,
             store=folder / name,
             batch_size=settings.batch_size,
+            proj_devices=settings.proj_devices,
             description=f"{label} {name}",
         )
 
@@ -322,6 +325,7 @@ def _featurize_journey(config, workdir, params, ids: np.ndarray) -> None:
         ids=ids,
         store=workdir / "features" / "journey",
         batch_size=config.features.batch_size,
+        proj_devices=config.features.proj_devices,
         description="featurize journey",
     )
 

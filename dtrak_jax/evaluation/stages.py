@@ -218,6 +218,7 @@ def _source_features(config, workdir, source, name: str, images) -> dict[str, Fe
         ids=ids,
         store=store / "store",
         batch_size=config.features.batch_size,
+        # Not proj_devices: these dense projections are small.
         description=f"{source.name} {name}",
     )
     if parallel.is_primary():

@@ -11,8 +11,8 @@ from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.trees import named_leaves
 
-FORMAT = 2
-"""Raised when the meaning of a stored number changes."""
+FORMAT = {"sketch": 2, "rademacher": 3, "gaussian": 3, "factorized": 2, "none": 2}
+"""Of each projection; raised when the meaning of a stored number changes."""
 
 
 def fingerprint(
@@ -33,7 +33,7 @@ def fingerprint(
     scalar = jax.ShapeDtypeStruct((), np.int32)
     raw = projection.kind == "none"
     fields = {
-        "format": FORMAT,
+        "format": FORMAT[projection.kind],
         "dtrak_jax": metadata.version("dtrak-jax"),
         "jax": jax.__version__,
         "network": _program(task.apply, params, x, t, condition),
