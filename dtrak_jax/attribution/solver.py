@@ -172,17 +172,37 @@ def _inner_products(a: np.ndarray, phi: np.ndarray) -> np.ndarray:
 
 
 def gram_matrix(a: np.ndarray) -> np.ndarray:
-    """a a^T, float32 [m, m], of a [m, c]; blocks of columns, spread over devices."""
-    mesh = parallel.mesh(jax.local_devices())
+    """a a^T, float32 [m, m], of a [m, c]; blocks of columns, spread over all devices.
+
+    With several processes all must call it, with the same a, and all get the result.
+    """
+    mesh = parallel.mesh(jax.devices())
     width = max(1, BLOCK // len(a))
     width += -width % mesh.size
     add_block = _gram_function(mesh)
     total = np.zeros((len(a), len(a)), np.float32)
     for start in range(0, a.shape[1], width):
-        block = np.asarray(a[:, start : start + width], np.float32)
-        block = np.pad(block, ((0, 0), (0, -block.shape[1] % mesh.size)))
-        total = add_block(total, block)
+        total = add_block(total, spread_columns(a[:, start : start + width], mesh))
     return np.asarray(total)
+
+
+def spread_columns(a: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Puts a [m, c] on the devices in float32, columns over "data", zeros at the end.
+
+    A process copies the columns of its own devices alone.
+    """
+    width = -(-a.shape[1] // mesh.shape["data"])
+
+    def of_device(index: tuple[slice, slice]) -> np.ndarray:
+        start = index[1].start or 0
+        columns = np.asarray(a[:, start : start + width], np.float32)
+        return np.pad(columns, ((0, 0), (0, width - columns.shape[1])))
+
+    return jax.make_array_from_callback(
+        (len(a), width * mesh.shape["data"]),
+        jax.sharding.NamedSharding(mesh, P(None, "data")),
+        of_device,
+    )
 
 
 @functools.cache
