@@ -57,6 +57,9 @@ METHODS = KERNELS | {
 }
 """Attribution methods, with the measurement whose features each one needs, if any."""
 
+DECOMPOSED = ("relative-influence", "renormalised-influence")
+"""Those that only solver "eigh" can make."""
+
 SQUARED = "-squared"
 """After a method's name in `counterfactual.methods`."""
 
@@ -65,6 +68,7 @@ STRATEGIES = ("uniform", "cumulative")
 PROJECTIONS = ("sketch", "rademacher", "gaussian", "factorized", "none")
 DENSE = {"rademacher": 32, "gaussian": 1}
 """Those with a matrix, and how many of its entries come from one random word."""
+SOLVERS = ("eigh", "cg")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v")
 SAMPLERS = ("ddim", "ancestral")
@@ -423,12 +427,21 @@ class AttributionConfig:
     damping: float = 0.1
     """lambda, in units of the kernel's mean eigenvalue unless `absolute`."""
     absolute: bool = False
+    solver: str = "eigh"
+    """eigh decomposes every kernel on the host; cg, for kernels too large for that,
+    iterates for every query, and leaves lds without curves over the damping."""
 
     def __post_init__(self):
         if not self.methods:
             raise ValueError("attribution.methods is empty; name one or more.")
+        one_of("attribution.solver", self.solver, SOLVERS)
         for method in self.methods:
             one_of("attribution.methods", method, METHODS)
+            if self.solver == "cg" and method in DECOMPOSED:
+                raise ValueError(
+                    f"attribution.methods has {method!r}, which needs kernels decomposed: "
+                    "attribution.solver is 'cg'; it must be 'eigh'."
+                )
         positive("attribution.damping", self.damping)
 
 

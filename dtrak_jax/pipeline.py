@@ -31,6 +31,7 @@ from dtrak_jax.features import Projection, Task, distortion, featurize
 FREE_FIELDS = (
     "ablation.",
     "attribution.methods",
+    "attribution.solver",
     "ensemble.models",
     "counterfactual.",
     "ensemble.batch_size",
