@@ -57,12 +57,18 @@ METHODS = KERNELS | {
 }
 """Attribution methods, with the measurement whose features each one needs, if any."""
 
+DECOMPOSED = ("relative-influence", "renormalised-influence")
+"""Those that only solver "eigh" can make."""
+
 SQUARED = "-squared"
 """After a method's name in `counterfactual.methods`."""
 
 NOISES = ("common", "independent", "reference", "cyclic")
 STRATEGIES = ("uniform", "cumulative")
 PROJECTIONS = ("sketch", "rademacher", "gaussian", "factorized", "none")
+DENSE = {"rademacher": 32, "gaussian": 1}
+"""Those with a matrix, and how many of its entries come from one random word."""
+SOLVERS = ("eigh", "cg")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v")
 SAMPLERS = ("ddim", "ancestral")
@@ -105,6 +111,17 @@ def pattern(name: str, value: str) -> None:
         raise ValueError(
             f"{name} is {value!r}; it must be a regular expression ({error})."
         ) from error
+
+
+def check_columns(projection: str, dim: int, devices: int) -> None:
+    """Raises a ValueError unless devices can share the columns of a projection."""
+    at_least("proj_devices", devices, 1)
+    unit = DENSE.get(projection, 1) * devices
+    if projection in DENSE and devices > 1 and dim % unit:
+        raise ValueError(
+            f"proj_devices is {devices}: that many devices share the columns of a "
+            f"{projection} projection if dim is a multiple of {unit}; it is {dim}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +390,9 @@ class FeaturesConfig:
     """Use only the parameters whose path this regular expression finds."""
     batch_size: int = 64
     """Gradients computed at once on each device; changes results by rounding only."""
+    proj_devices: int = 1
+    """Devices of a host that share the columns of a dense projection, so that its
+    entries are made once by all of them; changes results by rounding only."""
     seed: int = 0
 
     def __post_init__(self):
@@ -385,6 +405,7 @@ class FeaturesConfig:
         one_of("features.projection", self.projection, PROJECTIONS)
         for name in ("noise_batch", "draws", "dim", "batch_size"):
             at_least(f"features.{name}", getattr(self, name), 1)
+        check_columns(self.projection, self.dim, self.proj_devices)
         pattern("features.parameters", self.parameters)
         at_least("features.seed", self.seed, 0)
 
@@ -410,12 +431,21 @@ class AttributionConfig:
     damping: float = 0.1
     """lambda, in units of the kernel's mean eigenvalue unless `absolute`."""
     absolute: bool = False
+    solver: str = "eigh"
+    """eigh decomposes every kernel on the host; cg, for kernels too large for that,
+    iterates for every query, and leaves lds without curves over the damping."""
 
     def __post_init__(self):
         if not self.methods:
             raise ValueError("attribution.methods is empty; name one or more.")
+        one_of("attribution.solver", self.solver, SOLVERS)
         for method in self.methods:
             one_of("attribution.methods", method, METHODS)
+            if self.solver == "cg" and method in DECOMPOSED:
+                raise ValueError(
+                    f"attribution.methods has {method!r}, which needs kernels decomposed: "
+                    "attribution.solver is 'cg'; it must be 'eigh'."
+                )
         positive("attribution.damping", self.damping)
 
 

@@ -1,8 +1,8 @@
 """Devices and processes.
 
-Two mesh axes, "member" (models of an ensemble) and "data" (examples), and `shard_map`
-over them: both are split by hand, since XLA's automatic partitioning of a vmapped
-convolution's gradient gives silently wrong values.
+Mesh axes "member" (models of an ensemble), "data" (examples) and "proj" (columns of a
+projection), and `shard_map` over them: all are split by hand, since XLA's automatic
+partitioning of a vmapped convolution's gradient gives silently wrong values.
 """
 
 import os
@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 P = jax.P
+WHOLE = P()
 
 
 def start() -> None:
@@ -40,15 +41,22 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def mesh(devices: Sequence[jax.Device], members: int = 1) -> jax.sharding.Mesh:
-    """A mesh with the axes "member", of that size, and "data" over the devices.
+def mesh(
+    devices: Sequence[jax.Device], members: int = 1, proj: int = 1
+) -> jax.sharding.Mesh:
+    """A mesh with the axes "member" and "proj", of these sizes, and "data" between them.
 
     Auto mode, so that `shard_map` places its arguments itself; nothing is computed
     outside of it.
     """
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    shape = (members, len(devices) // members)
-    return jax.make_mesh(shape, ("member", "data"), auto, devices=devices)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    shape = (members, len(devices) // (members * proj), proj)
+    return jax.make_mesh(shape, ("member", "data", "proj"), auto, devices=devices)
+
+
+def place(tree, mesh: jax.sharding.Mesh, spec: jax.P = WHOLE):
+    """Puts every array on the mesh: whole on all devices, or split by `spec`."""
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
 
 
 def over_mesh(

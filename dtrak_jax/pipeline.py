@@ -31,6 +31,7 @@ from dtrak_jax.features import Projection, Task, distortion, featurize
 FREE_FIELDS = (
     "ablation.",
     "attribution.methods",
+    "attribution.solver",
     "ensemble.models",
     "counterfactual.",
     "ensemble.batch_size",
@@ -39,6 +40,7 @@ FREE_FIELDS = (
     "ensemble.subsets",
     "ensemble.timesteps",
     "features.batch_size",
+    "features.proj_devices",
     "report.",
     "sample.batch_size",
     "train.fsdp",
@@ -272,6 +274,7 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
             projection(config),
             ids=splits.train.ids[:DISTORTION_EXAMPLES],
             batch_size=config.features.batch_size,
+            proj_devices=config.features.proj_devices,
         )
         if parallel.is_primary():
             files.write_json(path, {k: v._asdict() for k, v in measured.items()})
@@ -293,6 +296,7 @@ def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
             ids=ids,
             store=folder / name,
             batch_size=settings.batch_size,
+            proj_devices=settings.proj_devices,
             description=f"{label} {name}",
         )
 
@@ -323,6 +327,7 @@ def _featurize_journey(config, workdir, params, ids: np.ndarray) -> None:
         ids=ids,
         store=workdir / "features" / "journey",
         batch_size=config.features.batch_size,
+        proj_devices=config.features.proj_devices,
         description="featurize journey",
     )
 

@@ -56,7 +56,14 @@ def _with_ids(run: Run, queries: str, scores: np.ndarray, **fields) -> Scores:
 
 def _kernel(run: Run, method: str, *folder: str) -> dict[str, Scores]:
     train, queries = run.features(KERNELS[method], *folder)
-    return attribute(train, queries, method=method, damping=run.damping)
+    return _attribute(run, train, queries, method)
+
+
+def _attribute(run: Run, train, queries, method: str):
+    settings = run.config.attribution
+    return attribute(
+        train, queries, method=method, damping=run.damping, solver=settings.solver
+    )
 
 
 def _from_features(function: Callable, run: Run, *options) -> dict[str, np.ndarray]:
@@ -88,7 +95,7 @@ def _journey(run: Run) -> dict[str, Scores]:
     train = Features.load(place / "train", "loss")
     journey = Features.load(place / "journey", "loss")
     # As an array: the paper's averages over more timesteps than the training images'.
-    scores = attribute(train, np.asarray(journey), method="trak", damping=run.damping)
+    scores = _attribute(run, train, np.asarray(journey), "trak")
     return {"generated": dataclasses.replace(scores, query_ids=np.array(journey.ids))}
 
 

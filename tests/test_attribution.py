@@ -320,5 +320,5 @@ def test_wrong_arrays():
 
 def test_too_large_for_the_host(monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 16)
-    with pytest.raises(MemoryError, match="smaller projection dim"):
+    with pytest.raises(MemoryError, match="smaller projection dim, or solver .cg."):
         dtrak.attribute(*features(5, 8))

@@ -103,6 +103,31 @@ def test_every_method_has_scores_and_an_lds(finished):
         assert constant["lds"] == 0
 
 
+def test_conjugate_gradients_make_the_same_scores_and_no_spectra(workdir):
+    """To 1e-3 of a query's scores, here where Grams of eigh are float32."""
+    methods = ("dtrak", "journey-trak", "trak-ensemble")
+    changes = {"attribution__methods": " ".join(methods), "attribution__solver": "cg"}
+
+    def load(method):
+        return Scores.load(workdir / "scores" / f"{method}-generated.npz")
+
+    decomposed = {method: load(method).scores for method in methods}
+    for stage in ("attribute", "lds", "report"):
+        type_in(stage, workdir, **changes)
+    for method, theirs in decomposed.items():
+        ours = load(method)
+        assert ours.eigenvalues is None
+        off = np.linalg.norm(ours.scores - theirs, axis=1)
+        assert (0 < off).all() and (off < 1e-3 * np.linalg.norm(theirs, axis=1)).all()
+    one = files.read_json(workdir / "lds.json")["queries"]["generated"]
+    assert not one["curves"]
+    assert {r["damping_rule"] for r in one["rows"] if r["method"] == "dtrak"} == {
+        "label-free"
+    }
+    page = (workdir / "report.html").read_text()
+    assert 'id="damping"' not in page and 'id="features"' in page
+
+
 def test_the_ablation_of_the_default_is_the_default(finished):
     """The same features by two ways."""
     rows = files.read_json(finished / "ablations.json")["rows"]

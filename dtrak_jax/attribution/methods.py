@@ -1,14 +1,17 @@
 """Methods with a kernel: TRAK, D-TRAK and those of the other measurements."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax import files
+from dtrak_jax.attribution import iterative
+from dtrak_jax.attribution.iterative import Trace
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.solver import GRID, Damping, Kernel, factorize, solve
-from dtrak_jax.config import KERNELS, one_of
+from dtrak_jax.config import KERNELS, SOLVERS, one_of
 from dtrak_jax.features.store import Features
 
 DEFAULT_DAMPING = 0.1
@@ -22,6 +25,7 @@ def attribute(
     *,
     method: str | None = None,
     damping: float | Damping = DEFAULT_DAMPING,
+    solver: str = "eigh",
 ) -> Scores | dict[str, Scores]:
     """Scores every training example for every query.
 
@@ -41,20 +45,27 @@ def attribute(
         takes the one that the features are for.
       damping: lambda_j in units of that kernel's mean eigenvalue,
         trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)`.
+      solver: "eigh", one eigendecomposition of each kernel on the host, whatever the
+        number of queries; or "cg", conjugate gradients on all devices, where min(n, k)
+        is too large for that: right to 1e-5, at a price for every query (see
+        `iterative.solve`), and without the kernels' eigenvalues.
 
     Returns:
-      The scores; or {name: scores} if several sets of queries were given.
+      The scores; or {name: scores} if several sets of queries were given. With several
+      processes all must call this, and all get them.
 
     Raises:
       ValueError: an unknown method; features of different tasks, or with the wrong
         measurement or shape; or a damping that is not above rounding errors.
-      MemoryError: min(n, k) is too large for this host.
+      MemoryError: min(n, k) is too large for solver "eigh" on this host.
     """
+    one_of("solver", solver, SOLVERS)
     queries = query if isinstance(query, dict) else {"query": query}
     names = {_check_method(train, one, method) for one in queries.values()}
     if not isinstance(damping, Damping):
         damping = Damping(damping)
-    path = _path(_apart(train, queries), list(queries), [damping])
+    solved = {"eigh": _apart, "cg": _iterated}[solver](train, queries)
+    path = _path(solved, list(queries), [damping])
     scores = {
         name: Scores(
             scores=path.scores[name][0].astype(np.float32),
@@ -111,11 +122,11 @@ class _Path(NamedTuple):
     """For each set of queries and each damping: [q, n], or [q, M] of subsets."""
     lambdas: np.ndarray
     """[len(dampings), kernels]"""
-    eigenvalues: np.ndarray
+    eigenvalues: np.ndarray | None
     """[kernels, min(n, k)]"""
 
 
-_Solved = Iterator[tuple[Kernel, list[Callable[[float], np.ndarray]]]]
+_Solved = Iterator[tuple[Kernel | Trace, list[Callable[[float], np.ndarray]]]]
 """Of every pair in turn the kernel and, for each set of queries, tau(lambda)."""
 
 
@@ -125,6 +136,14 @@ def _apart(train, queries: dict, subsets: np.ndarray | None = None) -> _Solved:
     for phi, *phi_queries in streams:
         kernel = factorize(phi)
         yield kernel, [solve(kernel, phi, q, subsets=subsets) for q in phi_queries]
+
+
+def _iterated(train, queries: dict) -> _Solved:
+    """As `_apart`, for kernels that are too large to decompose."""
+    streams = zip(kernels(train), *map(kernels, queries.values()), strict=True)
+    for phi, *phi_queries in streams:
+        taus = [functools.partial(iterative.solve, phi, q) for q in phi_queries]
+        yield iterative.trace(phi), taus
 
 
 def _pooled(train, queries: dict, subsets: np.ndarray | None = None) -> _Solved:
@@ -147,14 +166,15 @@ def _path(
     """Adds up the scores of all pairs; NaN, or an error if strict, where they would be
     rounding errors."""
     scores = {name: [0.0] * len(dampings) for name in names}
-    lambdas, eigenvalues = [], []
+    lambdas, spectra = [], []
     for kernel, taus in solved:
         lambdas.append([kernel.damping(damping, strict) for damping in dampings])
-        eigenvalues.append(kernel.eigenvalues)
+        spectra.append(kernel.eigenvalues)
         for name, tau in zip(names, taus, strict=True):
             for i, value in enumerate(lambdas[-1]):
                 scores[name][i] += tau(value)
-    return _Path(scores, np.array(lambdas).T, np.array(eigenvalues))
+    eigenvalues = None if spectra[0] is None else np.array(spectra)
+    return _Path(scores, np.array(lambdas).T, eigenvalues)
 
 
 def check_features(train: Features | np.ndarray, query: Features | np.ndarray) -> None:

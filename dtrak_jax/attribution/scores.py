@@ -37,7 +37,8 @@ class Scores:
       damping: the setting: value, and whether it was absolute; None, as the next two,
         if the method has no kernel.
       lambdas: the lambda of every kernel whose scores were added [kernels].
-      eigenvalues: of every kernel, ascending [kernels, min(train, k)].
+      eigenvalues: of every kernel, ascending [kernels, min(train, k)]; None if solver
+        "cg" made the scores.
     """
 
     scores: np.ndarray

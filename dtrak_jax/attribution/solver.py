@@ -7,7 +7,7 @@ is done in float64 on the host. A float32 inverse is wrong for small lambda.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -25,12 +25,19 @@ GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
 BLOCK = 2**26
 """Entries of the features that are on the devices at one time."""
 
+ALL_ZERO = "all features of the training set are 0; nothing to attribute."
+
 
 class Damping(NamedTuple):
     """lambda: `value` times the kernel's mean eigenvalue, or `value` itself."""
 
     value: float
     absolute: bool = False
+
+    def of(self, mean_eigenvalue: float) -> float:
+        """lambda; a ValueError unless the value is above 0."""
+        positive("damping", self.value)
+        return self.value * (1 if self.absolute else mean_eigenvalue)
 
 
 def absolute(value: float) -> Damping:
@@ -64,8 +71,7 @@ class Kernel(NamedTuple):
           ValueError: it is not above 0; or so small that rounding errors would decide
             the scores.
         """
-        positive("damping", damping.value)
-        value = damping.value * (1 if damping.absolute else self.mean_eigenvalue)
+        value = damping.of(self.mean_eigenvalue)
         if value < self.floor and self.eigenvalues[0] < self.floor:
             if not strict:
                 return float("nan")
@@ -93,9 +99,7 @@ def factorize(phi: np.ndarray) -> Kernel:
         gram.astype(np.float64), overwrite_a=True, driver="evd"
     )
     if not eigenvalues[-1] > 0:
-        raise ValueError(
-            "all features of the training set are 0; nothing to attribute."
-        )
+        raise ValueError(ALL_ZERO)
     # What is below 0 is a rounding error of the Gram matrix.
     return Kernel(np.maximum(eigenvalues, 0), eigenvectors, dual)
 
@@ -123,11 +127,11 @@ def solve(
     """
     query, vectors = np.asarray(query, np.float64), kernel.eigenvectors
     if kernel.dual:
-        left = _inner_products(query, phi) @ vectors
+        left = inner_products(query, phi) @ vectors
         right = vectors[rows]
     else:
         left = query @ vectors
-        right = _inner_products(vectors.T, phi[rows]).T
+        right = inner_products(vectors.T, phi[rows]).T
     if subsets is not None:
         right = subsets.astype(np.float64) @ right
 
@@ -156,7 +160,7 @@ def inverse_norms(kernel: Kernel, phi: np.ndarray) -> Callable[[float], np.ndarr
         there = np.any(phi, axis=1, keepdims=True)
         squares = kernel.eigenvectors**2 * kernel.eigenvalues * there
     else:
-        squares = _inner_products(kernel.eigenvectors.T, phi).T ** 2
+        squares = inner_products(kernel.eigenvectors.T, phi).T ** 2
 
     def norms(damping: float) -> np.ndarray:
         return np.sqrt(squares @ (kernel.eigenvalues + damping) ** -2)
@@ -164,25 +168,50 @@ def inverse_norms(kernel: Kernel, phi: np.ndarray) -> Callable[[float], np.ndarr
     return norms
 
 
-def _inner_products(a: np.ndarray, phi: np.ndarray) -> np.ndarray:
+def inner_products(a: np.ndarray, phi: np.ndarray) -> np.ndarray:
     """a phi^T in float64 [m, n]; a block of phi at a time has a copy in float64."""
+    return np.concatenate([a @ block.T for block in blocks(phi)], axis=1)
+
+
+def blocks(phi: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of phi [n, k] in float64, some at a time."""
     rows = max(1, BLOCK // phi.shape[1])
-    blocks = (phi[start : start + rows] for start in range(0, len(phi), rows))
-    return np.concatenate([a @ b.astype(np.float64).T for b in blocks], axis=1)
+    for start in range(0, len(phi), rows):
+        yield phi[start : start + rows].astype(np.float64)
 
 
 def gram_matrix(a: np.ndarray) -> np.ndarray:
-    """a a^T, float32 [m, m], of a [m, c]; blocks of columns, spread over devices."""
-    mesh = parallel.mesh(jax.local_devices())
+    """a a^T, float32 [m, m], of a [m, c]; blocks of columns, spread over all devices.
+
+    With several processes all must call it, with the same a, and all get the result.
+    """
+    mesh = parallel.mesh(jax.devices())
     width = max(1, BLOCK // len(a))
     width += -width % mesh.size
     add_block = _gram_function(mesh)
     total = np.zeros((len(a), len(a)), np.float32)
     for start in range(0, a.shape[1], width):
-        block = np.asarray(a[:, start : start + width], np.float32)
-        block = np.pad(block, ((0, 0), (0, -block.shape[1] % mesh.size)))
-        total = add_block(total, block)
+        total = add_block(total, spread_columns(a[:, start : start + width], mesh))
     return np.asarray(total)
+
+
+def spread_columns(a: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Puts a [m, c] on the devices in float32, columns over "data", zeros at the end.
+
+    A process copies the columns of its own devices alone.
+    """
+    width = -(-a.shape[1] // mesh.shape["data"])
+
+    def of_device(index: tuple[slice, slice]) -> np.ndarray:
+        start = index[1].start or 0
+        columns = np.asarray(a[:, start : start + width], np.float32)
+        return np.pad(columns, ((0, 0), (0, width - columns.shape[1])))
+
+    return jax.make_array_from_callback(
+        (len(a), width * mesh.shape["data"]),
+        jax.sharding.NamedSharding(mesh, P(None, "data")),
+        of_device,
+    )
 
 
 @functools.cache
@@ -202,5 +231,6 @@ def _check_memory(m: int) -> None:
         raise MemoryError(
             f"an eigendecomposition of {m} x {m} needs about {need / 2**30:.0f} GiB, "
             f"this host has {have / 2**30:.0f}. min(n, k) must be at most "
-            f"{int((have / 32) ** 0.5)}: take a smaller projection dim."
+            f"{int((have / 32) ** 0.5)}: take a smaller projection dim, or solver 'cg', "
+            "which decomposes nothing."
         )

@@ -66,8 +66,7 @@ def sample(
     devices = jax.local_devices()
     mesh = parallel.mesh(devices)
     step = _step_function(apply, schedule, mesh, sampler == "ancestral", eta, clip)
-    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, parallel.P()))
-    spread = jax.sharding.NamedSharding(mesh, parallel.P("data"))
+    params = parallel.place(params, mesh)
     stride = schedule.steps // steps
     timesteps = sampling_timesteps(schedule, steps)
     predicted = np.zeros((len(seeds), steps if trajectory else 0, *shape), np.float32)
@@ -82,7 +81,7 @@ def sample(
             rows = slice(start, min(start + size, len(seeds)))
             batch_seeds = parallel.pad(np.asarray(seeds[rows], np.uint32), size)
             batch_cond = None if cond is None else parallel.pad(cond[rows], size)
-            x = jax.device_put(_initial_noise(batch_seeds, shape), spread)
+            x = parallel.place(_initial_noise(batch_seeds, shape), mesh, P("data"))
             for i, t in enumerate(timesteps):
                 x, x_0 = step(params, x, batch_seeds, batch_cond, t, t - stride)
                 if trajectory:

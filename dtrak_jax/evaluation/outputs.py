@@ -66,7 +66,7 @@ def measure(
     models, n = len(jax.tree.leaves(params)[0]), len(images)
     mesh = parallel.mesh(jax.local_devices()[:models], models)
     losses = _losses(apply, schedule, mesh)
-    params = jax.device_put(params, jax.sharding.NamedSharding(mesh, P("member")))
+    params = parallel.place(params, mesh, P("member"))
     words = id_words(ids)
     total = np.zeros((models, n))
     grid = timestep_grid(settings.timesteps, schedule)

@@ -84,7 +84,7 @@ def _evaluate_queries(config, workdir, queries: str, truth: lds.Truth) -> dict:
         add(method, truth.predict(scores.scores), rule, damping)
         squared = truth.predict(np.square(scores.scores, dtype=np.float64))
         add(method, squared, rule, damping, "squared")
-        if method in KERNELS:
+        if method in KERNELS and config.attribution.solver == "eigh":
             grid, predictions = lds.damping_path(
                 Features.load(workdir / "features" / "train", KERNELS[method]),
                 Features.load(workdir / "features" / queries, KERNELS[method]),
@@ -218,6 +218,7 @@ def _source_features(config, workdir, source, name: str, images) -> dict[str, Fe
         ids=ids,
         store=store / "store",
         batch_size=config.features.batch_size,
+        # Not proj_devices: these dense projections are small.
         description=f"{source.name} {name}",
     )
     if parallel.is_primary():

@@ -39,7 +39,7 @@ def distortion(
       params: the network's parameters.
       images: two or more [n, H, W, C].
       projection: to be judged.
-      **options: as `featurize` takes them: ids, cond, batch_size.
+      **options: as `featurize` takes them: ids, cond, batch_size, proj_devices.
 
     Returns:
       The errors; or {measurement: errors} if the task has a tuple of them.

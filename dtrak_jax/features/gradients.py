@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dtrak_jax.config import DENSE
 from dtrak_jax.features.convolutions import kernel_gradients_as_products
 from dtrak_jax.features.projection import Projection, project
 from dtrak_jax.features.task import Task
@@ -20,6 +21,10 @@ from dtrak_jax.trees import named_leaves
 Folds = dict[int, tuple[Fold, Fold]]
 """{leaf: (P_in, P_out)} of the kernels whose gradient G [window, C_in, C_out] is not
 wanted, but P_in^T G P_out; see `factorized`."""
+
+
+EXAMPLES = P(("data", "proj"))
+"""Slots are spread over both axes, so that no gradient is computed twice."""
 
 
 class Slots(NamedTuple):
@@ -90,26 +95,35 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
         one_slot = functools.partial(_slot_gradients, task, params, folds)
         return jax.vmap(one_slot)(slots)
 
-    return over_mesh(per_device, mesh, (P(), P(), P("data")), P("data"))
+    return over_mesh(per_device, mesh, (P(), P(), EXAMPLES), EXAMPLES)
 
 
 @functools.cache
 def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Callable:
-    """Compiles {measurement: gradient} -> {measurement: (features, squared norms)}.
+    """Compiles {measurement: gradient} -> ({measurement: features}, squared norms).
 
-    Features are [S, k], the squared norms of the gradients [S]. A program of its own:
-    in one with the gradients XLA would not write those down before adding them up, and
-    read the layers' products in the wrong order.
+    Features are [S, k], the squared norms of the gradients [S]. The columns of a dense
+    projection are shared by the devices of "proj". All others take as long as adding up
+    the gradient, less than sending it to another device, and stay on the device that
+    has it.
+
+    A program of its own: in one with the gradients XLA would not write those down
+    before adding them up, and read the layers' products in the wrong order.
     """
+    shared = projection.kind in DENSE and mesh.shape["proj"] > 1
 
-    def one(parts):
-        norms = sum(jnp.sum(part**2, axis=1) for part in parts)
-        return project(projection, parts), norms
+    def squared_norms(parts):
+        return sum(jnp.sum(part**2, axis=1) for part in parts)
 
     def per_device(gradients):
-        return {name: one(parts) for name, parts in gradients.items()}
+        features = {
+            name: project(projection, parts, "proj" if shared else None)
+            for name, parts in gradients.items()
+        }
+        return features, {name: squared_norms(g) for name, g in gradients.items()}
 
-    return over_mesh(per_device, mesh, P("data"), P("data"))
+    features = P("data", "proj") if shared else EXAMPLES
+    return over_mesh(per_device, mesh, (EXAMPLES,), (features, EXAMPLES))
 
 
 def _slot_gradients(

@@ -10,7 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dtrak_jax import parallel
-from dtrak_jax.config import at_least
+from dtrak_jax.config import at_least, check_columns
 from dtrak_jax.data import check_ids, check_images
 from dtrak_jax.features import gradients
 from dtrak_jax.features.factorized import channel_folds
@@ -40,6 +40,7 @@ def featurize(
     cond: np.ndarray | None = None,
     store: epath.PathLike | None = None,
     batch_size: int = 64,
+    proj_devices: int = 1,
     description: str = "featurize",
 ) -> Features | dict[str, Features]:
     """phi_j(x) = P grad_theta f(x, j) for every image x and pair j; see `Task`.
@@ -56,6 +57,9 @@ def featurize(
         again. In memory if None.
       batch_size: noised images at once on each device; limits memory, and changes
         results by rounding only.
+      proj_devices: how many devices of a process share the columns of a dense
+        projection, whose entries each of them would make otherwise; changes results by
+        rounding only.
       description: of the progress bar.
 
     Returns:
@@ -78,13 +82,20 @@ def featurize(
     ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
     check_ids(ids, len(images))
     at_least("batch_size", batch_size, 1)
+    check_columns(projection.kind, projection.dim, proj_devices)
+    devices = jax.local_devices()
+    if len(devices) % proj_devices:
+        raise ValueError(
+            f"proj_devices is {proj_devices}; it must divide {len(devices)}, the number "
+            "of this process's devices."
+        )
     check_network(task, params, images, cond)
     folds = channel_folds(
         task, params, projection, gradients.network_inputs(images, cond, 1)
     )
     p = parameter_count(task, params)
 
-    mesh = parallel.mesh(jax.local_devices())
+    mesh = parallel.mesh(devices, proj=proj_devices)
     slots, copies = _slots_and_copies(task, batch_size, mesh.size)
     pairs, k = len(task.pairs), projection.output_dim(p)
     kernels = pairs if task.per_timestep else 1
@@ -103,9 +114,7 @@ def featurize(
     else:
         target = Store.open_or_create(store, metadata)
 
-    params, folds = jax.device_put(
-        (params, folds), jax.sharding.NamedSharding(mesh, parallel.P())
-    )
+    params, folds = parallel.place((params, folds), mesh)
     start = functools.partial(
         _start_chunk, task, projection, mesh, params, folds, slots, copies
     )
@@ -250,12 +259,12 @@ def _start_chunk(
     slots: int,
     copies: int,
     rows: Slots,
-) -> list[tuple[int, dict, list]]:
+) -> list[tuple[int, tuple, list]]:
     """Has the devices compute a chunk of rows, and does not wait for them.
 
     Returns:
-      For each batch: how many slots count, {measurement: (features, squared norms)} and
-      the losses of its noised images, a part of them in each entry.
+      For each batch: how many slots count, what `projection_function` makes of them,
+      and the losses of their noised images, a part of them in each entry.
     """
     gradient = gradients.gradient_function(task, mesh)
     project = gradients.projection_function(projection, mesh)
@@ -274,7 +283,7 @@ def _start_chunk(
 
 
 def _finish_chunk(
-    task: Task, batches: list[tuple[int, dict, list]]
+    task: Task, batches: list[tuple[int, tuple, list]]
 ) -> tuple[dict, dict, np.ndarray]:
     """(phi, squared norms, losses) of what was started, as `Store.write` takes them."""
     kernels = len(task.pairs) if task.per_timestep else 1
@@ -286,18 +295,14 @@ def _finish_chunk(
         return split if task.per_timestep else split[0]
 
     counted = [
-        jax.tree.map(lambda rows, m=m: np.asarray(rows)[:m], features)
-        for m, features, _ in batches
+        jax.tree.map(lambda rows, m=m: np.asarray(rows)[:m], projected)
+        for m, projected, _ in batches
     ]
-    results = jax.tree.map(by_kernel, *counted)
+    phi, squared_norms = jax.tree.map(by_kernel, *counted)
     losses = np.concatenate(
         [np.concatenate(parts, axis=1)[:m] for m, _, parts in batches]
     )
-    return (
-        {name: phi for name, (phi, _) in results.items()},
-        {name: norms for name, (_, norms) in results.items()},
-        losses.reshape(n, -1)[:, : len(task.pairs)].T,
-    )
+    return phi, squared_norms, losses.reshape(n, -1)[:, : len(task.pairs)].T
 
 
 def _check_finite(results, ids: tuple[str, ...], task: Task) -> None:

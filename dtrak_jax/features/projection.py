@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 
-from dtrak_jax.config import PROJECTIONS, at_least, one_of
-from dtrak_jax.streams import fold_in, stream
+from dtrak_jax.config import DENSE, PROJECTIONS, at_least, one_of
+from dtrak_jax.streams import stream
 
 TILE_ENTRIES = 2**22
 """Entries of a dense projection that exist at one time."""
@@ -49,7 +50,9 @@ class Projection:
 
 
 def project(
-    projection: Projection, gradients: jax.Array | Sequence[jax.Array]
+    projection: Projection,
+    gradients: jax.Array | Sequence[jax.Array],
+    axis: str | None = None,
 ) -> jax.Array:
     """Projects gradients [n, p] to features [n, k], float32.
 
@@ -57,6 +60,9 @@ def project(
       projection: P.
       gradients: [n, p], or their parts [n, p_i] in order, which saves joining them. A
         sketch depends on the sizes of the parts.
+      axis: of the mesh whose D devices share the columns of a dense projection, within
+        `shard_map`. Each gives its own gradients, and gets the features of those of all
+        at its own columns [D n, k / D].
     """
     parts = [gradients] if hasattr(gradients, "shape") else list(gradients)
     key = stream(projection.seed, projection.kind)
@@ -64,7 +70,7 @@ def project(
         return _sketch(projection, key, parts)
     if projection.kind == "none":
         return jnp.concatenate(parts, axis=1)
-    return _dense(projection, key, parts)
+    return _dense(projection, key, parts, axis)
 
 
 def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
@@ -125,34 +131,70 @@ def _add_rows(
     return add(total, part[:, done * step :], signs[done:])
 
 
-def _dense(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
-    """G R / sqrt(k), a tile of R's rows at a time."""
+def _dense(
+    projection: Projection, key: jax.Array, parts: list, axis: str | None
+) -> jax.Array:
+    """G R / sqrt(k), a tile of R's rows at a time; of its own columns if shared.
+
+    R is made anew for every batch. So devices that share its columns exchange their
+    gradients, a tile at a time, and each makes its own columns alone.
+    """
     n, k = len(parts[0]), projection.dim
     p = sum(part.shape[1] for part in parts)
-    entries = {"rademacher": _signs, "gaussian": _normals}[projection.kind]
-    rows = max(1, min(p, TILE_ENTRIES // k))
+    devices, device = 1, 0
+    if axis is not None:
+        devices, device = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    width = k // devices
+    rows = max(1, min(p, TILE_ENTRIES // width))
     tiles = -(-p // rows)
     filling = jnp.zeros((n, tiles * rows - p), jnp.float32)
     laid_out = jnp.concatenate([*parts, filling], axis=1)
+    entries = {"rademacher": _signs_of, "gaussian": _normals_of}[projection.kind]
+    per_word = DENSE[projection.kind]
+    words = device * (width // per_word) + jnp.arange(-(-width // per_word))
 
     def add_tile(total, tile):
         start = tile * rows
-        keys = jax.vmap(lambda row: fold_in(key, row))(start + jnp.arange(rows))
-        matrix = jax.vmap(lambda row_key: entries(row_key, k))(keys)
+        matrix = entries(_random_words(key, start + jnp.arange(rows), words))
         part = jax.lax.dynamic_slice_in_dim(laid_out, start, rows, axis=1)
-        return total + jnp.matmul(part, matrix, precision="highest"), None
+        if axis is not None:
+            part = jax.lax.all_gather(part, axis, tiled=True)
+        product = jnp.matmul(part, matrix[:, :width], precision="highest")
+        return total + product, None
 
-    total = jax.lax.scan(add_tile, jnp.zeros((n, k)), jnp.arange(tiles))[0]
+    total = jnp.zeros((n * devices, width))
+    total = jax.lax.scan(add_tile, total, jnp.arange(tiles))[0]
     return total / jnp.sqrt(jnp.float32(k))
+
+
+def _random_words(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """A random uint32 for each pair of a row and a column, whatever the others are.
+
+    Threefry itself, with the pair as its counter: a key for each would cost as much.
+    """
+    counter = jnp.meshgrid(
+        rows.astype(jnp.uint32), columns.astype(jnp.uint32), indexing="ij"
+    )
+    first, _ = threefry2x32_p.bind(*jax.random.key_data(key), *counter)
+    return first
 
 
 def _signs(key: jax.Array, k: int) -> jax.Array:
     """k signs, float32 +-1, from one random bit each."""
-    words = jax.random.bits(key, (-(-k // 32), 1), jnp.uint32)
-    bits = (words >> jnp.arange(32, dtype=jnp.uint32).reshape(1, 32)) & 1
-    return 1.0 - 2.0 * bits.astype(jnp.float32).reshape(-1)[:k]
+    return _signs_of(jax.random.bits(key, (1, -(-k // 32)), jnp.uint32))[0, :k]
 
 
-def _normals(key: jax.Array, k: int) -> jax.Array:
-    """k standard normal numbers."""
-    return jax.random.normal(key, (k,))
+def _signs_of(words: jax.Array) -> jax.Array:
+    """Signs, float32 +-1 [n, 32 m], of the bits of words [n, m]."""
+    shifts = jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)
+    bits = (words[:, :, None] >> shifts) & 1
+    return 1.0 - 2.0 * bits.astype(jnp.float32).reshape(len(words), -1)
+
+
+def _normals_of(words: jax.Array) -> jax.Array:
+    """Standard normal numbers, one for each word.
+
+    sqrt(2) erf^-1(u), u the middle of one of 2^23 intervals of [-1, 1].
+    """
+    odd = 2 * (words >> 9).astype(jnp.int32) + (1 - 2**23)
+    return jnp.sqrt(2.0) * jax.lax.erf_inv(odd.astype(jnp.float32) * 2.0**-23)

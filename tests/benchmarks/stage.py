@@ -98,7 +98,7 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
     every = np.repeat(t, x_t.shape[1])
 
     mesh = parallel.mesh(jax.local_devices())
-    params = jax.device_put(work.params, jax.sharding.NamedSharding(mesh, P()))
+    params = parallel.place(work.params, mesh)
 
     def per_device(params, x, t):
         def mean_square(params):

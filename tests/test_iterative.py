@@ -1,0 +1,173 @@
+"""Conjugate gradients are right to what they promise, or refuse."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dtrak_jax as dtrak
+from dtrak_jax import parallel
+from dtrak_jax.attribution import Scores, iterative, solver
+from dtrak_jax.config import AttributionConfig
+
+
+def exact(phi, query, damping):
+    """query (phi^T phi + damping I)^-1 phi^T in float64, in the smaller form."""
+    phi, query = phi.astype(np.float64), query.astype(np.float64)
+    if len(phi) <= phi.shape[1]:
+        gram = phi @ phi.T + damping * np.eye(len(phi))
+        return np.linalg.solve(gram, phi @ query.T).T
+    hessian = phi.T @ phi + damping * np.eye(phi.shape[1])
+    return np.linalg.solve(hessian, query.T).T @ phi.T
+
+
+def errors(ours, theirs):
+    """Of every query's scores, as a share of their norm; 0 of nothing is none."""
+    norms = np.linalg.norm(theirs, axis=1)
+    return np.linalg.norm(ours - theirs, axis=1) / np.where(norms, norms, 1)
+
+
+def features(n, k, q=5, seed=0):
+    rng = np.random.default_rng(seed)
+    phi, query = rng.normal(size=(n, k)), rng.normal(size=(q, k))
+    return phi.astype(np.float32), query.astype(np.float32)
+
+
+def steep(n, k, q=5):
+    """Features whose kernel has eigenvalues from 1e10 down to 1e-2."""
+    rng = np.random.default_rng(0)
+    m = min(n, k)
+    left, right = (np.linalg.qr(rng.normal(size=(size, m)))[0] for size in (n, k))
+    phi = left * np.geomspace(1e5, 1e-1, m) @ right.T
+    return phi.astype(np.float32), rng.normal(size=(q, k)).astype(np.float32)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(("n", "k"), [(21, 50), (50, 21), (31, 31), (1, 9), (9, 1)])
+def test_scores_equal_a_float64_solve_on_every_mesh(n, k, devices, monkeypatch):
+    """To 1e-5 of every query's scores in norm, as promised; in two blocks of queries."""
+    chosen = jax.devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: chosen)
+    monkeypatch.setattr(solver, "BLOCK", 3 * min(n, k))
+    phi, query = features(n, k)
+    query[2] = 0
+    for value in (1e-2, 1.0, 100.0):
+        ours = iterative.solve(phi, query, value)
+        assert errors(ours, exact(phi, query, value)).max() < iterative.TOLERANCE
+        assert not ours[2].any()
+
+
+@pytest.mark.parametrize(("n", "k"), [(60, 101), (101, 60)])
+def test_right_or_refused_at_every_damping(n, k):
+    """Down to far below the rounding errors of float32; never wrong without a word."""
+    phi, query = steep(n, k)
+    # A solve in float64 would itself be wrong by a hundredth at the smallest.
+    left, singular, right = np.linalg.svd(phi.astype(np.float64), full_matrices=False)
+    along, refused = query.astype(np.float64) @ right.T, []
+    for value in (10.0**e for e in range(-2, 10)):
+        try:
+            ours = iterative.solve(phi, query, value)
+        except ValueError as error:
+            assert f"lambda = {value:.3g}" in str(error)
+            assert "larger damping" in str(error)
+            refused.append(value)
+        else:
+            expected = (along * singular / (singular**2 + value)) @ left.T
+            assert errors(ours, expected).max() < iterative.TOLERANCE
+    # Of the largest eigenvalue, 1e10, float32 knows seven digits.
+    assert 1 in refused
+    assert max(refused) < 1e4
+
+
+def test_attribution_is_the_same_as_with_a_decomposition(tmp_path):
+    """Two kernels, relative damping; lambda to rounding, scores to 1e-4: eigh's Gram is
+    float32."""
+    pairs = [features(30, 40, seed=1), features(30, 40, seed=2)]
+    train, query = (np.stack(rows) for rows in zip(*pairs, strict=True))
+    decomposed = dtrak.attribute(train, query)
+    scores = dtrak.attribute(train, {"a": query, "b": query[:, :2]}, solver="cg")
+    np.testing.assert_allclose(scores["a"].lambdas, decomposed.lambdas, rtol=1e-5)
+    assert errors(scores["a"].scores, decomposed.scores).max() < 1e-4
+    assert errors(scores["b"].scores, scores["a"].scores[:2]).max() < 2e-5
+    scores["a"].save(tmp_path / "scores.npz")
+    loaded = Scores.load(tmp_path / "scores.npz")
+    assert loaded.eigenvalues is None
+    np.testing.assert_array_equal(loaded.lambdas, scores["a"].lambdas)
+
+
+def test_wrong_arguments():
+    phi, query = features(5, 8)
+    with pytest.raises(ValueError, match="solver is 'lu'; it must be one of: 'eigh'"):
+        dtrak.attribute(phi, query, solver="lu")
+    with pytest.raises(ValueError, match="damping is 0"):
+        dtrak.attribute(phi, query, solver="cg", damping=0)
+    with pytest.raises(ValueError, match="all features of the training set are 0"):
+        dtrak.attribute(0 * phi, query, solver="cg")
+    with pytest.raises(ValueError, match="'relative-influence', which needs kernels"):
+        AttributionConfig(methods=("relative-influence",), solver="cg")
+
+
+def test_devices_add_up_once_for_a_block_or_an_iteration():
+    """One all-reduce each in the compiled programs, the size of the result."""
+    mesh = parallel.mesh(jax.devices())
+    a, b, gram = (
+        jax.ShapeDtypeStruct((40, width), np.float32) for width in (80, 5, 40)
+    )
+    gram_block = solver._gram_function(mesh).lower(gram, a)
+    correction = iterative._correction_function(mesh).lower(a, b, np.float32(1))
+    for lowered, shape in ((gram_block, "f32[40,40]"), (correction, "f32[40,5]")):
+        sums = re.findall(r"= (\S+)\{\S+ all-reduce\(", lowered.compile().as_text())
+        assert sums == [shape]
+
+
+TWO = """
+import sys
+import numpy as np
+from dtrak_jax import attribute, parallel
+from dtrak_jax.attribution.solver import gram_matrix
+parallel.start()
+given = np.load(sys.argv[1])
+results = {"gram": gram_matrix(given["phi"])}
+for solver in ("eigh", "cg"):
+    results[solver] = attribute(given["phi"], given["query"], solver=solver).scores
+np.savez(sys.argv[2], **results)
+"""
+
+
+def test_two_processes_share_the_products(tmp_path):
+    """Three devices each, and columns left over; both get what one gets, to 2e-5."""
+    phi, query = features(13, 101)
+    np.savez(tmp_path / "given.npz", phi=phi, query=query)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    files = [tmp_path / "given.npz", *(tmp_path / f"{i}.npz" for i in range(2))]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, files[0], files[1 + i]],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+                "JAX_NUM_CPU_DEVICES": "3",
+            },
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    one = {s: dtrak.attribute(phi, query, solver=s).scores for s in ("eigh", "cg")}
+    one["gram"] = solver.gram_matrix(phi)
+    for path in files[1:]:
+        two = np.load(path)
+        for name, ours in one.items():
+            off = np.abs(two[name] - ours).max()
+            assert off < 2e-5 * np.abs(ours).max(), name
