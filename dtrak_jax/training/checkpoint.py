@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -23,12 +24,22 @@ def open_manager(
     directory = epath.Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     processes = ocp.options.MultiprocessingOptions()
-    if alone:
+    handler = ocp.PyTreeCheckpointHandler()
+    if alone and jax.process_count() > 1:
         me = jax.process_index()
         processes = ocp.options.MultiprocessingOptions(
             primary_host=me,
             active_processes={me},
             barrier_sync_key_prefix=f"process{me}",
+        )
+        arrays = ocp.type_handlers.ArrayHandler(
+            primary_host=me, use_replica_parallel=False
+        )
+        handler = ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=processes,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+            ),
         )
     options = ocp.CheckpointManagerOptions(
         multiprocessing_options=processes,
@@ -41,13 +52,34 @@ def open_manager(
     return ocp.CheckpointManager(
         directory,
         options=options,
-        item_handlers=ocp.StandardCheckpointHandler(),
+        item_handlers=handler,
     )
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
-    """Starts saving; the state's buffers may be reused when this returns."""
-    manager.save(step, args=ocp.args.StandardSave(state))
+    """Starts saving; the state's buffers may be reused when this returns.
+
+    What `alone` managers save are NumPy arrays.
+    """
+    if jax.process_count() > 1:
+        state = jax.tree.map(_shared, state)
+    manager.save(step, args=ocp.args.PyTreeSave(state))
+
+
+def _shared(leaf):
+    """A NumPy array as one of which this process has the first copy, another the second.
+
+    Of several processes Orbax has only process 0 write a NumPy array, and none an array
+    that is on its own devices alone; of copies, it has the first one written.
+    """
+    if not isinstance(leaf, np.ndarray | np.generic):
+        return leaf
+    me, here = jax.process_index(), jax.local_devices()[0]
+    elsewhere = next(d for d in jax.devices() if d.process_index != me)
+    both = jax.sharding.Mesh([here, elsewhere], "copy")
+    sharding = jax.sharding.NamedSharding(both, jax.P())
+    mine = jax.device_put(leaf, here)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [mine])
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract):
@@ -72,7 +104,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
                 "or another --workdir."
             )
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return manager.restore(step, args=ocp.args.PyTreeRestore(abstract, how))
     except Exception as error:
         raise _damaged(folder) from error
 
