@@ -33,10 +33,11 @@ def start() -> None:
     here.
 
     From here on the processes share one fate. Where one dies, all others end with an
-    error: at once if it was process 0, or if they wait for it in a collective; within
-    `TIMEOUT` seconds if they do something else. JAX's runtime then says "Terminating
-    process because the JAX distributed service detected fatal errors" and aborts, which
-    no handler can prevent. Running the command again continues from what was written.
+    error: at once if it was process 0, and otherwise within `TIMEOUT` seconds, or sooner
+    if they wait for it in a collective. Either that fails, or JAX's runtime says
+    "Terminating process because the JAX distributed service detected fatal errors" and
+    aborts, which no handler can prevent. The same command continues from what was
+    written.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}

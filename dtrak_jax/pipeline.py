@@ -68,6 +68,7 @@ def open_run(config: Config, workdir: epath.PathLike) -> epath.Path:
                 f"{workdir} is not empty and holds no run; name another --workdir."
             )
         files.write_json(path, made)
+    # Early, as gloo gives the processes 30 s to come to their first collective.
     parallel.wait_for_all(f"make {workdir}")
     there, here = (
         {k: v for k, v in one.items() if not k.startswith(FREE_FIELDS)}
