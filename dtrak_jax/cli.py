@@ -17,6 +17,17 @@ from dtrak_jax import parallel, pipeline
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation import stages as evaluation
 
+EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    MemoryError,
+    jax.errors.JaxRuntimeError,
+)
+"""What needs no traceback: it says itself what is wrong."""
+
 COMMANDS = {
     "run": "the five stages below, in order",
     "train": "train the model on the training images",
@@ -35,7 +46,10 @@ MOST_CORES = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `dtrak-jax`; exits with 2 on an error and 130 on an interrupt."""
+    """Entry point of `dtrak-jax`; exits with 2 on an error and 130 on an interrupt.
+
+    An error of one process of several ends the others too, see `parallel.start`.
+    """
     if os.environ.get("DTRAK_DISTRIBUTED"):
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -49,19 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
         sys.exit(130)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        FloatingPointError,
-        MemoryError,
-    ) as error:
+    except EXPECTED as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
-        print(f"dtrak-jax: {error}\n(DTRAK_TRACEBACK=1 shows where.)", file=sys.stderr)
-        sys.exit(2)
-    if stage in ("run", "report"):
+        hint = "DTRAK_TRACEBACK=1 shows where."
+        if jax.distributed.is_initialized():
+            hint += " Of several processes, the first one that ended says why."
+        print(f"dtrak-jax: {error}\n({hint})", file=sys.stderr)
+        parallel.abandon(2)
+    if stage in ("run", "report") and parallel.is_primary():
         print(f"wrote {workdir / 'report.html'}")
 
 

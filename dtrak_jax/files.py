@@ -79,6 +79,14 @@ def _write_and_rename(path: epath.Path, data: bytes) -> None:
         raise
 
 
+def is_empty(folder: epath.PathLike) -> bool:
+    """Whether a folder is not there, or holds only what killed writes have left."""
+    folder = at(folder)
+    if not folder.exists():
+        return True
+    return all(path.name.endswith(".partial") for path in folder.iterdir())
+
+
 def write_json(path: epath.PathLike, value: object) -> None:
     """Writes `value` as indented JSON; atomic, see `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -6,7 +6,9 @@ partitioning of a vmapped convolution's gradient gives silently wrong values.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -14,6 +16,15 @@ from jax.experimental import multihost_utils
 
 P = jax.P
 WHOLE = P()
+"""Of an array that every device has all of."""
+
+TIMEOUT = 30
+"""Seconds after which a process that is silent counts as dead, and ends the others.
+
+A thread that needs no Python sends a sign of life every 15 s or less, whatever the
+process compiles, computes or reads; so this is how long a host may stand still. JAX's
+own 100 s would be that much more of a pod that is paid for and waits.
+"""
 
 
 def start() -> None:
@@ -22,12 +33,37 @@ def start() -> None:
     Finds its peers by itself on Cloud TPU, Slurm and Kubernetes. Elsewhere set
     JAX_COORDINATOR_ADDRESS, and JAX_NUM_PROCESSES and JAX_PROCESS_ID, which are read
     here.
+
+    From here on the processes share one fate. Where one dies, all others end with an
+    error: at once if it was process 0, and otherwise within `TIMEOUT` seconds, or sooner
+    if they wait for it in a collective. Either that fails, or JAX's runtime says
+    "Terminating process because the JAX distributed service detected fatal errors" and
+    aborts, which no handler can prevent. The same command continues from what was
+    written.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     # JAX's own handler would take SIGTERM from all stages; see `training.stop`.
     jax.config.update("jax_enable_preemption_service", False)
     given = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-    jax.distributed.initialize(**given)
+    jax.distributed.initialize(
+        **given,
+        heartbeat_timeout_seconds=TIMEOUT,
+        # At its end a process waits for all others, which come after the same barrier.
+        shutdown_timeout_seconds=TIMEOUT,
+    )
+
+
+def abandon(code: int) -> NoReturn:
+    """Exits with an error that the other processes do not have.
+
+    Without the wait for the others that JAX puts at the end of a process: they wait
+    for this one, and must see that it is gone.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_primary() -> bool:
@@ -39,6 +75,30 @@ def wait_for_all(name: str) -> None:
     """Returns once every process has come here; `name` must be the same in all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def agreed(answer: bool) -> bool:
+    """The primary's answer, in every process; returns once all have asked.
+
+    For what decides which way all of them go, such as whether a file is there: it may
+    have come between two looks, or not be seen by every host yet.
+    """
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def share(count: int) -> slice:
+    """Which of `count` rows are this process's part; see `gather`."""
+    size = -(-count // jax.process_count())
+    start = min(jax.process_index() * size, count)
+    return slice(start, min(start + size, count))
+
+
+def gather(rows: np.ndarray, count: int) -> np.ndarray:
+    """All `count` rows, in order, in every process, which each have their `share`."""
+    size = -(-count // jax.process_count())
+    filled = np.zeros((size, *rows.shape[1:]), rows.dtype)
+    filled[: len(rows)] = rows
+    return multihost_utils.process_allgather(filled, tiled=True)[:count]
 
 
 def mesh(

@@ -64,23 +64,27 @@ def open_run(config: Config, workdir: epath.PathLike) -> epath.Path:
     packages = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {name: metadata.version(name) for name in packages}
     versions["python"] = platform.python_version()
-    if not path.exists() and workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(
-            f"{workdir} is not empty and holds no run; name another --workdir."
-        )
-    if path.exists():
-        there, here = (
-            {k: v for k, v in one.items() if not k.startswith(FREE_FIELDS)}
-            for one in (files.read_json(path)["config"], settings)
-        )
-        differs = files.differences(there, here)
-        if differs:
+    made = {"config": settings, "versions": versions}
+    if parallel.is_primary() and not path.exists():
+        if not files.is_empty(workdir):
             raise ValueError(
-                f"{workdir} belongs to another config: {'; '.join(differs)}. Name "
-                "another --workdir, or delete that one."
+                f"{workdir} is not empty and holds no run; name another --workdir."
             )
+        files.write_json(path, made)
+    # Early, as gloo gives the processes 30 s to come to their first collective.
+    parallel.wait_for_all(f"make {workdir}")
+    there, here = (
+        {k: v for k, v in one.items() if not k.startswith(FREE_FIELDS)}
+        for one in (files.read_json(path)["config"], settings)
+    )
+    differs = files.differences(there, here)
+    if differs:
+        raise ValueError(
+            f"{workdir} belongs to another config: {'; '.join(differs)}. Name "
+            "another --workdir, or delete that one."
+        )
     if parallel.is_primary():
-        files.write_json(path, {"config": settings, "versions": versions})
+        files.write_json(path, made)
     return workdir
 
 
@@ -108,7 +112,7 @@ def train(config: Config, workdir: epath.Path):
     """Trains the model, or continues; returns its parameters."""
     model = models.build(config.model)
     splits = load_data(config, workdir)
-    return training.train(
+    params = training.train(
         models.init_fn(model),
         models.train_apply_fn(model),
         diffusion.build(config.diffusion),
@@ -117,6 +121,8 @@ def train(config: Config, workdir: epath.Path):
         workdir,
         flip=config.data.flip,
     )
+    parallel.wait_for_all("train")
+    return params
 
 
 def load_params(config: Config, workdir: epath.Path, step: int | None = None):
@@ -143,24 +149,30 @@ def load_model(config: Config, workdir: epath.Path, name: str):
 
 
 def sample(config: Config, workdir: epath.Path) -> None:
-    """Generates images: samples/00000.png, ..., and all of them in samples.npz."""
-    settings = config.sample
+    """Generates images: samples/00000.png, ..., and all of them in samples.npz.
+
+    Each process generates its share, and writes these pictures.
+    """
+    count = config.sample.count
     path = workdir / "samples" / "samples.npz"
-    if settings.count == 0 or path.exists():
+    if count == 0 or parallel.agreed(path.exists()):
         return
-    images = generate(config, load_params(config, workdir))
+    seeds, mine = sample_seeds(config), parallel.share(count)
+    images = generate(config, load_params(config, workdir), seeds[mine])
     if not np.isfinite(images).all():
         raise FloatingPointError(
             "a generated image has pixels that are not finite; is the model trained?"
         )
     pixels = data.to_pixels(images)
+    for i, image in enumerate(pixels, start=mine.start):
+        buffer = io.BytesIO()
+        data.to_picture(image).save(buffer, "png")
+        files.write_bytes(workdir / "samples" / f"{i:05d}.png", buffer.getvalue())
+    # Its file says that all of them are there.
+    pixels = parallel.gather(pixels, count)
     if parallel.is_primary():
-        for i, image in enumerate(pixels):
-            buffer = io.BytesIO()
-            data.to_picture(image).save(buffer, "png")
-            files.write_bytes(workdir / "samples" / f"{i:05d}.png", buffer.getvalue())
-        ids = np.array([f"generated-{i:05d}" for i in range(settings.count)])
-        files.write_npz(path, images=pixels, ids=ids, seeds=sample_seeds(config))
+        ids = np.array([f"generated-{i:05d}" for i in range(count)])
+        files.write_npz(path, images=pixels, ids=ids, seeds=seeds)
     parallel.wait_for_all("sample")
 
 
@@ -170,14 +182,14 @@ def sample_seeds(config: Config) -> np.ndarray:
     return config.sample.seed * 1000 + np.arange(config.sample.count)
 
 
-def generate(config: Config, params, seeds: np.ndarray | None = None, **options):
+def generate(config: Config, params, seeds: np.ndarray, **options):
     """What `diffusion.sample` makes with the config's model and sampler."""
     settings, model = config.sample, config.model
     return diffusion.sample(
         models.apply_fn(models.build(model)),
         params,
         diffusion.build(config.diffusion),
-        sample_seeds(config) if seeds is None else seeds,
+        seeds,
         (model.sample_size, model.sample_size, model.out_channels),
         sampler=settings.sampler,
         steps=settings.steps,
@@ -265,7 +277,7 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
     if (
         config.features.projection != "none"
         and len(splits.train.images) > 1
-        and not path.exists()
+        and not parallel.agreed(path.exists())
     ):
         measured = distortion(
             task(config, config.features.noise),
@@ -278,6 +290,7 @@ def compute_features(config: Config, workdir: epath.Path) -> None:
         )
         if parallel.is_primary():
             files.write_json(path, {k: v._asdict() for k, v in measured.items()})
+    parallel.wait_for_all("featurize")
 
 
 def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
@@ -317,12 +330,15 @@ def _featurize_journey(config, workdir, params, ids: np.ndarray) -> None:
     if not journey.per_timestep:
         journey = dataclasses.replace(journey, timesteps=tuple(map(int, through)))
     # As they were predicted: not rounded to pixels, but clipped as training images are.
-    _, predicted = generate(config, params, trajectory=True)
+    seeds, mine = sample_seeds(config), parallel.share(len(ids))
+    _, predicted = generate(config, params, seeds[mine], trajectory=True)
     steps = [int(np.argmin(np.abs(through - t))) for t, _ in journey.pairs]
+    # One after the other: all of them may not fit on a device.
+    images = [parallel.gather(predicted[:, step], len(ids)) for step in steps]
     featurize(
         journey,
         params,
-        np.clip(predicted[:, steps], -1, 1),
+        np.clip(np.stack(images, axis=1), -1, 1),
         projection(config),
         ids=ids,
         store=workdir / "features" / "journey",
@@ -371,6 +387,7 @@ def write_report(config: Config, workdir: epath.Path) -> None:
             config, workdir, splits.train, queries=queries, scores=scores
         )
         files.write_bytes(workdir / "report.html", page.encode())
+    parallel.wait_for_all("report")
 
 
 STAGES: dict[str, Callable[[Config, epath.Path], object]] = {

@@ -108,6 +108,7 @@ def test_an_interrupt_loses_no_step(images, tmp_path, monkeypatch, trained, at):
     def interrupt(count):
         if count == at:
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         count_steps(patch, interrupt)

@@ -273,6 +273,13 @@ def test_a_workdir_of_another_config(whole, tmp_path, capsys):
     assert "is not empty and holds no run" in said
 
 
+def test_what_a_killed_write_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / "config.json.7.partial").write_bytes(b'{"conf')
+    _, config, workdir = cli.parse(command("train", tmp_path))
+    assert pipeline.open_run(config, workdir) == tmp_path
+    assert (tmp_path / "config.json").exists()
+
+
 def test_settings_that_change_no_result_may_change(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "w")
     before = (tmp_path / "w" / "report.html").read_text()

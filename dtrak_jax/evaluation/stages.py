@@ -180,8 +180,8 @@ def _arm_rows(config, workdir, arm, images, truth: dict[str, lds.Truth]) -> list
     path = workdir / "ablations" / "rows" / f"{arm.key}.json"
     shapes = {name: one.outputs.shape for name, one in truth.items()}
     against = f"{shapes} {output_settings(config)}"
-    if path.exists() and (saved := files.read_json(path))["truth"] == against:
-        return saved["rows"]
+    if parallel.agreed(path.exists() and files.read_json(path)["truth"] == against):
+        return files.read_json(path)["rows"]
     train, *queries = (
         _source_features(config, workdir, arm.source, name, images)[arm.measurement]
         for name in ("train", *truth)
@@ -207,7 +207,7 @@ def _source_features(config, workdir, source, name: str, images) -> dict[str, Fe
         seed=source.seed,
     )
     store = workdir / "ablations" / "features" / source.name / name
-    if (store / "complete").exists():
+    if parallel.agreed((store / "complete").exists()):
         return {m: Features.load(store / "store", m) for m in source.measurements}
     own, ids = images[name]
     features = featurize(

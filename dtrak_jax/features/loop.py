@@ -157,7 +157,8 @@ def featurize(
             before = chunk, started
         if before:
             finish(*before)
-    parallel.wait_for_all(f"finish {store}")
+    if store is not None:
+        parallel.wait_for_all(f"finish {store}")
     features = {name: target.features(name) for name in task.measurements}
     if isinstance(task.measurement, tuple):
         return features

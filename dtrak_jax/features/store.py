@@ -125,7 +125,7 @@ class Store:
         folder = files.at(folder)
         path = folder / "metadata.json"
         if parallel.is_primary() and not path.exists():
-            if folder.exists() and any(folder.iterdir()):
+            if not files.is_empty(folder):
                 raise ValueError(
                     f"{folder} is not empty and holds no feature store; name another "
                     "store, or delete it."

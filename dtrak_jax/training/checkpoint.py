@@ -50,6 +50,9 @@ def open_manager(
         ),
         cleanup_tmp_directories=True,
         create=False,
+        # The signals of asynchronous saves have names that all processes share: those
+        # of managers that are `alone` would be taken for each other's.
+        enable_async_checkpointing=not alone,
     )
     return ocp.CheckpointManager(
         directory,

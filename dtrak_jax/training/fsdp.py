@@ -11,10 +11,7 @@ all but `shard_specs` run under `shard_map`.
 import jax
 import jax.numpy as jnp
 
-from dtrak_jax.parallel import P
-
-WHOLE = P()
-"""The spec of an array that every device has all of."""
+from dtrak_jax.parallel import WHOLE, P
 
 
 def shard_specs(tree, devices: int):

@@ -17,7 +17,7 @@ from dtrak_jax import files, parallel
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.diffusion.loss import denoising_loss
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.parallel import P
+from dtrak_jax.parallel import WHOLE, P
 from dtrak_jax.streams import fold_in, stream
 from dtrak_jax.training import checkpoint, fsdp
 from dtrak_jax.training.batches import batch
@@ -47,11 +47,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-REPLICATED = TrainState(*[fsdp.WHOLE] * 5)
+REPLICATED = TrainState(*[WHOLE] * 5)
 """The specs of a state that is whole on every device."""
 
 
-def optimizer(config: TrainConfig, specs=fsdp.WHOLE) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig, specs=WHOLE) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW on every parameter.
 
     Its update takes and returns this device's parts; see `fsdp`.
@@ -102,7 +102,7 @@ def train_step(
     schedule: Schedule,
     config: TrainConfig,
     flip: bool,
-    specs=fsdp.WHOLE,
+    specs=WHOLE,
 ) -> TrainState:
     """One step on this device's share of the batch; runs under `shard_map`.
 
@@ -225,7 +225,7 @@ def train(
                         f"training stopped after step {done} of {config.steps}, which "
                         "is saved; the same command continues from there"
                     )
-    whole = jax.jit(lambda params: params, out_shardings=_over(mesh, fsdp.WHOLE))
+    whole = jax.jit(lambda params: params, out_shardings=_over(mesh, WHOLE))
     return jax.device_get(whole(trained(state)))
 
 

@@ -27,7 +27,8 @@ POLL_SECONDS = 0.2
 def stop_requests() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM, so that no step is cut in two.
 
-    A second one acts as if this were not here.
+    A second SIGINT acts as if this were not here. SIGTERM may well come twice, from
+    Slurm and from the script around this, and is heard once.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -39,9 +40,10 @@ def stop_requests() -> Iterator[threading.Event]:
         for s, handler in before.items():
             signal.signal(s, handler)
 
-    def request(*_) -> None:
+    def request(number: int, _) -> None:
         stop.set()
-        restore()
+        if number == signal.SIGINT:
+            restore()
 
     for s in before:
         signal.signal(s, request)
