@@ -57,8 +57,8 @@ def test_two_processes_equal_one(tmp_path):
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
 
-    _, config, workdir = cli.parse(line)
-    workdir = pipeline.open_run(config, workdir)
+    _, config, options = cli.parse(line)
+    workdir = pipeline.open_run(config, options.workdir)
     params = pipeline.load_params(config, workdir)
     model = models.build(config.model)
     images = pipeline.load_data(config, workdir).train.images

@@ -84,13 +84,11 @@ def featurize(
     slots, copies = _slots_and_copies(task, batch_size, mesh.size)
     pairs, k = len(task.pairs), projection.output_dim(p)
     kernels = pairs if task.per_timestep else 1
-    unit = max(1, -(-slots // kernels))
-    chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
     metadata = {
         "fingerprint": fingerprint(task, params, projection, folds, images, ids, cond),
         "shape": [pairs, len(ids), k] if task.per_timestep else [len(ids), k],
         "pairs": pairs,
-        "rows_per_chunk": unit * max(1, chunk_rows // unit),
+        "rows_per_chunk": rows_per_chunk(kernels, k, slots),
         "ids": list(ids),
     }
     if store is None:
@@ -148,6 +146,13 @@ def featurize(
     if isinstance(task.measurement, tuple):
         return features
     return next(iter(features.values()))
+
+
+def rows_per_chunk(kernels: int, k: int, slots: int) -> int:
+    """Images whose features are written at a time: whole batches, if there are more."""
+    unit = max(1, -(-slots // kernels))
+    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
+    return unit * max(1, rows // unit)
 
 
 def parameter_count(task: Task, params) -> int:
