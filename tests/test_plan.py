@@ -122,6 +122,8 @@ def test_collectives_of_a_programs_text():
   %all-reduce.1 = (f32[3,5]{1,0}, bf16[7]{0}) all-reduce(%a, %b), channel_id=1
   %ag = f32[16]{0} all-gather-start(%c), dimensions={0}
   %done = f32[16]{0} all-gather-done(%ag)
+  %own = f32[16]{0} all-reduce(%c), replica_groups={{0},{1}}, to_apply=%add
+  %own2 = f32[16]{0} all-reduce(%c), replica_groups=[8,1]<=[8], to_apply=%add
   ROOT %x = f32[] add(%all-reduce.1, %all-gather.2)
 """
     assert collectives(text) == {"all-reduce": [1, 74], "all-gather": [1, 64]}
@@ -337,6 +339,18 @@ def test_flags_of_a_plan_are_refused_elsewhere(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*digits_command("run", tmp_path, {}, {}), "--topology", "v5e:2x4"])
     assert "for `dtrak-jax plan`" in capsys.readouterr().err
+
+
+def test_sketches_compile_for_a_tpu():
+    """Of so many gradients a slice with strides finds too little memory on the chip."""
+    mesh = parallel.mesh(planning.find("v5e:2x4").local)
+    parts = [square(16 * mesh.size, size) for size in (1_179_648, 256)]
+    function = gradients.projection_function(dtrak.Projection(dim=4096), mesh)
+    one = cost(Program(function, ({"square": parts},), mesh))
+    assert one.collectives == {}
+    # Every entry is read, and multiplied by its sign and added, about once.
+    assert 1 < one.flops / (16 * 1_179_904) < 10
+    assert one.bytes > 4 * 16 * 1_179_904
 
 
 def test_compiles_for_a_tpu_that_is_not_there():

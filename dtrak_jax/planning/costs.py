@@ -20,6 +20,10 @@ PASSES = 6
 """bfloat16 products that a TPU adds up for a float32 one at precision "highest"."""
 
 
+DISTRIBUTIONS = ("dtrak-jax", "jax", "jaxlib", "libtpu")
+"""Whose versions decide what a program takes."""
+
+
 class Program(NamedTuple):
     """A compiled function that runs on a mesh, and what it is called with."""
 
@@ -139,7 +143,7 @@ def _compiled(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
     """
     lowered = traced.lower()
     devices = mesh.devices.flat
-    versions = [v for d in ("jax", "jaxlib", "libtpu") if (v := _version(d))]
+    versions = [v for d in DISTRIBUTIONS if (v := _version(d))]
     about = (devices[0].device_kind, [d.id for d in devices], versions)
     key = hashlib.sha256(f"{about} {lowered.as_text()}".encode()).hexdigest()
     folder = jax.config.jax_compilation_cache_dir
@@ -197,7 +201,11 @@ def collectives(text: str) -> dict[str, list[int]]:
     """{kind: [count, bytes of their results]} of a compiled program's text."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = collections.defaultdict(lambda: [0, 0])
-    for shapes, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
+    # Each device on its own, as the sum over a mesh axis of size 1.
+    alone = r"replica_groups=(?:\{\{\d+\}|\[\d+,1\])"
+    for shapes, kind, rest in re.findall(rf" = (.*?) ({kinds})(?:-start)?\((.*)", text):
+        if re.search(alone, rest):
+            continue
         found[kind][0] += 1
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
             size = BYTES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
