@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from dtrak_jax import parallel, pipeline
+from dtrak_jax import parallel, pipeline, planning
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation import stages as evaluation
 
@@ -39,6 +39,7 @@ COMMANDS = {
     "lds": "how well scores predict those losses; lds.json",
     "counterfactual": "retrain without what scores say matters; counterfactual.json",
     "ablate": "the same for other noises, kernels, timesteps, ...; ablations.json",
+    "plan": "what all this takes, on a --topology such as v5e:4x4; runs nothing",
 }
 
 MOST_CORES = 8
@@ -54,11 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        stage, config, workdir = parse(sys.argv[1:] if arguments is None else arguments)
+        stage, config, options = parse(sys.argv[1:] if arguments is None else arguments)
         use_cores(os.cpu_count() if stage in evaluation.STAGES else MOST_CORES)
         keep_compilations()
+        if stage == "plan":
+            planning.run(config, options.topology, options.output)
+            return
         runner = evaluation if stage in evaluation.STAGES else pipeline
-        workdir = runner.run(stage, config, workdir)
+        workdir = runner.run(stage, config, options.workdir)
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {said}", file=sys.stderr)
@@ -102,8 +106,8 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
-    """(stage, config, workdir) of a command line.
+def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
+    """(stage, config, what else was given: workdir, ...) of a command line.
 
     Raises:
       SystemExit: it is not one; says what is wrong.
@@ -125,18 +129,23 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, str]:
     parser.add_argument(
         "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
     )
+    parser.add_argument("--topology", help="what to plan for; the devices at hand")
+    parser.add_argument("--output", metavar="FILE", help="the plan as JSON")
     known, flags = parser.parse_known_args(arguments)
-    default = load_config(known.config)
+    default, planned = load_config(known.config), known.command == "plan"
     config = tyro.cli(
         Config,
-        prog=f"dtrak-jax {known.command} {known.config} --workdir DIR",
+        prog=f"dtrak-jax {known.command} {known.config} "
+        + ("[--topology T] [--output FILE]" if planned else "--workdir DIR"),
         default=default,
         args=flags,
         description=f"{COMMANDS[known.command].capitalize()}.",
     )
-    if not known.workdir:
+    if not planned and (known.topology or known.output):
+        parser.error("--topology and --output are for `dtrak-jax plan`.")
+    if not planned and not known.workdir:
         parser.error("--workdir is missing: name a folder for the results.")
-    return known.command, config, known.workdir
+    return known.command, config, known
 
 
 def load_config(path: str) -> Config:

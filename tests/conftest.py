@@ -1,5 +1,6 @@
 """One process of eight virtual CPU devices, and the small parts that tests share."""
 
+import io
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from dtrak_jax import models
 from dtrak_jax.config import ModelConfig
@@ -91,3 +93,62 @@ def bucket():
         os.environ.update(bucket.environment())
         fsspec.config.set_conf_env(fsspec.config.conf)
         yield bucket
+
+
+def png(pixels, **options):
+    """PNG bytes of uint8 pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def mocked(tmp_path, monkeypatch):
+    """mock_data with the metadata of a prepared set: (name, n, splits) -> context."""
+    import tensorflow_datasets as tfds
+
+    encoder = "tensorflow_datasets.core.features.image_feature._ImageEncoder"
+    mocking = "tensorflow_datasets.testing.mocking"
+
+    def encode(self, pixels):
+        return png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+    def as_stored(self, index):
+        features = self._features
+        example = tfds.testing.mocking.RandomFakeGenerator.__getitem__(self, index)
+        return type(features).deserialize_example_np(
+            features,
+            features.serialize_example(example),
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+
+    # Unpatched, the first needs TensorFlow, and the second returns what no file does.
+    monkeypatch.setattr(f"{encoder}._encode_image", encode)
+    monkeypatch.setattr(f"{mocking}.EncodedRandomFakeGenerator.__getitem__", as_stored)
+
+    def mock(name, examples, splits, names=None):
+        builder = tfds.builder(name, data_dir=tmp_path)
+        builder.info.set_splits(
+            tfds.core.splits.SplitDict(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[examples],
+                    num_bytes=0,
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        data_dir=builder.data_path,
+                        dataset_name=name,
+                        split=split,
+                        filetype_suffix="array_record",
+                    ),
+                )
+                for split in splits
+            )
+        )
+        builder.info.set_file_format("array_record", override=True)
+        if names:
+            builder.info.features["label"].names = names
+        builder.data_path.mkdir(parents=True)
+        builder.info.write_to_directory(builder.data_path)
+        return tfds.testing.mock_data(num_examples=examples, data_dir=tmp_path)
+
+    return mock

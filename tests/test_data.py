@@ -1,6 +1,5 @@
 """dtrak_jax.data: choices are functions of ids, pixels are those of the files."""
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -8,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import png
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -29,13 +29,6 @@ UNEQUAL = np.repeat(np.arange(101), [900] + [1] * 100)
 def noise(*shape, seed=0):
     """Random uint8 pixels."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def png(pixels, **options):
-    """PNG bytes of uint8 pixels."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png", **options)
-    return file.getvalue()
 
 
 def scaled(pixels):
@@ -674,56 +667,6 @@ def test_a_format_that_needs_tensorflow(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
     with pytest.raises(ValueError, match="as tfrecord, .* tfds build tiny --file_form"):
         from_tfds("tiny")
-
-
-@pytest.fixture
-def mocked(tmp_path, monkeypatch):
-    """mock_data with the metadata of a prepared set: (name, n, splits) -> context."""
-    encoder = "tensorflow_datasets.core.features.image_feature._ImageEncoder"
-    mocking = "tensorflow_datasets.testing.mocking"
-
-    def encode(self, pixels):
-        return png(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-
-    def as_stored(self, index):
-        features = self._features
-        example = tfds.testing.mocking.RandomFakeGenerator.__getitem__(self, index)
-        return type(features).deserialize_example_np(
-            features,
-            features.serialize_example(example),
-            decoders={"image": tfds.decode.SkipDecoding()},
-        )
-
-    # Unpatched, the first needs TensorFlow, and the second returns what no file does.
-    monkeypatch.setattr(f"{encoder}._encode_image", encode)
-    monkeypatch.setattr(f"{mocking}.EncodedRandomFakeGenerator.__getitem__", as_stored)
-
-    def mock(name, examples, splits, names=None):
-        builder = tfds.builder(name, data_dir=tmp_path)
-        builder.info.set_splits(
-            tfds.core.splits.SplitDict(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[examples],
-                    num_bytes=0,
-                    filename_template=tfds.core.ShardedFileTemplate(
-                        data_dir=builder.data_path,
-                        dataset_name=name,
-                        split=split,
-                        filetype_suffix="array_record",
-                    ),
-                )
-                for split in splits
-            )
-        )
-        builder.info.set_file_format("array_record", override=True)
-        if names:
-            builder.info.features["label"].names = names
-        builder.data_path.mkdir(parents=True)
-        builder.info.write_to_directory(builder.data_path)
-        return tfds.testing.mock_data(num_examples=examples, data_dir=tmp_path)
-
-    return mock
 
 
 def test_cifar2(mocked):

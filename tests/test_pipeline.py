@@ -275,8 +275,8 @@ def test_a_workdir_of_another_config(whole, tmp_path, capsys):
 
 def test_what_a_killed_write_left_is_in_nobodys_way(tmp_path):
     (tmp_path / "config.json.7.partial").write_bytes(b'{"conf')
-    _, config, workdir = cli.parse(command("train", tmp_path))
-    assert pipeline.open_run(config, workdir) == tmp_path
+    _, config, options = cli.parse(command("train", tmp_path))
+    assert pipeline.open_run(config, options.workdir) == tmp_path
     assert (tmp_path / "config.json").exists()
 
 

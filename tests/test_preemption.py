@@ -98,7 +98,8 @@ def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch):
     # The same devices in one process, and no signal.
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: two)
-    pipeline.run(*cli.parse(digits_command("train", tmp_path / "one", FLAGS, changes)))
+    line = digits_command("train", tmp_path / "one", FLAGS, changes)
+    pipeline.run("train", cli.parse(line)[1], tmp_path / "one")
     one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
     np.testing.assert_array_equal(two[:, 0], np.arange(1, 61))
     np.testing.assert_allclose(two, one, rtol=1e-5)
@@ -140,7 +141,7 @@ def test_retraining_stops_wherever_each_process_is(tmp_path):
     assert f"step {at('0001-0')} of {steps} of 0001-0 saved; the same" in said[1]
 
     end(start(retrain(2), tmp_path / "cache"), 0)
-    stages.run(*cli.parse(retrain(2, "one")))
+    stages.run("retrain", cli.parse(retrain(2, "one"))[1], tmp_path / "one")
     for member in ("0000-0", "0001-0"):
         one, two = (
             files.read_npz(tmp_path / name / "ensemble" / member / "outputs.npz")

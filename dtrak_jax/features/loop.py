@@ -83,31 +83,23 @@ def featurize(
     check_ids(ids, len(images))
     at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
-    devices = jax.local_devices()
-    if len(devices) % proj_devices:
-        raise ValueError(
-            f"proj_devices is {proj_devices}; it must divide {len(devices)}, the number "
-            "of this process's devices."
-        )
+    mesh = example_mesh(jax.local_devices(), proj_devices)
     check_network(task, params, images, cond)
     folds = channel_folds(
         task, params, projection, gradients.network_inputs(images, cond, 1)
     )
     p = parameter_count(task, params)
 
-    mesh = parallel.mesh(devices, proj=proj_devices)
     slots, copies = _slots_and_copies(task, batch_size, mesh.size)
     pairs, k = len(task.pairs), projection.output_dim(p)
     kernels = pairs if task.per_timestep else 1
-    unit = max(1, -(-slots // kernels))
-    chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
     hashes = example_hashes(ids, images, cond)
     metadata = {
         "fingerprint": fingerprint(task, params, projection, folds, images, cond)
         | examples_fingerprint(hashes),
         "shape": [pairs, len(ids), k] if task.per_timestep else [len(ids), k],
         "pairs": pairs,
-        "rows_per_chunk": unit * max(1, chunk_rows // unit),
+        "rows_per_chunk": rows_per_chunk(kernels, k, slots),
     } | hashes
     if store is None:
         target = Store.in_memory(metadata)
@@ -163,6 +155,27 @@ def featurize(
     if isinstance(task.measurement, tuple):
         return features
     return next(iter(features.values()))
+
+
+def example_mesh(devices: list[jax.Device], proj_devices: int) -> jax.sharding.Mesh:
+    """The devices of a process, so many of them to share a dense projection's columns.
+
+    Raises:
+      ValueError: they cannot be shared out so.
+    """
+    if len(devices) % proj_devices:
+        raise ValueError(
+            f"proj_devices is {proj_devices}; it must divide {len(devices)}, the number "
+            "of this process's devices."
+        )
+    return parallel.mesh(devices, proj=proj_devices)
+
+
+def rows_per_chunk(kernels: int, k: int, slots: int) -> int:
+    """Images whose features are written at a time: whole batches, if there are more."""
+    unit = max(1, -(-slots // kernels))
+    rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * kernels * k)))
+    return unit * max(1, rows // unit)
 
 
 def parameter_count(task: Task, params) -> int:

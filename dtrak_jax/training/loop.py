@@ -282,10 +282,15 @@ def _state_maker(
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """A jitted function that makes the first state, and where that is on the mesh."""
     first = functools.partial(_first_state, init, config)
-    specs = REPLICATED
-    if config.fsdp:
-        specs = fsdp.shard_specs(jax.eval_shape(first), mesh.size)
+    specs = state_specs(config, jax.eval_shape(first), mesh)
     return jax.jit(first, out_shardings=_over(mesh, specs)), specs
+
+
+def state_specs(
+    config: TrainConfig, state: TrainState, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Where a state is on the mesh."""
+    return fsdp.shard_specs(state, mesh.size) if config.fsdp else REPLICATED
 
 
 def _over(mesh: jax.sharding.Mesh, specs):

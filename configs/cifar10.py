@@ -1,0 +1,88 @@
+"""CIFAR-10: all 50,000 training images, as in the D-TRAK paper.
+
+    dtrak-jax run configs/cifar10.py --workdir runs/cifar10
+
+Hardware and time: not run yet at full size. The model has 38,307,203 parameters, so
+one gradient is 153 MB; lower `features.batch_size` where memory is short.
+
+To expect, from the notebooks of github.com/sail-sg/D-TRAK: LDS in percent, as mean and
+standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
+best damping for each figure.
+
+             validation    generated
+    TRAK     13.62±0.38    10.33±0.42
+    D-TRAK   20.56±0.42    16.11±0.36
+
+`attribution.damping` is the paper's lambda=5,000 in this project's units, which is the
+best for D-TRAK. The kernel is 32,768 x 32,768 here; its eigenvectors take 32 GiB of
+the host's memory.
+
+What differs from the paper's code:
+- Validation images are a stratified draw by this project's own hash. Subsets, initial
+  parameters, batches and noise come from other random numbers as well.
+- A model on half of the images takes half of the steps, 39,100; the paper's takes
+  39,200, since its epochs are rounded up to whole batches.
+- The projection to k=32,768 dimensions is a sketch, which keeps inner products as well
+  as the paper's dense Gaussian one (`--features.projection gaussian`) does in a
+  thousandth of its arithmetic. It is scaled by 1/sqrt(k), so lambda here is the paper's
+  over k.
+- Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to
+  about lambda=1,000, so there this project's scores differ, and should be better.
+- Gradients and projections are float32, not rounded to float16, and do not depend on
+  the type of GPU.
+- The bugs of the published scripts and notebooks are not reproduced, but for one: with
+  `features.noise="reference"` images in the same slot of a batch share their noise,
+  which the published figures contain.
+"""
+
+from dtrak_jax.config import (
+    AttributionConfig,
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            source="tfds",
+            name="cifar10",
+            flip=True,
+            train=50000,
+            validation=1000,
+        ),
+        model=ModelConfig(
+            sample_size=32,
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=(
+                "DownBlock2D",
+                "AttnDownBlock2D",
+                "DownBlock2D",
+                "DownBlock2D",
+            ),
+            up_block_types=(
+                "UpBlock2D",
+                "UpBlock2D",
+                "AttnUpBlock2D",
+                "UpBlock2D",
+            ),
+            attention_head_dim=None,
+            resnet_time_scale_shift="scale_shift",
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            downsample_padding=0,
+            norm_eps=1e-6,
+            dropout=0.1,
+        ),
+        # 200 epochs.
+        train=TrainConfig(steps=78200, batch_size=128, learning_rate=1e-4),
+        sample=SampleConfig(count=1000, sampler="ddim", steps=50, eta=0.0),
+        features=FeaturesConfig.reference(
+            noise_batch=52, projection="sketch", batch_size=25
+        ),
+        attribution=AttributionConfig(damping=5000 / 32768, absolute=True),
+    )
