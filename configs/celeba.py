@@ -2,8 +2,25 @@
 
     dtrak-jax run configs/celeba.py --workdir runs/celeba
 
-Hardware and time: not run yet at full size. The model has 118,795,011 parameters, so
-one gradient is 475 MB; lower `features.batch_size` where memory is short.
+Hardware and time: not run yet at full size. Planned, not measured, for TPU v5e; what
+other chips and whole slices take says
+
+    dtrak-jax plan configs/celeba.py --topology v5e:4x4
+
+The model has 118,795,011 parameters, so one gradient is 475 MB; the gradients of both
+measurements take 147 Gflop a noised image. The arithmetic alone, at a chip's 197
+Tflop/s, is 0.13 chip-hours of training, 0.15 of gradients, 12 of retraining 192 models
+and 48 of measuring 2,000 queries under them at 1,000 timesteps; memory is several times
+slower. On disk: checkpoints 5.7 GB, features 1.8 GB, the ensemble 91 GB.
+
+The project's own features, with common noise, kept apart at ten timesteps, a tenth of
+the gradients:
+
+    --features.noise common --features.per-timestep --features.timesteps 10
+    --features.dim 4096 --features.batch-size 8
+
+Two batches of those take 15 GB, so a v5e has room for one measurement only; smaller
+batches than 8 take 28% more arithmetic there, since XLA cuts up the images of few.
 
 To expect, from the notebooks of github.com/sail-sg/D-TRAK: LDS in percent, as mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
@@ -19,9 +36,9 @@ best for D-TRAK.
 What differs from the paper's code:
 - Which images are drawn: a draw by this project's own hash. Subsets, initial
   parameters, batches and noise come from other random numbers as well.
-- The projection to k=32,768 dimensions is a sketch, which keeps inner products as well
-  as the paper's dense Gaussian one (`--features.projection gaussian`) does in a
-  thousandth of its arithmetic. It is scaled by 1/sqrt(k), so lambda here is the paper's
+- The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
+  (`--features.projection gaussian`) takes as much arithmetic as all gradients, and its
+  random numbers more. It keeps the size of gradients, so lambda here is the paper's
   over k.
 - Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to
   about lambda=100, so there this project's scores differ, and should be better.
@@ -85,7 +102,7 @@ def get_config() -> Config:
         train=TrainConfig(steps=8000, batch_size=128, learning_rate=1e-4),
         sample=SampleConfig(count=1000, sampler="ddim", steps=50, eta=0.0),
         features=FeaturesConfig.reference(
-            noise_batch=16, projection="sketch", batch_size=10
+            noise_batch=16, projection="sketch", batch_size=20
         ),
         attribution=AttributionConfig(damping=500 / 32768, absolute=True),
     )
