@@ -49,54 +49,21 @@ What differs from the paper's code:
   which the published figures contain.
 """
 
-from dtrak_jax.config import (
-    AttributionConfig,
-    Config,
-    DataConfig,
-    FeaturesConfig,
-    ModelConfig,
-    SampleConfig,
-    TrainConfig,
-)
+import dataclasses
+import runpy
+from pathlib import Path
+
+from dtrak_jax.config import AttributionConfig, Config
+
+HERE = Path(__file__).parent
 
 
 def get_config() -> Config:
-    return Config(
-        data=DataConfig(
-            source="tfds",
-            name="cifar10",
-            flip=True,
-            train=50000,
-            validation=1000,
-        ),
-        model=ModelConfig(
-            sample_size=32,
-            block_out_channels=(128, 256, 256, 256),
-            down_block_types=(
-                "DownBlock2D",
-                "AttnDownBlock2D",
-                "DownBlock2D",
-                "DownBlock2D",
-            ),
-            up_block_types=(
-                "UpBlock2D",
-                "UpBlock2D",
-                "AttnUpBlock2D",
-                "UpBlock2D",
-            ),
-            attention_head_dim=None,
-            resnet_time_scale_shift="scale_shift",
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            downsample_padding=0,
-            norm_eps=1e-6,
-            dropout=0.1,
-        ),
+    cifar2 = runpy.run_path(str(HERE / "cifar2.py"))["get_config"]()
+    return dataclasses.replace(
+        cifar2,
+        data=dataclasses.replace(cifar2.data, labels=(), train=50000),
         # 200 epochs.
-        train=TrainConfig(steps=78200, batch_size=128, learning_rate=1e-4),
-        sample=SampleConfig(count=1000, sampler="ddim", steps=50, eta=0.0),
-        features=FeaturesConfig.reference(
-            noise_batch=52, projection="sketch", batch_size=50
-        ),
+        train=dataclasses.replace(cifar2.train, steps=78200),
         attribution=AttributionConfig(damping=5000 / 32768, absolute=True),
     )
