@@ -106,6 +106,8 @@ class Launcher:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell cannot hear what is ignored where it begins, as in a background job.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script, *arguments, **settings):
