@@ -99,15 +99,15 @@ class Launcher:
 
     def start(self, script, *arguments, **settings):
         return subprocess.Popen(
-            ["bash", str(self.project / "launch" / script), *arguments],
+            # A shell cannot hear what is ignored where it begins, as in a background job.
+            ["env", "--default-signal=INT", "bash"]
+            + [str(self.project / "launch" / script), *arguments],
             env=self.environment | settings,
             cwd=self.project,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A shell cannot hear what is ignored where it begins, as in a background job.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script, *arguments, **settings):
