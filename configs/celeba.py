@@ -37,9 +37,9 @@ What differs from the paper's code:
 - Which images are drawn: a draw by this project's own hash. Subsets, initial
   parameters, batches and noise come from other random numbers as well.
 - The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
-  (`--features.projection gaussian`) takes as much arithmetic as all gradients, and its
-  random numbers more. It keeps the size of gradients, so lambda here is the paper's
-  over k.
+  (`--features.projection gaussian`) takes 70 times the arithmetic of CIFAR-2's
+  gradients, as planned for a TPU, nearly all for random numbers. The sketch keeps the
+  size of gradients, so lambda here is the paper's over k.
 - Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to
   about lambda=100, so there this project's scores differ, and should be better.
 - Gradients and projections are float32, not rounded to float16, and do not depend on
