@@ -1,14 +1,25 @@
 """One process of eight virtual CPU devices, and the small parts that tests share."""
 
+import atexit
 import io
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before anything computes: JAX reads these when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers and processes that tests start inherit it, and compile once for all.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+        prefix="dtrak-jax-tests-"
+    )
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 
 import fake_gcs
 import fsspec.config
