@@ -4,6 +4,7 @@ import atexit
 import io
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -29,8 +30,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtrak_jax import models
+from dtrak_jax import files, models, pipeline
 from dtrak_jax.config import ModelConfig
+from dtrak_jax.features import Features
 
 TINY = ModelConfig(
     sample_size=8,
@@ -61,6 +63,32 @@ def apply(params, x, t, cond):
 def train_apply(params, x, t, cond, key):
     """The same in training."""
     return apply(params, x, t, cond)
+
+
+def free_port():
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def losses(directory):
+    """(step, loss) of every line of metrics.jsonl."""
+    lines = files.read_json_lines(directory / "metrics.jsonl")
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def run_arrays(config, workdir):
+    """Every array that a run of all stages ends with."""
+    found = {"params": pipeline.load_params(config, workdir)}
+    for path in sorted(workdir.glob("*/*.npz")) + [workdir / "splits.npz"]:
+        found[path.name] = files.read_npz(path)
+    for name in ("train", "validation", "generated"):
+        for measurement in ("square", "loss"):
+            features = Features.load(workdir / "features" / name, measurement)
+            found[name, measurement] = np.asarray(features)
+            found[name, measurement, "norms"] = features.squared_norms
+    return found | {"losses": losses(workdir)}
 
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import losses
 
-from dtrak_jax import diffusion, files, parallel, training
+from dtrak_jax import diffusion, parallel, training
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.parallel import P
 from dtrak_jax.training import fsdp, loop
@@ -54,11 +55,6 @@ def apply(params, x, t, cond, key):
 
 def run(images, directory, config):
     return training.train(init, apply, SCHEDULE, images, config, directory)
-
-
-def losses(directory):
-    lines = files.read_json_lines(directory / "metrics.jsonl")
-    return np.array([(line["step"], line["loss"]) for line in lines])
 
 
 def assert_close(a, b):

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import free_port
 
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
@@ -143,9 +143,7 @@ def test_two_processes_share_the_products(tmp_path):
     """Three devices each, and columns left over; both get what one gets, to 2e-5."""
     phi, query = features(13, 101)
     np.savez(tmp_path / "given.npz", phi=phi, query=query)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     files = [tmp_path / "given.npz", *(tmp_path / f"{i}.npz" for i in range(2))]
     processes = [
         subprocess.Popen(

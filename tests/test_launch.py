@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
@@ -559,9 +559,7 @@ print(jax.process_index(), jax.process_count(), gpus, flush=True)
 """
     settings = SLURM_JOB | give_uv(launcher, program)
     settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        settings["JAX_COORDINATOR_PORT"] = str(free.getsockname()[1])
+    settings["JAX_COORDINATOR_PORT"] = str(free_port())
     process = launcher.run("gpu.sbatch", *JOB, **settings)
     assert process.returncode == 0, process.error
     lines = sorted(process.out.splitlines())

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS, digits_command, init
+from conftest import DIGITS, digits_command, free_port, init, run_arrays
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, files, models, parallel, pipeline
+from dtrak_jax import cli, files, models, parallel
 
 TESTS = Path(__file__).parent
 FLAGS = {
@@ -82,9 +81,6 @@ def start(tmp_path_factory):
 
     def start(count, workdir, *stages, full_disk=False, **changes):
         _, *line = digits_command("", workdir, FLAGS, changes)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         environment = os.environ | {
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -95,7 +91,7 @@ def start(tmp_path_factory):
         if count > 1:
             environment |= {
                 "DTRAK_DISTRIBUTED": "1",
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                 "JAX_NUM_PROCESSES": str(count),
             }
         processes = []
@@ -171,18 +167,9 @@ def artefacts(workdir):
     _, config, _ = cli.parse(digits_command("run", workdir, FLAGS, {}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "init_fn", lambda model: init)
-        found = {"params": pipeline.load_params(config, workdir)}
-    for path in sorted(workdir.glob("*/*.npz")) + [workdir / "splits.npz"]:
-        found[path.name] = files.read_npz(path)
-    for name in ("train", "validation", "generated"):
-        for measurement in ("square", "loss"):
-            features = dtrak.Features.load(workdir / "features" / name, measurement)
-            found[name, measurement] = np.asarray(features)
-            found[name, measurement, "norms"] = features.squared_norms
+        found = run_arrays(config, workdir)
     for path in [*workdir.glob("*.json"), workdir / "features" / "distortion.json"]:
         found[path.name] = files.read_json(path)
-    lines = files.read_json_lines(workdir / "metrics.jsonl")
-    found["losses"] = [(line["step"], line["loss"]) for line in lines]
     return found
 
 

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import DIGITS, digits_command
+from conftest import DIGITS, digits_command, run_arrays
 
 import dtrak_jax as dtrak
 from dtrak_jax import cli, files, pipeline, training
@@ -86,17 +86,7 @@ def kill_when(process, ready):
 def arrays(workdir):
     """Every array that the run directory ends with."""
     _, config, _ = cli.parse(command("run", workdir))
-    found = {"params": pipeline.load_params(config, workdir)}
-    for path in sorted(workdir.glob("*/*.npz")) + [workdir / "splits.npz"]:
-        found[path.name] = files.read_npz(path)
-    for name in ("train", "validation", "generated"):
-        for measurement in ("square", "loss"):
-            features = dtrak.Features.load(workdir / "features" / name, measurement)
-            found[name, measurement] = np.asarray(features)
-            found[name, measurement, "norms"] = features.squared_norms
-    rows = files.read_json_lines(workdir / "metrics.jsonl")
-    found["losses"] = [(row["step"], row["loss"]) for row in rows]
-    return found
+    return run_arrays(config, workdir)
 
 
 def test_killed_in_train_and_in_featurize_it_ends_the_same(start, whole, tmp_path):

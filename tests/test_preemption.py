@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
-from conftest import digits_command
+from conftest import digits_command, free_port, losses
 
 from dtrak_jax import cli, files, pipeline
 from dtrak_jax.evaluation import stages
@@ -31,21 +30,14 @@ FLAGS = {
 }
 
 
-def start(line, cache):
+def start(line):
     """Two processes of one device each that share the work."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     ours = os.environ | {
         "DTRAK_DISTRIBUTED": "1",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_NUM_CPU_DEVICES": "1",
-        # A command that is given again need not compile again.
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    ours.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     return [
         subprocess.Popen(
             [sys.executable, "-m", "dtrak_jax", *line],
@@ -73,10 +65,9 @@ def wait_until(happened, processes):
         time.sleep(0.02)
 
 
-def losses(directory):
-    path = directory / "metrics.jsonl"
-    lines = files.read_json_lines(path) if path.exists() else []
-    return [(line["step"], line["loss"]) for line in lines]
+def lines(directory):
+    """How many steps metrics.jsonl tells of so far."""
+    return len(losses(directory)) if (directory / "metrics.jsonl").exists() else 0
 
 
 def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch):
@@ -84,16 +75,16 @@ def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch):
     changes = {"train__steps": "60"}
     line = digits_command("train", tmp_path / "two", FLAGS, changes)
     for sent, reached in ((signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])):
-        before = len(losses(tmp_path / "two"))
-        processes = start(line, tmp_path / "cache")
-        wait_until(lambda b=before: len(losses(tmp_path / "two")) >= b + 3, processes)
+        before = lines(tmp_path / "two")
+        processes = start(line)
+        wait_until(lambda b=before: lines(tmp_path / "two") >= b + 3, processes)
         for i in reached:
             processes[i].send_signal(sent)
         said = end(processes, 130)
         steps = [re.search(r"stopped after step (\d+) of 60", text)[1] for text in said]
         assert steps[0] == steps[1]
         assert (tmp_path / "two" / "checkpoints" / steps[0]).exists()
-    end(start(line, tmp_path / "cache"), 0)
+    end(start(line), 0)
 
     # The same devices in one process, and no signal.
     two = jax.devices()[:2]
@@ -125,7 +116,7 @@ def test_retraining_stops_wherever_each_process_is(tmp_path):
     def at(member):
         return ensemble._latest_step(members / member)
 
-    processes = start(retrain(1), tmp_path / "cache")
+    processes = start(retrain(1))
     wait_until(lambda: at("0000-0"), processes)
     processes[1].send_signal(signal.SIGTERM)
     said = end(processes, 130)
@@ -133,14 +124,14 @@ def test_retraining_stops_wherever_each_process_is(tmp_path):
     assert f"step {at('0000-0')} of {steps} of 0000-0 saved; the same" in said[0]
     assert "stopped with 0 of 0 models trained; the same command" in said[1]
 
-    processes = start(retrain(2), tmp_path / "cache")
+    processes = start(retrain(2))
     wait_until(lambda: at("0001-0"), processes)
     processes[0].send_signal(signal.SIGTERM)
     said = end(processes, 130)
     assert 0 < at("0001-0") < steps
     assert f"step {at('0001-0')} of {steps} of 0001-0 saved; the same" in said[1]
 
-    end(start(retrain(2), tmp_path / "cache"), 0)
+    end(start(retrain(2)), 0)
     stages.run("retrain", cli.parse(retrain(2, "one"))[1], tmp_path / "one")
     for member in ("0000-0", "0001-0"):
         one, two = (

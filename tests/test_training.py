@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init, train_apply
+from conftest import init, losses, train_apply
 
-from dtrak_jax import diffusion, files, training
+from dtrak_jax import diffusion, training
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.training import loop
 
@@ -31,11 +31,6 @@ def run(images, directory, config=CONFIG, **options):
     return training.train(
         init, train_apply, SCHEDULE, images, config, directory, **options
     )
-
-
-def losses(directory):
-    lines = files.read_json_lines(directory / "metrics.jsonl")
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def assert_same(a, b):

@@ -47,6 +47,11 @@ def subset_masks(config: Config, splits: data.Splits) -> np.ndarray:
     )
 
 
+def member_steps(config: Config) -> int:
+    """Of training on a subset: as many epochs as on everything."""
+    return max(1, round(config.ensemble.fraction * config.train.steps))
+
+
 def retrain(config: Config, workdir: epath.Path) -> None:
     """Trains the ensemble, or continues or extends it, and measures its losses."""
     settings = config.ensemble
@@ -72,8 +77,7 @@ def retrain(config: Config, workdir: epath.Path) -> None:
 
     everything = np.arange(len(splits.train.ids))
     ensemble = members(config, splits)
-    steps = max(1, round(settings.fraction * config.train.steps))
-    train_config = train(ensemble, steps, "retrain")
+    train_config = train(ensemble, member_steps(config), "retrain")
     others = [
         training.Member(name, everything, seed)
         for seed, name in enumerate(scoring.model_names(config))

@@ -101,7 +101,8 @@ def featurize(
         "pairs": pairs,
         "rows_per_chunk": rows_per_chunk(kernels, k, slots),
     } | hashes
-    if store is None:
+    in_memory = store is None
+    if in_memory:
         target = Store.in_memory(metadata)
     else:
         target = Store.open_or_create(store, metadata)
@@ -111,12 +112,7 @@ def featurize(
         _start_chunk, task, projection, mesh, params, folds, slots, copies
     )
     words = id_words(ids)
-    mine = target.missing_chunks()
-    if store is not None:
-        # Only what goes to disk is there for the other processes to read; and none
-        # may start before all have seen the same chunks missing.
-        parallel.wait_for_all(f"share out {store}")
-        mine = mine[jax.process_index() :: jax.process_count()]
+    mine = target.missing_chunks() if in_memory else target.my_missing_chunks(store)
     left = sum(chunk.stop - chunk.start for chunk in mine)
     with tqdm(
         total=len(ids),
@@ -149,7 +145,7 @@ def featurize(
             before = chunk, started
         if before:
             finish(*before)
-    if store is not None:
+    if not in_memory:
         parallel.wait_for_all(f"finish {store}")
     features = {name: target.features(name) for name in task.measurements}
     if isinstance(task.measurement, tuple):

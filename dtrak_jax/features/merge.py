@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -43,9 +42,7 @@ def merge(
     names = metadata["fingerprint"]["measurements"]
     parts = [{name: source.features(name) for name in names} for source in sources]
     target = Store.open_or_create(into, metadata)
-    missing = target.missing_chunks()
-    parallel.wait_for_all(f"share out {into}")
-    mine = missing[jax.process_index() :: jax.process_count()]
+    mine = target.my_missing_chunks(into)
     for chunk in tqdm(mine, "merge", unit="chunk", disable=None):
         target.write(chunk, *_rows(parts, chunk))
     parallel.wait_for_all(f"finish {into}")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
@@ -219,6 +220,16 @@ class Store:
                 "All before them are safe; free space or mend the permissions, then "
                 "rerun to continue."
             ) from error
+
+    def my_missing_chunks(self, name: str) -> list[slice]:
+        """Those that this process is to write; all must call it, with the same name.
+
+        The other processes read from the disk what this one writes. None may start
+        before all have seen the same chunks missing.
+        """
+        missing = self.missing_chunks()
+        parallel.wait_for_all(f"share out {name}")
+        return missing[jax.process_index() :: jax.process_count()]
 
     def features(self, measurement: str) -> Features:
         """The finished features of one measurement.

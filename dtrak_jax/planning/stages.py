@@ -13,6 +13,7 @@ from dtrak_jax.attribution import solver
 from dtrak_jax.config import KERNELS, Config
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.evaluation import outputs
+from dtrak_jax.evaluation.ensemble import member_steps
 from dtrak_jax.features import gradients
 from dtrak_jax.features import loop as features
 from dtrak_jax.features.factorized import channel_folds
@@ -108,8 +109,7 @@ class _Plan:
 
     @functools.cached_property
     def member_config(self):
-        fraction, train = self.config.ensemble.fraction, self.config.train
-        return dataclasses.replace(train, steps=max(1, round(fraction * train.steps)))
+        return dataclasses.replace(self.config.train, steps=member_steps(self.config))
 
     def mine(self, count: int) -> int:
         """The largest share of a process."""
