@@ -109,6 +109,35 @@ def test_collectives_in_loops_are_counted_for_every_trip():
     assert found == {"all-reduce": [7, 7 * 4 * N * N]}
 
 
+def test_what_was_compiled_is_found_again_for_any_host(tmp_path, monkeypatch):
+    """And not for other programs, or other arrangements of devices."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compiled = collections.Counter()
+    account = planning.costs._account
+
+    def counting(lowered):
+        compiled["all"] += 1
+        return account(lowered)
+
+    monkeypatch.setattr(planning.costs, "_account", counting)
+
+    def found(devices, factor=2.0):
+        mesh = parallel.mesh(devices)
+        function = over_mesh(lambda a: factor * a, mesh, P("data"), P("data"))
+        return cost(Program(function, (square(N),), mesh)), compiled["all"]
+
+    try:
+        devices = jax.devices()
+        first, count = found(devices[:4])
+        assert found(devices[4:]) == (first, count) == (first, 1)
+        assert found(devices[:4], factor=3.0)[1] == 2
+        assert found(devices)[1] == 3
+        assert found(devices[:4][::-1])[1] == 4
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def test_a_loop_of_unknown_length_is_refused():
     def program(a):
         return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: c + 1, a)

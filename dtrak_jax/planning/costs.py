@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jax.extend import core
 from jax.extend.core import primitives
@@ -142,9 +143,8 @@ def _compiled(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
     devices that are not there.
     """
     lowered = traced.lower()
-    devices = mesh.devices.flat
     versions = [v for d in DISTRIBUTIONS if (v := _version(d))]
-    about = (devices[0].device_kind, [d.id for d in devices], versions)
+    about = (mesh.devices.flat[0].device_kind, _places(mesh), versions)
     key = hashlib.sha256(f"{about} {lowered.as_text()}".encode()).hexdigest()
     folder = jax.config.jax_compilation_cache_dir
     path = epath.Path(folder) / f"plan-{key}.json" if folder else None
@@ -154,6 +154,12 @@ def _compiled(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
     if path:
         files.write_json(path, found._asdict())
     return found
+
+
+def _places(mesh: jax.sharding.Mesh) -> list[tuple[int, ...]]:
+    """Where the devices are, seen from the first: alike for a host of any slice."""
+    places = [getattr(d, "coords", (d.id,)) for d in mesh.devices.flat]
+    return [tuple(np.subtract(place, places[0]).tolist()) for place in places]
 
 
 def _version(distribution: str) -> str | None:
