@@ -29,10 +29,6 @@ TINY = ModelConfig(
     norm_num_groups=2,
     dropout=0.5,
 )
-# Slower code, compiled in half the time.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def write_golden(path, folder, config=None, tensors=None):
@@ -81,7 +77,7 @@ def test_equals_diffusers(path, tmp_path):
         for name in ("x", "weights")
     )
 
-    @quick_jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(params):
         t = jnp.asarray(golden["t"], jnp.int32)
@@ -173,8 +169,8 @@ def test_gradients_of_single_examples(unet):
         check_vma=False,
     )
     split = jax.device_put((x, t), jax.NamedSharding(mesh, data))
-    found = quick_jit(many)(params, *split)
-    one = quick_jit(grad)
+    found = jax.jit(many)(params, *split)
+    one = jax.jit(grad)
     loop = [one(params, x[i], t[i]) for i in range(len(x))]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
     jax.tree.map(
@@ -186,10 +182,10 @@ def test_gradients_of_single_examples(unet):
 
 def test_dropout_only_in_training(unet):
     model, params, x, t = unet
-    train = quick_jit(models.train_apply_fn(model))
-    plain = quick_jit(models.apply_fn(model))(params, x, t, None)
+    train = jax.jit(models.train_apply_fn(model))
+    plain = jax.jit(models.apply_fn(model))(params, x, t, None)
     without = models.build(dataclasses.replace(TINY, dropout=0.0))
-    expected = quick_jit(models.apply_fn(without))(params, x, t, None)
+    expected = jax.jit(models.apply_fn(without))(params, x, t, None)
     np.testing.assert_array_equal(plain, expected)
     first, second, again = (
         train(params, x, t, None, jax.random.key(seed)) for seed in (0, 1, 0)

@@ -62,8 +62,6 @@ for stage in sys.argv[1].split(","):
 """Stages one after the other, so that a process starts and compiles once for all; of a
 network that compiles fast."""
 
-COMPILE_FAST = "--xla_backend_optimization_level=0"
-COMPILE_FAST += " --xla_llvm_disable_expensive_passes=true"
 FULL = 4000
 """Bytes of the longest file on a full disk: less than a chunk of a store."""
 SOON = 15
@@ -85,7 +83,6 @@ def start(tmp_path_factory):
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": COMPILE_FAST,
             "PYTHONPATH": os.pathsep.join(map(str, (DIGITS.parent.parent, TESTS))),
         }
         if count > 1:
