@@ -18,6 +18,7 @@ from dtrak_jax import diffusion, parallel, training
 from dtrak_jax.attribution import solver
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.features import gradients
+from dtrak_jax.planning.costs import Program, cost
 from dtrak_jax.training import Member
 
 SCHEDULE = dtrak.linear_schedule()
@@ -189,12 +190,27 @@ def test_memory_of_the_step(plain):
     )
 
 
-def compiled_projection(kind, p, k, n=8):
-    project = gradients.projection_function(
-        dtrak.Projection(kind, k), one_device_mesh()
-    )
+def projection_program(kind, p, k, n=8, measurements=("square",)):
+    mesh = one_device_mesh()
+    project = gradients.projection_function(dtrak.Projection(kind, k), mesh)
     part = jax.ShapeDtypeStruct((n, p // 4), np.float32)
-    return project.lower({"square": [part] * 4}).compile()
+    return Program(project, ({name: [part] * 4 for name in measurements},), mesh)
+
+
+def compiled_projection(*of):
+    program = projection_program(*of)
+    return program.function.lower(*program.arguments).compile()
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_a_dense_projection_is_drawn_once_for_all_measurements(kind):
+    """Another measurement takes its products more: 2 n operations an entry, and no draw."""
+    p, k, n = 100_000, 512, 3
+    one, two = (
+        cost(projection_program(kind, p, k, n, names)).flops
+        for names in (("square",), ("square", "loss"))
+    )
+    assert 2 * n * p * k < two - one < 1.2 * 2 * n * p * k
 
 
 def test_memory_of_the_sketch():

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.attribution import solver
@@ -94,7 +95,10 @@ def _solve(mesh, spread: jax.Array, phi, query, damping: float) -> np.ndarray:
     b = solver.inner_products(query, phi) if dual else query
     gain = 1 / damping if dual else 1 / (2 * damping**0.5)
     x, residual, worst = np.zeros_like(b), b, np.inf
-    for _ in range(ROUNDS):
+    rounds = tqdm(
+        range(ROUNDS), "conjugate gradients", unit="round", disable=None, delay=2
+    )
+    for _ in rounds:
         norms = np.linalg.norm(residual, axis=1, keepdims=True)
         right = np.divide(residual, norms, out=np.zeros_like(b), where=norms > 0)
         # Hosts may round differently, and must not go different ways.
@@ -109,6 +113,7 @@ def _solve(mesh, spread: jax.Array, phi, query, damping: float) -> np.ndarray:
         error, size = (np.linalg.norm(rows, axis=1) for rows in (gain * residual, tau))
         before, worst = worst, np.max(np.divide(error, size, out=error, where=size > 0))
         worst = float(multihost_utils.broadcast_one_to_all(np.float32(worst)))
+        rounds.set_postfix(error=worst)
         if worst <= TOLERANCE:
             return tau
         if not worst < before / 2:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrak_jax.config import DENSE
 from dtrak_jax.features.convolutions import kernel_gradients_as_products
-from dtrak_jax.features.projection import Projection, project
+from dtrak_jax.features.projection import Projection, project_each
 from dtrak_jax.features.task import Task
 from dtrak_jax.layers import Fold, Sketch, Watch, watching
 from dtrak_jax.models.linen import marking_layers
@@ -116,10 +116,9 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
         return sum(jnp.sum(part**2, axis=1) for part in parts)
 
     def per_device(gradients):
-        features = {
-            name: project(projection, parts, "proj" if shared else None)
-            for name, parts in gradients.items()
-        }
+        axis = "proj" if shared else None
+        projected = project_each(projection, list(gradients.values()), axis)
+        features = dict(zip(gradients, projected, strict=True))
         return features, {name: squared_norms(g) for name, g in gradients.items()}
 
     features = P("data", "proj") if shared else EXAMPLES

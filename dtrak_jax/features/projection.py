@@ -65,12 +65,22 @@ def project(
         at its own columns [D n, k / D].
     """
     parts = [gradients] if hasattr(gradients, "shape") else list(gradients)
+    return project_each(projection, [parts], axis)[0]
+
+
+def project_each(
+    projection: Projection, gradients: Sequence[list], axis: str | None = None
+) -> list[jax.Array]:
+    """`project` for the parts of several gradients of the same shapes.
+
+    A dense projection, most of whose work are its random numbers, is drawn once for all.
+    """
     key = stream(projection.seed, projection.kind)
-    if projection.kind in ("sketch", "factorized"):
-        return _sketch(projection, key, parts)
+    if projection.kind in DENSE:
+        return _dense(projection, key, gradients, axis)
     if projection.kind == "none":
-        return jnp.concatenate(parts, axis=1)
-    return _dense(projection, key, parts, axis)
+        return [jnp.concatenate(parts, axis=1) for parts in gradients]
+    return [_sketch(projection, key, parts) for parts in gradients]
 
 
 def _sketch(projection: Projection, key: jax.Array, parts: list) -> jax.Array:
@@ -134,15 +144,15 @@ def _add_rows(
 
 
 def _dense(
-    projection: Projection, key: jax.Array, parts: list, axis: str | None
-) -> jax.Array:
-    """G R / sqrt(k), a tile of R's rows at a time; of its own columns if shared.
+    projection: Projection, key: jax.Array, gradients: Sequence[list], axis: str | None
+) -> list[jax.Array]:
+    """G R / sqrt(k) of each G, a tile of R's rows at a time; own columns if shared.
 
     R is made anew for every batch. So devices that share its columns exchange their
     gradients, a tile at a time, and each makes its own columns alone.
     """
-    n, k = len(parts[0]), projection.dim
-    p = sum(part.shape[1] for part in parts)
+    n, k = len(gradients[0][0]), projection.dim
+    p = sum(part.shape[1] for part in gradients[0])
     devices, device = 1, 0
     if axis is not None:
         devices, device = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
@@ -150,7 +160,7 @@ def _dense(
     rows = max(1, min(p, TILE_ENTRIES // width))
     tiles = -(-p // rows)
     filling = jnp.zeros((n, tiles * rows - p), jnp.float32)
-    laid_out = jnp.concatenate([*parts, filling], axis=1)
+    laid_out = [jnp.concatenate([*parts, filling], axis=1) for parts in gradients]
     entries = {"rademacher": _signs_of, "gaussian": _normals_of}[projection.kind]
     per_word = DENSE[projection.kind]
     words = device * (width // per_word) + jnp.arange(-(-width // per_word))
@@ -158,15 +168,18 @@ def _dense(
     def add_tile(total, tile):
         start = tile * rows
         matrix = entries(_random_words(key, start + jnp.arange(rows), words))
-        part = jax.lax.dynamic_slice_in_dim(laid_out, start, rows, axis=1)
+        part = jnp.concatenate(
+            [jax.lax.dynamic_slice_in_dim(g, start, rows, axis=1) for g in laid_out]
+        )
         if axis is not None:
             part = jax.lax.all_gather(part, axis, tiled=True)
         product = jnp.matmul(part, matrix[:, :width], precision="highest")
         return total + product, None
 
-    total = jnp.zeros((n * devices, width))
+    total = jnp.zeros((devices * len(gradients) * n, width))
     total = jax.lax.scan(add_tile, total, jnp.arange(tiles))[0]
-    return total / jnp.sqrt(jnp.float32(k))
+    features = (total / jnp.sqrt(jnp.float32(k))).reshape(devices, -1, n, width)
+    return [features[:, i].reshape(-1, width) for i in range(len(gradients))]
 
 
 def _random_words(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
