@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         use_cores(os.cpu_count() if stage in evaluation.STAGES else MOST_CORES)
         keep_compilations()
         if stage == "plan":
-            planning.run(config, options.topology, options.output)
+            stages = options.stages.split(",") if options.stages else ()
+            planning.run(config, options.topology, stages, options.output)
             return
         runner = evaluation if stage in evaluation.STAGES else pipeline
         workdir = runner.run(stage, config, options.workdir)
@@ -130,19 +131,24 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
         "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
     )
     parser.add_argument("--topology", help="what to plan for; the devices at hand")
+    parser.add_argument("--stages", help="what to plan, such as train,featurize; all")
     parser.add_argument("--output", metavar="FILE", help="the plan as JSON")
     known, flags = parser.parse_known_args(arguments)
     default, planned = load_config(known.config), known.command == "plan"
     config = tyro.cli(
         Config,
         prog=f"dtrak-jax {known.command} {known.config} "
-        + ("[--topology T] [--output FILE]" if planned else "--workdir DIR"),
+        + (
+            "[--topology T] [--stages S] [--output FILE]"
+            if planned
+            else "--workdir DIR"
+        ),
         default=default,
         args=flags,
         description=f"{COMMANDS[known.command].capitalize()}.",
     )
-    if not planned and (known.topology or known.output):
-        parser.error("--topology and --output are for `dtrak-jax plan`.")
+    if not planned and (known.topology or known.stages or known.output):
+        parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")
     if not planned and not known.workdir:
         parser.error("--workdir is missing: name a folder for the results.")
     return known.command, config, known

@@ -362,6 +362,15 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert len(useful) == 3 and all(0.3 < share < 1.2 for share in useful)
 
 
+def test_some_stages(tmp_path):
+    topology = planning.find(None)
+    config = tiny_config(tmp_path)
+    rows = planning.plan(config, topology, ["attribute"])
+    assert [row.stage for row in rows] == ["attribute"]
+    with pytest.raises(ValueError, match="--stages is 'featurise'.*'featurize'"):
+        planning.plan(config, topology, ["train", "featurise"])
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x3", "v5e:2x4x4"])
 def test_unknown_topology(name):
     with pytest.raises(ValueError, match=f"--topology is '{name}'.*v5e:2x4 to 16x16"):
@@ -378,7 +387,7 @@ def test_without_libtpu_the_extra_is_named(monkeypatch, capsys):
 
 def test_flags_of_a_plan_are_refused_elsewhere(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main([*digits_command("run", tmp_path, {}, {}), "--topology", "v5e:2x4"])
+        cli.main([*digits_command("run", tmp_path, {}, {}), "--stages", "train"])
     assert "for `dtrak-jax plan`" in capsys.readouterr().err
 
 

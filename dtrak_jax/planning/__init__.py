@@ -1,10 +1,12 @@
 """What a run takes on devices that need not be there: `dtrak-jax plan`."""
 
+from collections.abc import Collection
+
 from etils import epath
 from tqdm import tqdm
 
 from dtrak_jax import files
-from dtrak_jax.config import Config, flatten
+from dtrak_jax.config import Config, flatten, one_of
 from dtrak_jax.planning.costs import Cost, Program, cost
 from dtrak_jax.planning.stages import Stage, stages_of
 from dtrak_jax.planning.table import Row, as_text
@@ -13,10 +15,15 @@ from dtrak_jax.planning.topology import Chip, Topology, find
 __all__ = ["Row", "Topology", "as_text", "find", "plan", "run"]
 
 
-def run(config: Config, name: str | None, output: epath.PathLike | None) -> None:
+def run(
+    config: Config,
+    name: str | None = None,
+    stages: Collection[str] = (),
+    output: epath.PathLike | None = None,
+) -> None:
     """Prints a plan, and writes it as JSON where a path is given."""
     topology = find(name)
-    rows = plan(config, topology)
+    rows = plan(config, topology, stages)
     print(as_text(rows, topology))
     if output:
         described = {
@@ -30,7 +37,7 @@ def run(config: Config, name: str | None, output: epath.PathLike | None) -> None
         files.write_json(output, described)
 
 
-def plan(config: Config, topology: Topology) -> list[Row]:
+def plan(config: Config, topology: Topology, stages: Collection[str] = ()) -> list[Row]:
     """Compiles every stage's programs for the devices, and adds up what they take.
 
     Takes minutes for each program of a large network. Nothing runs, and no data is
@@ -39,11 +46,20 @@ def plan(config: Config, topology: Topology) -> list[Row]:
     Args:
       config: the run.
       topology: see `find`.
+      stages: of which a plan is wanted, such as "featurize"; all if there are none.
 
     Returns:
-      A row for each stage.
+      A row for each stage; three for featurize.
+
+    Raises:
+      ValueError: the run has no such stage.
     """
     planned = stages_of(config, topology)
+    if stages:
+        names = [stage.name.partition(" ")[0] for stage in planned]
+        for name in stages:
+            one_of("--stages", name, list(dict.fromkeys(names)))
+        planned = [s for s, name in zip(planned, names, strict=True) if name in stages]
     wanted: dict[int, Program] = {}
     for stage in planned:
         programs = [program for program, _ in stage.calls]
