@@ -2,25 +2,22 @@
 
     dtrak-jax run configs/celeba.py --workdir runs/celeba
 
-Hardware and time: not run yet at full size. Planned, not measured, for TPU v5e; what
-other chips and whole slices take says
+Hardware and time: not run yet at full size. Planned for 16 chips of TPU v5e, not
+measured: at a chip's peak rates 0.06 hours of training, 0.05 of gradients, 1.8 of
+retraining 192 models and 5.6 of measuring 2,000 queries under them at 1,000 timesteps.
+It takes 10 of a chip's 16 GiB. On disk: checkpoints 5.7 GB, features 1.8 GB, the ensemble
+91 GB (821 GB more pass through while members are trained). More in the README, and for
+other slices:
 
     dtrak-jax plan configs/celeba.py --topology v5e:4x4
 
-The model has 118,795,011 parameters, so one gradient is 475 MB; the gradients of both
-measurements take 147 Gflop a noised image. The arithmetic alone, at a chip's 197
-Tflop/s, is 0.13 chip-hours of training, 0.15 of gradients, 12 of retraining 192 models
-and 48 of measuring 2,000 queries under them at 1,000 timesteps; memory is several times
-slower. On disk: checkpoints 5.7 GB, features 1.8 GB, the ensemble 91 GB.
-
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients:
+the gradients, for one measurement only, as a v5e has no room for batches of two (leave
+out the last line on a chip of 32 GiB):
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 8
-
-Two batches of those take 15 GB, so a v5e has room for one measurement only; smaller
-batches than 8 take 28% more arithmetic there, since XLA cuts up the images of few.
+    --features.measurements square --attribution.methods dtrak
 
 To expect, from the notebooks of github.com/sail-sg/D-TRAK: LDS in percent, as mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
@@ -37,7 +34,7 @@ What differs from the paper's code:
 - Which images are drawn: a draw by this project's own hash. Subsets, initial
   parameters, batches and noise come from other random numbers as well.
 - The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
-  (`--features.projection gaussian`) takes 70 times the arithmetic of CIFAR-2's
+  (`--features.projection gaussian`) takes 33 times the arithmetic of CIFAR-2's
   gradients, as planned for a TPU, nearly all for random numbers. The sketch keeps the
   size of gradients, so lambda here is the paper's over k.
 - Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to

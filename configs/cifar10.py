@@ -2,19 +2,17 @@
 
     dtrak-jax run configs/cifar10.py --workdir runs/cifar10
 
-Hardware and time: not run yet at full size. Planned, not measured, for TPU v5e; what
-other chips and whole slices take says
+Hardware and time: not run yet at full size. Planned for 16 chips of TPU v5e, not
+measured: at a chip's peak rates 0.17 hours of training, 0.11 of gradients, 7.7 of
+retraining 192 models and 2.4 of measuring 2,000 queries under them at 1,000 timesteps.
+It takes 12 of a chip's 16 GiB. On disk: checkpoints 1.8 GB, features 13.6 GB, the
+ensemble 29 GB (264 GB more pass through while members are trained). More in the README,
+and for other slices:
 
     dtrak-jax plan configs/cifar10.py --topology v5e:4x4
 
-The model has 38,307,203 parameters, so one gradient is 153 MB; the gradients of both
-measurements take 58 Gflop a noised image. The arithmetic alone, at a chip's 197
-Tflop/s, is 0.5 chip-hours of training, 0.4 of gradients, 47 of retraining 192 models
-and 19 of measuring 2,000 queries under them at 1,000 timesteps; memory is several times
-slower. On disk: checkpoints 1.8 GB, features 13.6 GB, the ensemble 29 GB.
-
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients:
+the gradients, in 12 of 16 GiB:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 16
@@ -37,7 +35,7 @@ What differs from the paper's code:
 - A model on half of the images takes half of the steps, 39,100; the paper's takes
   39,200, since its epochs are rounded up to whole batches.
 - The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
-  (`--features.projection gaussian`) takes 70 times the arithmetic of CIFAR-2's
+  (`--features.projection gaussian`) takes 33 times the arithmetic of CIFAR-2's
   gradients, as planned for a TPU, nearly all for random numbers. The sketch keeps the
   size of gradients, so lambda here is the paper's over k.
 - Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to

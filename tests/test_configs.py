@@ -1,6 +1,8 @@
 """The paper's configurations: at full size in shape, and in small from end to end."""
 
+import ast
 import dataclasses
+import json
 import runpy
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from conftest import DIGITS
 
 from dtrak_jax import cli, files, models, planning
-from dtrak_jax.config import FeaturesConfig
+from dtrak_jax.config import FeaturesConfig, flatten
 from dtrak_jax.planning.stages import stages_of
 
 # From the paper's code: parameters, and steps of 200 epochs.
@@ -20,6 +22,7 @@ PAPER = {
 }
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
+PLANS = sorted((DIGITS.parent / "results" / "plans").glob("*.json"))
 SMALL = {
     "data.train": "6",
     "data.validation": "2",
@@ -42,6 +45,12 @@ def path(name):
 
 def config_of(name):
     return runpy.run_path(str(path(name)))["get_config"]()
+
+
+def common_flags(name):
+    """The flags of the project's own features, in the docstring of a config."""
+    lines = ast.get_docstring(ast.parse(path(name).read_text())).splitlines()
+    return " ".join(line for line in lines if line.startswith("    --")).split()
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -85,6 +94,31 @@ def test_one_step_at_full_size(name, apart):
         # Parameters, and the two moments of AdamW.
         numbers = sum(leaf.size for leaf in jax.tree.leaves(after))
         assert 3 * parameters < numbers < 3 * parameters + 10
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[plan.stem for plan in PLANS])
+def test_planned_is_what_the_configs_say(plan):
+    """Plans, compiled for hours, are of the settings as they are now, and all fit.
+
+    Gradients are nine tenths of the arithmetic or more, and nothing that grows with the
+    number of images is exchanged.
+    """
+    name, features, _ = plan.stem.split("_")
+    saved = files.read_json(plan)
+    flags = {"reference": [], "gaussian": ["--features.projection", "gaussian"]}
+    flags["common"] = common_flags(name)
+    config = cli.parse(["plan", str(path(name)), *flags[features]])[1]
+    settings = json.loads(json.dumps(flatten(config)))
+    assert saved["config"].items() <= settings.items()
+    for row in saved["stages"]:
+        assert row["fits"], row["stage"]
+        if row["stage"].startswith("featurize"):
+            assert not row["collectives"]
+            assert row["useful"] >= 0.9 or features == "gaussian"
+        if row["stage"] == "attribute":
+            ((kind, (count, size)),) = row["collectives"].items()
+            side = min(config.features.dim, config.data.train)
+            assert (kind, count, size) == ("all-reduce", 1, 4 * side**2)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,10 +1,14 @@
 """What the README shows works as it is shown."""
 
+import collections
 import re
 import runpy
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from dtrak_jax import files
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_your_own_model(capsys, tmp_path):
@@ -15,3 +19,24 @@ def test_your_own_model(capsys, tmp_path):
     runpy.run_path(str(tmp_path / "script.py"))
     printed = re.findall(r"'(\d+)'", capsys.readouterr().out)
     assert printed[::3] == ["0", "1", "2"]
+
+
+def test_plans():
+    """Every plan has its line in the table, with the figures that it has."""
+    shown = README.read_text()
+    for path in sorted((ROOT / "configs" / "results" / "plans").glob("*.json")):
+        plan = files.read_json(path)
+        name, features, _ = path.stem.split("_")
+        hours, useful = collections.Counter(), 0
+        for row in plan["stages"]:
+            hours[row["stage"].partition(" ")[0]] += row["seconds"] / 3600
+            useful = row["useful"] or useful
+        memory = max(row["memory"] for row in plan["stages"]) / 2**30
+        stages = ("train", "featurize", "retrain", "measure")
+        cells = [
+            *(name, features, plan["topology"]),
+            *(f"{memory:.1f}", f"{useful:.1%}".replace(".0", "")),
+            *(f"{hours[stage]:.2g}" if stage in hours else "" for stage in stages),
+        ]
+        line = "| " + " | ".join(cells) + " |"
+        assert " ".join(line.split()) in " ".join(shown.split()), line
