@@ -12,7 +12,7 @@ other slices:
     dtrak-jax plan configs/celeba.py --topology v5e:4x4
 
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients, for one measurement only, as a v5e has no room for batches of two (leave
+the gradients, for one measurement only, in 12 of 16 GiB, as a v5e has no room for two (leave
 out the last line on a chip of 32 GiB):
 
     --features.noise common --features.per-timestep --features.timesteps 10
