@@ -5,6 +5,8 @@ projection), and `shard_map` over them: all are split by hand, since XLA's autom
 partitioning of a vmapped convolution's gradient gives silently wrong values.
 """
 
+import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -126,11 +128,116 @@ def over_mesh(
 
     Unchecked: checked mode would add up over the devices the gradients of parameters
     that are the same on all of them. Sums over devices are written out instead.
+
+    Where XLA has no program for these devices, every one runs its own; they then can
+    exchange nothing.
     """
+    if not _compiles(mesh):
+        return _OneByOne(function, mesh, in_specs, out_specs, **jit_options)
+    return _joint(function, mesh, in_specs, out_specs, **jit_options)
+
+
+def _joint(function, mesh, in_specs, out_specs, **jit_options) -> Callable:
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
     return jax.jit(mapped, **jit_options)
+
+
+@functools.cache
+def _compiles(mesh: jax.sharding.Mesh) -> bool:
+    """Whether XLA has programs for these devices, found out with one.
+
+    On a slice of more than 16 chips of TPU v5e a program runs on all of them or on one
+    ("limited ICI routing"), and not on those of one host.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
+        return True
+    program = _joint(lambda x: x + 1, mesh, P(mesh.axis_names), P(mesh.axis_names))
+    try:
+        program.lower(jax.ShapeDtypeStruct((mesh.size,), np.float32)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "should include all slice devices" in str(error):
+            return False
+        raise
+    return True
+
+
+class _OneByOne:
+    """What `over_mesh` returns, as a program for each device, with arrays on all."""
+
+    def __init__(self, function, mesh, in_specs, out_specs, **jit_options):
+        if mesh.shape["proj"] > 1:
+            raise ValueError(
+                f"proj_devices is {mesh.shape['proj']}; it must be 1 on this slice, "
+                "where XLA has no programs for the devices of one host together."
+            )
+        self.given, self.made = jax.tree.map(
+            lambda spec: jax.NamedSharding(mesh, spec), (in_specs, out_specs)
+        )
+        # Without the axes that are split, to use which for a sum is an error.
+        axes = tuple(axis for axis, size in mesh.shape.items() if size == 1)
+        auto = (jax.sharding.AxisType.Auto,) * len(axes)
+        self.programs = {
+            device: _joint(
+                function,
+                jax.make_mesh((1,) * len(axes), axes, auto, devices=[device]),
+                P(),
+                P(),
+                **jit_options,
+            )
+            for device in mesh.devices.flat
+        }
+
+    def __call__(self, *arguments):
+        leaves, structure = jax.tree.flatten(jax.device_put(arguments, self.given))
+        shards = [
+            {s.device: s.data for s in leaf.addressable_shards} for leaf in leaves
+        ]
+        results = [
+            program(*structure.unflatten([shard[device] for shard in shards]))
+            for device, program in self.programs.items()
+        ]
+        return jax.tree.map(
+            _assembled, jax.tree.broadcast(self.made, results[0]), *results
+        )
+
+    def trace(self, *arguments) -> jax.stages.Traced:
+        """Of the first device's program."""
+        shapes = jax.tree.map(
+            lambda sharding, argument: jax.ShapeDtypeStruct(
+                sharding.shard_shape(argument.shape), argument.dtype
+            ),
+            jax.tree.broadcast(self.given, arguments),
+            arguments,
+        )
+        return next(iter(self.programs.values())).trace(*shapes)
+
+    def eval_shape(self, *arguments):
+        """The shapes of the results."""
+        shards = self.trace(*arguments).out_info
+        return jax.tree.map(
+            lambda sharding, shard: jax.ShapeDtypeStruct(
+                _whole_shape(sharding, shard), shard.dtype
+            ),
+            jax.tree.broadcast(self.made, shards),
+            shards,
+        )
+
+
+def _assembled(sharding: jax.NamedSharding, *shards: jax.Array) -> jax.Array:
+    """One array of what every device has of it."""
+    shape = _whole_shape(sharding, shards[0])
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _whole_shape(sharding: jax.NamedSharding, shard) -> tuple[int, ...]:
+    split = [axes or () for axes in sharding.spec]
+    split += [()] * (len(shard.shape) - len(split))
+    return tuple(
+        size * math.prod(sharding.mesh.shape[axis] for axis in np.atleast_1d(axes))
+        for size, axes in zip(shard.shape, split, strict=True)
+    )
 
 
 def pad(array: np.ndarray, count: int) -> np.ndarray:

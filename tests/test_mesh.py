@@ -2,16 +2,19 @@
 
 import re
 
+import conftest
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import compiler
 from test_features import one_by_one
 
 import dtrak_jax as dtrak
-from dtrak_jax import models, parallel
-from dtrak_jax.config import FeaturesConfig
+from dtrak_jax import models, parallel, training
+from dtrak_jax.config import EnsembleConfig, FeaturesConfig, TrainConfig
+from dtrak_jax.evaluation import outputs
 from dtrak_jax.features import gradients, project
 
 K = 128
@@ -116,6 +119,88 @@ def test_devices_make_the_very_columns_that_one_makes(kind, proj, monkeypatch):
     )
     identity = np.eye(72, dtype=np.float32)
     np.testing.assert_array_equal(sharded(identity), project(projection, identity))
+
+
+@pytest.fixture
+def one_by_one_only(monkeypatch):
+    """As on a slice whose compiler has programs for one device or for all of them.
+
+    Four devices of eight, in an order of their own: nothing was compiled for them yet.
+    """
+    devices = jax.devices()[5:1:-1]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(parallel, "_compiles", lambda mesh: mesh.size in (1, 8))
+    compile_any = compiler.compile_or_get_cached
+
+    def compile_some(backend, module, devices, *arguments, **options):
+        assert devices.size in (1, 8), "no such program on that slice"
+        return compile_any(backend, module, devices, *arguments, **options)
+
+    monkeypatch.setattr(compiler, "compile_or_get_cached", compile_some)
+
+
+@pytest.mark.parametrize("per_timestep", [True, False])
+@pytest.mark.parametrize("kind", ["sketch", "gaussian"])
+def test_devices_that_have_no_program_together(
+    network, images, one_by_one_only, monkeypatch, kind, per_timestep
+):
+    """Each runs its own: features are the same, also where parts are added up."""
+    ours = compute(network, images, kind, per_timestep)["square"]
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    theirs = compute(network, images, kind, per_timestep)["square"]
+    np.testing.assert_allclose(
+        ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max()
+    )
+    np.testing.assert_allclose(ours.squared_norms, theirs.squared_norms, rtol=1e-5)
+
+
+def test_stages_whose_devices_have_no_program_together(
+    images, one_by_one_only, monkeypatch, tmp_path
+):
+    """Samples, trained members, and what is measured of them."""
+    schedule = dtrak.linear_schedule()
+    settings = EnsembleConfig(timesteps=3, draws=1, batch_size=5)
+    members = [training.Member(str(i), np.arange(12), seed=i) for i in range(3)]
+
+    def stages(folder):
+        config = TrainConfig(steps=4, batch_size=4)
+        training.train_members(
+            *(conftest.init, conftest.train_apply, schedule, images, members),
+            *(config, folder),
+        )
+        params = training.load_members(conftest.init, list("012"), config, folder)
+        ids = np.array(list("abcdefghijkl"))
+        measured = outputs.measure(
+            conftest.apply, schedule, params, images, ids, settings
+        )
+        one = jax.tree.map(lambda leaf: leaf[0], params)
+        seeds = np.arange(7)
+        samples = dtrak.diffusion.sample(
+            conftest.apply, one, schedule, seeds, (8, 8, 1), steps=3, eta=0.5
+        )
+        return params, measured, samples
+
+    ours = stages(tmp_path / "ours")
+    monkeypatch.undo()
+    theirs = stages(tmp_path / "theirs")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        ours,
+        theirs,
+    )
+
+
+def test_a_sum_over_devices_that_have_no_program_together_is_refused(one_by_one_only):
+    mesh = parallel.mesh(jax.local_devices())
+    function = parallel.over_mesh(
+        lambda x: jax.lax.psum(x, "data"), mesh, parallel.P("data"), parallel.P()
+    )
+    with pytest.raises(NameError, match="unbound axis name: data"):
+        function(np.ones(4, np.float32))
+    with pytest.raises(ValueError, match="proj_devices is 2; it must be 1"):
+        gradients.projection_function(
+            dtrak.Projection("gaussian", K), parallel.mesh(jax.local_devices(), proj=2)
+        )
 
 
 def collectives(compiled):

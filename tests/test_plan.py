@@ -422,3 +422,14 @@ def test_compiles_for_a_tpu_that_is_not_there():
     assert kind == "all-reduce"
     assert count == 5 and size == pytest.approx(5 * 4 * wide**2, rel=0.51)
     assert one.memory >= 3 * 4 * wide**2
+
+
+def test_a_host_of_a_large_v5e_slice_has_a_program_for_each_device():
+    """There is none for its four devices together; see `parallel.over_mesh`."""
+    mesh = parallel.mesh(planning.find("v5e:4x8").local)
+    function = over_mesh(lambda a, b: a @ b, mesh, (P("data"), P()), P("data"))
+    arguments = square(4 * N, N), square(N, N)
+    assert function.eval_shape(*arguments).shape == (4 * N, N)
+    one = cost(Program(function, arguments, mesh))
+    assert one.flops == pytest.approx(2 * N**3, rel=0.05)
+    assert one.collectives == {}

@@ -99,6 +99,16 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
 
 
 @functools.cache
+def addition_function(mesh: jax.sharding.Mesh) -> Callable:
+    """Compiles the sum of two parts of a gradient."""
+
+    def per_device(total, more):
+        return jax.tree.map(jnp.add, total, more)
+
+    return over_mesh(per_device, mesh, (EXAMPLES, EXAMPLES), EXAMPLES)
+
+
+@functools.cache
 def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Callable:
     """Compiles {measurement: gradient} -> ({measurement: features}, squared norms).
 

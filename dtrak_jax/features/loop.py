@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -278,13 +277,14 @@ def _start_chunk(
     """
     gradient = gradients.gradient_function(task, mesh)
     project = gradients.projection_function(projection, mesh)
+    add = gradients.addition_function(mesh)
     batches = []
     for count, (first, *others) in _batches(task, rows, slots, copies):
         total, error = gradient(params, folds, first)
         errors = [error]
         for part in others:
             more, error = gradient(params, folds, part)
-            total = jax.tree.map(jnp.add, total, more)
+            total = add(total, more)
             errors.append(error)
         batches.append((count, project(total), errors))
         # Two batches under way keep the devices busy; more would take memory.

@@ -244,7 +244,7 @@ class _Plan:
             return Program(function, (self.params, folds, batch), mesh)
 
         step = gradient(slots, copies)
-        made, _ = jax.eval_shape(function, *step.arguments)
+        made, _ = function.eval_shape(*step.arguments)
         project = Program(
             gradients.projection_function(projection, mesh), (made,), mesh
         )
