@@ -135,14 +135,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
     parser.add_argument("--output", metavar="FILE", help="the plan as JSON")
     known, flags = parser.parse_known_args(arguments)
     default, planned = load_config(known.config), known.command == "plan"
+    own = "[--topology T] [--stages S] [--output FILE]" if planned else "--workdir DIR"
     config = tyro.cli(
         Config,
-        prog=f"dtrak-jax {known.command} {known.config} "
-        + (
-            "[--topology T] [--stages S] [--output FILE]"
-            if planned
-            else "--workdir DIR"
-        ),
+        prog=f"dtrak-jax {known.command} {known.config} {own}",
         default=default,
         args=flags,
         description=f"{COMMANDS[known.command].capitalize()}.",

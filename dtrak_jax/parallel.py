@@ -116,9 +116,14 @@ def mesh(
     return jax.make_mesh(shape, ("member", "data", "proj"), auto, devices=devices)
 
 
+def shardings(mesh: jax.sharding.Mesh, specs):
+    """How arrays that are split by these specs lie on the mesh."""
+    return jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+
+
 def place(tree, mesh: jax.sharding.Mesh, spec: jax.P = WHOLE):
     """Puts every array on the mesh: whole on all devices, or split by `spec`."""
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+    return jax.device_put(tree, shardings(mesh, spec))
 
 
 def over_mesh(
@@ -172,9 +177,9 @@ class _OneByOne:
                 f"proj_devices is {mesh.shape['proj']}; it must be 1 on this slice, "
                 "where XLA has no programs for the devices of one host together."
             )
-        self.given, self.made = jax.tree.map(
-            lambda spec: jax.NamedSharding(mesh, spec), (in_specs, out_specs)
-        )
+        self.given, self.made = shardings(mesh, (in_specs, out_specs))
+        # To know shapes nothing is compiled.
+        self.eval_shape = _joint(function, mesh, in_specs, out_specs).eval_shape
         # Without the axes that are split, to use which for a sum is an error.
         axes = tuple(axis for axis, size in mesh.shape.items() if size == 1)
         auto = (jax.sharding.AxisType.Auto,) * len(axes)
@@ -213,31 +218,16 @@ class _OneByOne:
         )
         return next(iter(self.programs.values())).trace(*shapes)
 
-    def eval_shape(self, *arguments):
-        """The shapes of the results."""
-        shards = self.trace(*arguments).out_info
-        return jax.tree.map(
-            lambda sharding, shard: jax.ShapeDtypeStruct(
-                _whole_shape(sharding, shard), shard.dtype
-            ),
-            jax.tree.broadcast(self.made, shards),
-            shards,
-        )
-
 
 def _assembled(sharding: jax.NamedSharding, *shards: jax.Array) -> jax.Array:
     """One array of what every device has of it."""
-    shape = _whole_shape(sharding, shards[0])
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
-def _whole_shape(sharding: jax.NamedSharding, shard) -> tuple[int, ...]:
     split = [axes or () for axes in sharding.spec]
-    split += [()] * (len(shard.shape) - len(split))
-    return tuple(
+    split += [()] * (shards[0].ndim - len(split))
+    shape = tuple(
         size * math.prod(sharding.mesh.shape[axis] for axis in np.atleast_1d(axes))
-        for size, axes in zip(shard.shape, split, strict=True)
+        for size, axes in zip(shards[0].shape, split, strict=True)
     )
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def pad(array: np.ndarray, count: int) -> np.ndarray:

@@ -97,6 +97,8 @@ def run_arrays(config, workdir):
 
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
+PLANS = sorted((DIGITS.parent / "results" / "plans").glob("*.json"))
+"""Made by `dtrak-jax plan`, each CONFIG_FEATURES_SLICE.json."""
 
 
 def digits_command(stage, workdir, flags, changes):

@@ -8,7 +8,7 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, PLANS
 
 from dtrak_jax import cli, files, models, planning
 from dtrak_jax.config import FeaturesConfig, flatten
@@ -22,7 +22,6 @@ PAPER = {
 }
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR10 += ["dog", "frog", "horse", "ship", "truck"]
-PLANS = sorted((DIGITS.parent / "results" / "plans").glob("*.json"))
 SMALL = {
     "data.train": "6",
     "data.validation": "2",

@@ -5,10 +5,11 @@ import re
 import runpy
 from pathlib import Path
 
+from conftest import PLANS
+
 from dtrak_jax import files
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def test_your_own_model(capsys, tmp_path):
@@ -24,7 +25,7 @@ def test_your_own_model(capsys, tmp_path):
 def test_plans():
     """Every plan has its line in the table, with the figures that it has."""
     shown = README.read_text()
-    for path in sorted((ROOT / "configs" / "results" / "plans").glob("*.json")):
+    for path in PLANS:
         plan = files.read_json(path)
         name, features, _ = path.stem.split("_")
         hours, useful = collections.Counter(), 0

@@ -100,7 +100,7 @@ def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
 
 @functools.cache
 def addition_function(mesh: jax.sharding.Mesh) -> Callable:
-    """Compiles the sum of two parts of a gradient."""
+    """Compiles the sum of two parts of a gradient, each on the device that has it."""
 
     def per_device(total, more):
         return jax.tree.map(jnp.add, total, more)

@@ -17,9 +17,9 @@ __all__ = ["Row", "Topology", "as_text", "find", "plan", "run"]
 
 def run(
     config: Config,
-    name: str | None = None,
-    stages: Collection[str] = (),
-    output: epath.PathLike | None = None,
+    name: str | None,
+    stages: Collection[str],
+    output: epath.PathLike | None,
 ) -> None:
     """Prints a plan, and writes it as JSON where a path is given."""
     topology = find(name)

@@ -225,7 +225,9 @@ def train(
                         f"training stopped after step {done} of {config.steps}, which "
                         "is saved; the same command continues from there"
                     )
-    whole = jax.jit(lambda params: params, out_shardings=_over(mesh, WHOLE))
+    whole = jax.jit(
+        lambda params: params, out_shardings=parallel.shardings(mesh, WHOLE)
+    )
     return jax.device_get(whole(trained(state)))
 
 
@@ -283,7 +285,7 @@ def _state_maker(
     """A jitted function that makes the first state, and where that is on the mesh."""
     first = functools.partial(_first_state, init, config)
     specs = state_specs(config, jax.eval_shape(first), mesh)
-    return jax.jit(first, out_shardings=_over(mesh, specs)), specs
+    return jax.jit(first, out_shardings=parallel.shardings(mesh, specs)), specs
 
 
 def state_specs(
@@ -291,11 +293,6 @@ def state_specs(
 ) -> TrainState:
     """Where a state is on the mesh."""
     return fsdp.shard_specs(state, mesh.size) if config.fsdp else REPLICATED
-
-
-def _over(mesh: jax.sharding.Mesh, specs):
-    """The specs as shardings of the mesh."""
-    return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
 
 
 def _compile(
