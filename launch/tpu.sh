@@ -53,8 +53,8 @@ BACKOFF_SECONDS=${BACKOFF_SECONDS:-60}
 
 # Polls without an answer after which a slice counts as gone.
 UNREACHABLE=10
-# How long the others may go on after one worker has failed. JAX ends them after 100
-# seconds without it.
+# How long the others may go on after one worker has failed. Within half a minute of its
+# death JAX ends them.
 GRACE_SECONDS=600
 # EX_TEMPFAIL of sysexits.h.
 GONE=75

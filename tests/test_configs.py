@@ -46,10 +46,14 @@ def config_of(name):
     return runpy.run_path(str(path(name)))["get_config"]()
 
 
-def common_flags(name):
+def common_flags(name, chip):
     """The flags of the project's own features, in the docstring of a config."""
     lines = ast.get_docstring(ast.parse(path(name).read_text())).splitlines()
-    return " ".join(line for line in lines if line.startswith("    --")).split()
+    lines = [line for line in lines if line.startswith("    --")]
+    if name == "celeba" and chip != "v5e":
+        # A v5e has no room for two measurements.
+        lines.pop()
+    return " ".join(lines).split()
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -102,10 +106,10 @@ def test_planned_is_what_the_configs_say(plan):
     Gradients are nine tenths of the arithmetic or more, and nothing that grows with the
     number of images is exchanged.
     """
-    name, features, _ = plan.stem.split("_")
+    name, features, topology = plan.stem.split("_")
     saved = files.read_json(plan)
     flags = {"reference": [], "gaussian": ["--features.projection", "gaussian"]}
-    flags["common"] = common_flags(name)
+    flags["common"] = common_flags(name, topology.partition("-")[0])
     config = cli.parse(["plan", str(path(name)), *flags[features]])[1]
     settings = json.loads(json.dumps(flatten(config)))
     assert saved["config"].items() <= settings.items()

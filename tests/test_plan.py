@@ -373,7 +373,7 @@ def test_some_stages(tmp_path):
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x3", "v5e:2x4x4"])
 def test_unknown_topology(name):
-    with pytest.raises(ValueError, match=f"--topology is '{name}'.*v5e:2x4 to 16x16"):
+    with pytest.raises(ValueError, match=f"--topology is '{name}'.*v5e:1x1 to 16x16"):
         planning.find(name)
 
 
