@@ -165,9 +165,11 @@ def test_collectives_of_a_programs_text():
   %done = f32[16]{0} all-gather-done(%ag)
   %own = f32[16]{0} all-reduce(%c), replica_groups={{0},{1}}, to_apply=%add
   %own2 = f32[16]{0} all-reduce(%c), replica_groups=[8,1]<=[8], to_apply=%add
+  %own3 = f32[16]{0} all-reduce(%c), replica_groups=mesh['a'=4,'b'=1] {'b'}, to=%add
+  %two = f32[2]{0} all-gather(%c), replica_groups=mesh['a'=4,'b'=1] {'a','b'}, d={0}
   ROOT %x = f32[] add(%all-reduce.1, %all-gather.2)
 """
-    assert collectives(text) == {"all-reduce": [1, 74], "all-gather": [1, 64]}
+    assert collectives(text) == {"all-reduce": [1, 74], "all-gather": [2, 72]}
 
 
 def test_arithmetic_of_gradients_is_that_of_the_formula():

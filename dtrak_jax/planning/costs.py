@@ -207,13 +207,23 @@ def collectives(text: str) -> dict[str, list[int]]:
     """{kind: [count, bytes of their results]} of a compiled program's text."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = collections.defaultdict(lambda: [0, 0])
-    # Each device on its own, as the sum over a mesh axis of size 1.
-    alone = r"replica_groups=(?:\{\{\d+\}|\[\d+,1\])"
     for shapes, kind, rest in re.findall(rf" = (.*?) ({kinds})(?:-start)?\((.*)", text):
-        if re.search(alone, rest):
+        if _each_alone(rest):
             continue
         found[kind][0] += 1
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
             size = BYTES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
             found[kind][1] += size * math.prod(int(d) for d in dims.split(",") if d)
     return dict(found)
+
+
+def _each_alone(attributes: str) -> bool:
+    """Whether every device is a group of its own, as for a mesh axis of size 1."""
+    if re.search(r"replica_groups=(?:\{\{\d+\}|\[\d+,1\])", attributes):
+        return True
+    # As JAX 0.12 says it: mesh['data'=8,'proj'=1] {'proj'}.
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes)
+    if not named:
+        return False
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    return all(sizes[axis] == "1" for axis in re.findall(r"'\w+'", named[2]))
