@@ -12,8 +12,8 @@ other slices:
     dtrak-jax plan configs/celeba.py --topology v5e:4x4
 
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients, for one measurement only, in 12 of 16 GiB, as a v5e has no room for two (leave
-out the last line on a chip of 32 GiB):
+the gradients. A v5e has room for one measurement, in 12 of 16 GiB; leave out the last line
+on a v4, v5p or v6e, where both take 20 of 32 GiB or more:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 8

@@ -12,7 +12,7 @@ and for other slices:
     dtrak-jax plan configs/cifar10.py --topology v5e:4x4
 
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients, in 12 of 16 GiB:
+the gradients, in 12 GiB of a chip of any kind:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 16
