@@ -354,6 +354,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "the devices at hand: 8 x cpu" in said
     assert "no hours" in said and "planned, not measured" in said
     saved = json.loads(output.read_text())
+    assert saved["versions"]["jax"] == jax.__version__
     names = [row["stage"] for row in saved["stages"]]
     assert names == [
         *("train", "sample", "featurize train", "featurize validation"),
@@ -375,7 +376,7 @@ def test_some_stages(tmp_path):
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:3x3", "v5e:2x4x4"])
 def test_unknown_topology(name):
-    with pytest.raises(ValueError, match=f"--topology is '{name}'.*v5e:1x1 to 16x16"):
+    with pytest.raises(ValueError, match=f"--topology is '{name}'.*v5e:2x2 to 16x16"):
         planning.find(name)
 
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dtrak_jax import files
 from dtrak_jax.config import Config, flatten, one_of
-from dtrak_jax.planning.costs import Cost, Program, cost
+from dtrak_jax.planning.costs import Cost, Program, cost, versions
 from dtrak_jax.planning.stages import Stage, stages_of
 from dtrak_jax.planning.table import Row, as_text
 from dtrak_jax.planning.topology import Chip, Topology, find
@@ -31,6 +31,7 @@ def run(
             "kind": topology.kind,
             "devices": len(topology.devices),
             "processes": topology.processes,
+            "versions": versions(),
             "config": flatten(config),
             "stages": [row._asdict() for row in rows],
         }

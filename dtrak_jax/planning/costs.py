@@ -1,6 +1,7 @@
 """What a program takes on each device, by XLA's own account."""
 
 import collections
+import contextlib
 import hashlib
 import math
 import re
@@ -143,8 +144,11 @@ def _compiled(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
     devices that are not there.
     """
     lowered = traced.lower()
-    versions = [v for d in DISTRIBUTIONS if (v := _version(d))]
-    about = (mesh.devices.flat[0].device_kind, _places(mesh), versions)
+    about = (
+        mesh.devices.flat[0].device_kind,
+        _places(mesh),
+        list(versions().values()),
+    )
     key = hashlib.sha256(f"{about} {lowered.as_text()}".encode()).hexdigest()
     folder = jax.config.jax_compilation_cache_dir
     path = epath.Path(folder) / f"plan-{key}.json" if folder else None
@@ -162,11 +166,13 @@ def _places(mesh: jax.sharding.Mesh) -> list[tuple[int, ...]]:
     return [tuple(np.subtract(place, places[0]).tolist()) for place in places]
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str]:
+    """Of what decides what a program takes, where it is installed."""
+    found = {}
+    for distribution in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[distribution] = metadata.version(distribution)
+    return found
 
 
 def _account(lowered: jax.stages.Lowered) -> Cost:

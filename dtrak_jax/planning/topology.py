@@ -30,7 +30,7 @@ CHIPS = {
 """By `jax.Device.device_kind`."""
 
 ALLOWED = (
-    "v4:2x2x1 to 16x16x16, v5e:1x1 to 16x16, v5p:2x2x1 to 16x20x28, v6e:1x1 to 16x16"
+    "v4:2x2x1 to 16x16x16, v5e:2x2 to 16x16, v5p:2x2x1 to 16x20x28, v6e:2x2 to 16x16"
 )
 AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 """Of the slices of a kind of chip."""
