@@ -2,8 +2,10 @@
 
 import collections
 import json
+import os
 import platform
 import runpy
+import subprocess
 import sys
 
 import jax
@@ -401,6 +403,22 @@ def test_flags_of_a_plan_are_refused_elsewhere(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*digits_command("run", tmp_path, {}, {}), "--stages", "train"])
     assert "for `dtrak-jax plan`" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_nothing_is_said_of_a_tpu_that_is_not_wanted():
+    """Libtpu prints errors where it is not told what no machine without a TPU knows."""
+    code = "from dtrak_jax import planning; print(planning.find('v6e:2x4').described)"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "8 x TPU v6 lite, 2 processes\n"
+    assert done.stderr == ""
 
 
 @needs_libtpu

@@ -35,6 +35,15 @@ ALLOWED = (
 AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 """Of the slices of a kind of chip."""
 
+COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Decide nothing, but without them libtpu prints errors that are none.
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Environment of libtpu where there is no TPU, unless it is set."""
+
 
 class Topology(NamedTuple):
     """The devices of all processes."""
@@ -92,8 +101,8 @@ def find(name: str | None) -> Topology:
         )
     # No chip is looked for or taken, and other processes may do the same.
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in COMPILER.items():
+        os.environ.setdefault(variable, value)
     # Without it a v4 chip would be two devices, which it is not where JAX runs on it.
     options = {"chip_config_name": "megacore"} if family == "v4" else {}
     try:
