@@ -13,7 +13,7 @@ other slices:
 
 The project's own features, with common noise, kept apart at ten timesteps, a tenth of
 the gradients. A v5e has room for one measurement, in 12 of 16 GiB; leave out the last line
-on a v4, where both take 20 of 32 GiB, and on a v5p or v6e, which have as much or more:
+elsewhere, where both take 19 to 20 GiB, of 32 on a v4 or v6e and of 95 on a v5p:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 8
