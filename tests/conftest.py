@@ -110,6 +110,13 @@ def digits_command(stage, workdir, flags, changes):
     return line
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Programs of all modules together would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(apply, params) of a UNet with every kind of layer."""

@@ -1,7 +1,9 @@
 """The paper's configurations: at full size in shape, and in small from end to end."""
 
 import ast
+import collections
 import dataclasses
+import itertools
 import json
 import runpy
 
@@ -13,6 +15,7 @@ from conftest import DIGITS, PLANS
 from dtrak_jax import cli, files, models, planning
 from dtrak_jax.config import FeaturesConfig, flatten
 from dtrak_jax.planning.stages import stages_of
+from dtrak_jax.planning.topology import AXES
 
 # From the paper's code: parameters, and steps of 200 epochs.
 PAPER = {
@@ -122,6 +125,20 @@ def test_planned_is_what_the_configs_say(plan):
             ((kind, (count, size)),) = row["collectives"].items()
             side = min(config.features.dim, config.data.train)
             assert (kind, count, size) == ("all-reduce", 1, 4 * side**2)
+
+
+def test_gradients_of_all_are_planned_for_every_kind_of_chip():
+    """By the paper's recipe and by the project's own; on slices up to 256 chips."""
+    planned, largest = set(), collections.Counter()
+    for plan in PLANS:
+        name, features, topology = plan.stem.split("_")
+        chip, saved = topology.partition("-")[0], files.read_json(plan)
+        if any(row["stage"] == "featurize train" for row in saved["stages"]):
+            planned.add((name, features, chip))
+            largest[features, chip] = max(largest[features, chip], saved["devices"])
+    recipes = "common", "reference"
+    assert planned >= set(itertools.product(PAPER, recipes, AXES))
+    assert all(largest[both] >= 256 for both in itertools.product(recipes, AXES))
 
 
 @pytest.mark.parametrize("name", PAPER)
