@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, on a local disk or on gs://."""
+"""Files that are either complete or missing, on a local disk or on gs://."""
 
 import importlib.util
 import io
@@ -13,33 +13,33 @@ import fsspec.config
 import numpy as np
 from etils import epath
 
-# What was listed once would hide what other processes, and TensorStore, write later.
+# A cached listing would hide files that other processes, or TensorStore, write later.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def at(path: epath.PathLike) -> epath.Path:
-    """A path from the root, on a local disk or on gs://.
+    """Returns an absolute path on a local disk, with ~ expanded, or a path on gs://.
 
     Raises:
-      ImportError: it is on gs:// and gcsfs is not installed.
-      ValueError: it is a URL of another kind.
+      ImportError: the path is on gs:// and gcsfs is not installed.
+      ValueError: the path is a URL of another kind.
     """
     text = os.fspath(path)
     scheme, colon, _ = text.partition(":/")
     if not colon or "/" in scheme:
-        return epath.Path(path).absolute()
+        return epath.Path(path).expanduser().absolute()
     if scheme != "gs" or not text.startswith("gs://"):
         raise ValueError(
             f"{text!r} is neither a path of a local disk nor gs://BUCKET/FOLDER."
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise ImportError(f'{text} needs gcsfs: pip install "dtrak-jax[gcp]"')
-    # pathlib would take it for a relative path and put the current folder before it.
+    # pathlib would take the URL for a relative path and put the current folder first.
     return epath.Path(path)
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Whether it is on gs://, where there are no folders and objects appear whole."""
+    """Returns True on gs://, where there are no folders and objects appear complete."""
     return str(path).startswith("gs://")
 
 
@@ -47,7 +47,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes a file that no reader ever sees half-written.
 
     Raises:
-      OSError: the disk is full or not writable; an older file is left as it was.
+      OSError: the disk is full or not writable; an older file is unchanged.
     """
     path = at(path)
     try:
@@ -69,7 +69,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def _write_and_rename(path: epath.Path, data: bytes) -> None:
-    # Hosts that share the disk may have processes of the same number.
+    """Writes another file in the same folder, which then replaces the old one."""
+    # Hosts that share the disk may have processes with the same number.
     partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.write_bytes(data)
@@ -79,21 +80,22 @@ def _write_and_rename(path: epath.Path, data: bytes) -> None:
         raise
 
 
-def is_empty(folder: epath.PathLike) -> bool:
-    """Whether a folder is not there, or holds only what killed writes have left."""
+def is_empty(folder: epath.PathLike, besides: str = "") -> bool:
+    """Returns whether a folder has no files, besides a name and what killed writes left."""
     folder = at(folder)
     if not folder.exists():
         return True
-    return all(path.name.endswith(".partial") for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir())
+    return all(name == besides or name.endswith(".partial") for name in names)
 
 
 def write_json(path: epath.PathLike, value: object) -> None:
-    """Writes `value` as indented JSON; atomic, see `write_bytes`."""
+    """Writes a value as indented JSON, atomically as `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> dict:
-    """Reads a JSON file; one that is cut off or edited raises a ValueError."""
+    """Returns the value in a JSON file, or raises a ValueError if it is not valid."""
     try:
         return json.loads(at(path).read_text())
     except json.JSONDecodeError as error:
@@ -103,33 +105,53 @@ def read_json(path: epath.PathLike) -> dict:
 
 
 def write_json_lines(path: epath.PathLike, rows: Iterable[dict]) -> None:
-    """Writes a line of JSON for each row; atomic, see `write_bytes`."""
+    """Writes a line of JSON for each row, atomically as `write_bytes`."""
     write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
+def append_json_lines(path: epath.PathLike, rows: Iterable[dict]) -> None:
+    """Adds a line of JSON for each row to a file on a local disk, in one write.
+
+    Raises:
+      OSError: the disk is full or not writable; a last line may be half written.
+    """
+    data = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    try:
+        with open(at(path), "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}; a line could not be added to {path}. Free "
+            "space or mend the permissions, then rerun",
+            str(path),
+        ) from error
+
+
 def read_json_lines(path: epath.PathLike) -> list[dict]:
-    """Reads what `write_json_lines` wrote."""
-    return [json.loads(line) for line in at(path).read_text().splitlines()]
+    """Returns the value of each line but a last one that a killed process left half."""
+    lines = at(path).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def differences(there: dict, here: dict) -> list[str]:
-    """Says of each field that differs what it is in one and what in the other."""
+def differences(saved: dict, current: dict) -> list[str]:
+    """Returns a clause for each field that differs, with its two values."""
     return [
-        f"{field} is {there.get(field)!r} there and {here.get(field)!r} here"
-        for field in dict.fromkeys([*here, *there])
-        if there.get(field) != here.get(field)
+        f"{field} is {saved.get(field)!r} there and {current.get(field)!r} here"
+        for field in dict.fromkeys([*current, *saved])
+        if saved.get(field) != current.get(field)
     ]
 
 
 def write_npz(path: epath.PathLike, **arrays) -> None:
-    """Writes named arrays as a compressed .npz; atomic, see `write_bytes`."""
+    """Writes named arrays as a compressed .npz, atomically as `write_bytes`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
 
 
 def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz; a damaged file raises a ValueError."""
+    """Returns all arrays of an .npz, or raises a ValueError if it is damaged."""
     data = at(path).read_bytes()
     try:
         with np.load(io.BytesIO(data)) as archive:
@@ -141,8 +163,8 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def holds(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether there is an .npz with these arrays, and perhaps others."""
+    """Returns True if there is an .npz that has these arrays, and perhaps more."""
     if not at(path).exists():
         return False
-    there = read_npz(path)
-    return all(np.array_equal(there.get(name), one) for name, one in arrays.items())
+    saved = read_npz(path)
+    return all(np.array_equal(saved.get(name), array) for name, array in arrays.items())
