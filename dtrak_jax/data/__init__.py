@@ -1,17 +1,19 @@
 """Training and validation images: sources, preprocessing, splits and subsets."""
 
-from dtrak_jax.data.checks import check_ids, check_images
-from dtrak_jax.data.dataset import Dataset, Splits, load
-from dtrak_jax.data.preprocess import preprocess, to_picture, to_pixels
+from dtrak_jax.data.config import DataConfig
+from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.preprocess import from_pixels, preprocess, to_picture, to_pixels
+from dtrak_jax.data.sources import Splits, load, load_queries
 from dtrak_jax.data.splits import choose, subset_mask
 
 __all__ = [
+    "DataConfig",
     "Dataset",
     "Splits",
-    "check_ids",
-    "check_images",
     "choose",
+    "from_pixels",
     "load",
+    "load_queries",
     "preprocess",
     "subset_mask",
     "to_picture",

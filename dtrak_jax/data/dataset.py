@@ -1,139 +1,129 @@
-"""The images of a run: chosen, read, preprocessed."""
+"""Images, which are decoded when they are needed, and what is known of them."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tqdm import tqdm
 
-from dtrak_jax.config import DataConfig
-from dtrak_jax.data.checks import check_ids, check_images
-from dtrak_jax.data.folder import folder
-from dtrak_jax.data.prepared import prepared
-from dtrak_jax.data.preprocess import preprocess
-from dtrak_jax.data.sources import Source, digits
-from dtrak_jax.data.splits import choose
-
-SOURCES = {"digits": digits, "tfds": prepared, "folder": folder}
-"""For each `DataConfig.source`, the function of (config, split) that opens it."""
+from dtrak_jax.checks import check_ids, check_images
+from dtrak_jax.digests import digest, short_digest
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
-    """n images and what is known of them."""
+    """n images, which are decoded when `images` is first used, and their columns."""
 
-    images: np.ndarray
-    """float32 [n, size, size, channels] in [-1, 1]."""
     ids: np.ndarray
-    """[n] different strings; `np.savez` keeps them as they are."""
-    labels: np.ndarray | None
-    """int [n], indices into `label_names`; None if the source has no labels."""
-    label_names: tuple[str, ...]
+    """str [n], all different; an id stays with its image for good."""
+    read: Callable[[int], np.ndarray] = field(repr=False)
+    """Decodes the image with that index; a ValueError says why it cannot."""
+    labels: np.ndarray | None = None
+    """int [n], indices into `label_names`; None if there are no labels."""
+    label_names: tuple[str, ...] = ()
     """All names of the source, including those that are not in use."""
-    captions: tuple[str, ...] | None
-    """n texts; None if the source has no captions."""
+    captions: np.ndarray | None = None
+    """str [n]; None if there are no captions."""
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    """For each column of `DataConfig.groups`, str [n]."""
+    recorded: np.ndarray | None = field(default=None, repr=False)
+    """The `digests` that the images must have, str [n]; None if nobody knows."""
 
+    @classmethod
+    def of(cls, images: np.ndarray, ids: np.ndarray) -> "Dataset":
+        """Returns the data set of images that are in memory already.
 
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """Training images, and images for validation, which are disjoint by id."""
+        Raises:
+          ValueError: images or ids are wrong, see `check_images` and `check_ids`.
+        """
+        check_ids(ids, len(images))
+        if len(images):
+            check_images(images)
+        return cls(ids=np.asarray(ids, str), read=images.__getitem__)
 
-    train: Dataset
-    validation: Dataset
-
-
-def load(config: DataConfig, size: int, channels: int) -> Splits:
-    """Chooses and reads the images that a configuration asks for.
-
-    Both choices are functions of `config.seed`, ids and labels, and give every label
-    its share (`choose`). Validation images come from `config.validation_split` where
-    the source is tfds, and from the same examples as training images otherwise; an
-    example whose id a training image has is never one. Images are ordered as in their
-    source and never mirrored: mirroring belongs to training.
-
-    Args:
-      config: the settings.
-      size: height and width of the images.
-      channels: 1 (grey) or 3 (RGB).
-
-    Returns:
-      `config.train` and `config.validation` images; arrays of length 0 where that
-      is 0.
-
-    Raises:
-      ValueError: a source, split, label, file or image that is missing or wrong, or
-        too few examples.
-    """
-    source = other = SOURCES[config.source](config, config.train_split)
-    train = _choose(config, "train", source, _wanted(source, config.labels))
-    split = config.validation_split
-    if config.source == "tfds" and config.validation and split != config.train_split:
-        other = SOURCES[config.source](config, split)
-    pool = _wanted(other, config.labels)
-    pool = pool[~np.isin(other.ids[pool], source.ids[train])]
-    validation = _choose(config, "validation", other, pool)
-    return Splits(
-        train=_read(config, source, train, size, channels),
-        validation=_read(config, other, validation, size, channels),
-    )
-
-
-def _wanted(source: Source, names: tuple[str, ...]) -> np.ndarray:
-    """Indices of the examples whose label is one of `names`; of all if it is empty."""
-    check_ids(source.ids, len(source.ids))
-    if not names:
-        return np.arange(len(source.ids))
-    known = source.label_names
-    if source.labels is None:
-        raise ValueError(f"data.labels is {names}, but these images have no labels.")
-    numbers = []
-    for name in names:
-        if name in known:
-            numbers.append(known.index(name))
-        elif name.isdecimal() and int(name) < len(known):
-            numbers.append(int(name))
-        else:
-            raise ValueError(
-                f"data.labels has {name!r}; it must be one of: {', '.join(known)}; or "
-                f"a number from 0 to {len(known) - 1}."
-            )
-    return np.flatnonzero(np.isin(source.labels, numbers))
-
-
-def _choose(
-    config: DataConfig, role: str, source: Source, pool: np.ndarray
-) -> np.ndarray:
-    """Indices of the examples that are to be `role`, out of those in `pool`."""
-    count = getattr(config, role)
-    if count > len(pool):
-        labels = f" with data.labels={config.labels}" if config.labels else ""
-        left = " that are not training images" if role == "validation" else ""
-        raise ValueError(
-            f"data.{role} is {count}, but there are only {len(pool)} examples"
-            f"{labels}{left}."
+    def take(self, rows: np.ndarray) -> "Dataset":
+        """Returns the data set of the examples with these indices."""
+        return Dataset(
+            ids=self.ids[rows],
+            read=lambda index: self.read(rows[index]),
+            labels=None if self.labels is None else self.labels[rows],
+            label_names=self.label_names,
+            captions=None if self.captions is None else self.captions[rows],
+            groups={name: column[rows] for name, column in self.groups.items()},
         )
-    labels = None if source.labels is None else source.labels[pool]
-    return pool[choose(source.ids[pool], labels, count, config.seed, role)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        """The pixels, float32 [n, size, size, channels] in [-1, 1].
+
+        Raises:
+          ValueError: an image is damaged, cannot be used, or is not the recorded one;
+            the error names it.
+        """
+        images = []
+        for index in tqdm(range(len(self)), "reading images", disable=None, delay=2):
+            try:
+                images.append(self.read(index))
+            except ValueError as error:
+                raise ValueError(f"The image {self.ids[index]}: {error}") from error
+        images = np.array(images, np.float32)
+        if self.recorded is not None:
+            changed = np.flatnonzero(image_digests(images) != self.recorded)
+            if len(changed):
+                raise ValueError(
+                    f"{len(changed)} of {len(images)} images have changed since the "
+                    f"first stage of this run saw them, such as {self.ids[changed[0]]}. "
+                    "Restore them, or name another --workdir."
+                )
+        return images
+
+    @functools.cached_property
+    def digests(self) -> np.ndarray:
+        """The hash of each image's pixels, str [n]; decodes them if none are recorded.
+
+        An id does not say which pixels a computation has seen.
+        """
+        return image_digests(self.images) if self.recorded is None else self.recorded
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The hash of all ids and pixels in their order."""
+        return digest(*map(str, self.ids), *map(str, self.digests))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns ids, labels and groups by the names that splits.npz has for them."""
+        groups = {f"group_{name}": column for name, column in self.groups.items()}
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {"ids": self.ids, **labels, **groups}
+
+    def recorded_in(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
+        """Returns the data set that refuses other pixels than those that were recorded.
+
+        Args:
+          saved: the `columns` and the `digests` of an earlier stage, with "ROLE_" before
+            their names.
+          role: "train" or "validation".
+
+        Raises:
+          ValueError: ids, labels or groups are others than those recorded.
+        """
+        for name, column in self.columns().items():
+            recorded = saved.get(f"{role}_{name}", column)
+            if not np.array_equal(recorded, column):
+                changed = set(recorded.astype(str)) ^ set(column.astype(str))
+                such_as = f", such as {min(changed)}," if changed else ""
+                raise ValueError(
+                    f"the {role} images have other {name} than the first stage of this "
+                    f"run saw{such_as} or their order has changed. Restore them, or "
+                    "name another --workdir."
+                )
+        return replace(self, recorded=saved.get(f"{role}_digests"))
 
 
-def _read(
-    config: DataConfig, source: Source, chosen: np.ndarray, size: int, channels: int
-) -> Dataset:
-    """The chosen examples with their images."""
-    images = np.empty((len(chosen), size, size, channels), np.float32)
-    progress = tqdm(chosen, "reading images", disable=None, delay=2)
-    for slot, index in enumerate(progress):
-        image = source.read(index)
-        try:
-            images[slot] = preprocess(image, size, channels, config.center_crop)
-        except ValueError as error:
-            raise ValueError(f"The image {source.ids[index]}: {error}") from error
-    if len(images):
-        check_images(images)
-    captions = source.captions
-    return Dataset(
-        images=images,
-        ids=source.ids[chosen],
-        labels=None if source.labels is None else source.labels[chosen],
-        label_names=source.label_names,
-        captions=None if captions is None else tuple(captions[i] for i in chosen),
-    )
+def image_digests(images: np.ndarray) -> np.ndarray:
+    """Returns the hash of each image's pixels, str [n]."""
+    return np.array([short_digest(image.tobytes(), 8) for image in images], str)

@@ -2,74 +2,93 @@
 
 import difflib
 import io
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from dtrak_jax.config import DataConfig
-from dtrak_jax.data.sources import Source, decode
+from dtrak_jax.checks import one_of
+from dtrak_jax.data.config import DataConfig
+from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.preprocess import decode, to_picture
 
 CAPTIONS = ("caption", "text", "prompt")
-"""Names under which a text feature is taken to be a caption."""
+"""The names by which a text feature is taken to be the caption, best first."""
 
 
-def prepared(config: DataConfig, split: str) -> Source:
-    """A split of a data set that tensorflow-datasets has prepared as array_record.
+def prepared(config: DataConfig, split: str, prepare: Callable) -> Dataset:
+    """Opens a split of a data set that tensorflow-datasets has prepared.
 
-    Read without TensorFlow. The image is the feature called "image", or else the only
-    one of its kind: an `Image`, or a `Tensor` [h, w, c] of uint8; the label is the
-    `ClassLabel` called "label", or else the only one; the caption is a `Text` with a
-    name in `CAPTIONS`. An id is the record's own `Text` called "id", or else
-    "train-000012", the split and the position in it.
+    Its files must be array_record; TensorFlow is not needed. The image is the feature
+    called "image", or else the only `Image` or `Tensor` [h, w, c] of uint8; the label
+    is the `ClassLabel` called "label", or else the only one; the caption is a `Text`
+    with a name in `CAPTIONS`; groups are features of the type `Text` or `ClassLabel`.
+    An id is the record's own `Text` called "id", or else "train-000012", the split and
+    the position in it.
+
+    Raises:
+      ValueError: the data set, split or a feature is missing, or of another type.
     """
-    import tensorflow_datasets as tfds
-
     builder = _builder(config.name)
     features = builder.info.features
-    image = _image(config.name, features)
-    label = _only(features, "label", tfds.features.ClassLabel)
     texts = {key for key in features if isinstance(features[key], tfds.features.Text)}
+    classes = [
+        key for key in features if isinstance(features[key], tfds.features.ClassLabel)
+    ]
+    label = "label" if "label" in classes else None
+    if len(classes) == 1:
+        (label,) = classes
     caption = next((name for name in CAPTIONS if name in texts), None)
-    named = "id" in texts
+    for name in config.groups:
+        one_of("data.groups", name, sorted([*texts, *classes]))
 
-    ids, labels, captions = _positions(builder, split), [], []
-    records = _records(builder, split, image)
-    if named or label or caption:
-        description = f"labels of {config.name} {split}"
-        for index in tqdm(range(len(ids)), description, disable=None, delay=2):
-            record = records[index]
-            if named:
-                ids[index] = record["id"].decode()
-            if label:
-                labels.append(int(record[label]))
-            if caption:
-                captions.append(record[caption].decode())
+    image = _image(config.name, features)
+    ids, records = _open(builder, split, image)
+    used = {"id", label, caption, *config.groups} & {*texts, *classes}
+    columns = {key: [] for key in used}
+    positions = range(len(ids) if used else 0)
+    description = f"labels of {config.name} {split}"
+    for index in tqdm(positions, description, disable=None, delay=2):
+        record = records[index]
+        for key in used:
+            value = record[key]
+            columns[key].append(value.decode() if key in texts else int(value))
+    ids = columns["id"] if "id" in texts else ids
 
-    def read(index: int) -> Image.Image:
+    def group(name: str) -> np.ndarray:
+        column = columns[name]
+        if name not in texts:
+            names = [*features[name].names, ""]  # The label -1 stands for none.
+            column = [names[number] for number in column]
+        if "" in column:
+            raise ValueError(
+                f"data.groups has {name!r}, which is empty for {ids[column.index('')]}."
+            )
+        return np.array(column, str)
+
+    def read(index: int) -> np.ndarray:
         content = records[index][image]
-        if isinstance(content, bytes):
-            return decode(io.BytesIO(content), f"{config.name} {ids[index]}")
-        return Image.fromarray(content[..., 0] if content.shape[2] == 1 else content)
+        encoded = isinstance(content, bytes)
+        return prepare(decode(io.BytesIO(content)) if encoded else to_picture(content))
 
-    return Source(
+    return Dataset(
         ids=np.array(ids, str),
-        labels=np.array(labels, int) if label else None,
-        label_names=tuple(features[label].names) if label else (),
-        captions=tuple(captions) if caption else None,
         read=read,
+        labels=np.array(columns[label], int) if label else None,
+        label_names=tuple(features[label].names) if label else (),
+        captions=np.array(columns[caption], str) if caption else None,
+        groups={name: group(name) for name in config.groups},
     )
 
 
-def _builder(name: str):
-    """The tfds builder of a prepared data set."""
-    import tensorflow_datasets as tfds
-
+def _builder(name: str) -> tfds.core.DatasetBuilder:
+    """Returns the tfds builder of a prepared data set."""
     try:
         builder = tfds.builder(name)
     except tfds.core.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name, known)
+        names = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, names)
         raise ValueError(
             f"data.name is {name!r}, which tensorflow-datasets does not know"
             + (f"; did you mean {' or '.join(close)}?" if close else ".")
@@ -84,7 +103,7 @@ def _builder(name: str):
 
 
 def _how_to_prepare(name: str) -> str:
-    """What a user has to do once."""
+    """Returns the instructions for preparing a data set, which is done once."""
     return (
         "Prepare it once, on any machine with TensorFlow: pip install tensorflow-cpu "
         f"&& tfds build {name} --file_format=array_record (with --data_dir=DIR, and "
@@ -92,62 +111,45 @@ def _how_to_prepare(name: str) -> str:
     )
 
 
-def _only(features, name: str, kind: type, rank: int | None = None) -> str | None:
-    """The feature of that kind with that name, or else the only one of that kind."""
-    found = [
-        key
-        for key, feature in features.items()
-        if isinstance(feature, kind) and rank in (None, len(feature.shape))
-    ]
-    if name in found:
-        return name
-    return found[0] if len(found) == 1 else None
-
-
 def _image(name: str, features) -> str:
-    """The feature that is the image."""
-    import tensorflow_datasets as tfds
-
-    image = _only(features, "image", tfds.features.Image) or _only(
-        features, "image", tfds.features.Tensor, rank=3
-    )
-    if (
-        image is None
-        or features[image].np_dtype != np.uint8
-        or features[image].shape[-1] not in (1, 3, 4)
-    ):
+    """Returns the name of the feature that is the image."""
+    kinds = tfds.features.Image, tfds.features.Tensor
+    images = [
+        key
+        for key in (["image"] if "image" in features else features)
+        if isinstance(features[key], kinds)
+        and features[key].np_dtype == np.uint8
+        and len(features[key].shape) == 3
+        and features[key].shape[-1] in (1, 3, 4)
+    ]
+    if len(images) != 1:
         raise ValueError(
             f"{name} has no single feature that is an image of 1, 3 or 4 channels of "
             f"8 bits; it has {', '.join(sorted(features))}."
         )
-    return image
+    return images[0]
 
 
-def _positions(builder, split: str) -> list[str]:
-    """ "train-000012" and so on: where each record of a split or slice is."""
-    import tensorflow_datasets as tfds
+def _open(builder: tfds.core.DatasetBuilder, split: str, image: str):
+    """Returns the positions in a split or slice, as "train-000012", and the records.
 
+    Images in the records are as they are stored.
+    """
     splits = builder.info.splits
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{builder.name} cannot be read: {error}") from error
-    return [
+    positions = [
         f"{part.splitname}-{position:06d}"
         for part in parts
         for position in range(splits[part.splitname].num_examples)[part.from_ : part.to]
     ]
-
-
-def _records(builder, split: str, image: str):
-    """The records of a split, with images as they are stored."""
-    import tensorflow_datasets as tfds
-
     # Tensors are stored plain, and skipping their decoding would lose their shape.
     encoded = isinstance(builder.info.features[image], tfds.features.Image)
     decoders = {image: tfds.decode.SkipDecoding()} if encoded else None
     try:
-        return builder.as_data_source(split, decoders=decoders)
+        return positions, builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(
             f"{builder.name} is prepared in {builder.data_path} as "

@@ -1,0 +1,65 @@
+"""The settings of the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtrak_jax.checks import at_least, check_choices
+
+SourceName = Literal["digits", "tfds", "folder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images of a run, and how many are for training and for validation."""
+
+    source: SourceName = "digits"
+    """digits (scikit-learn's), tfds (tensorflow-datasets), or folder (PNG/JPEG)."""
+    name: str = ""
+    """The tfds data set, e.g. cifar10; or the path of the folder."""
+    train_split: str = "train"
+    """tfds split of the training images."""
+    validation_split: str = "test"
+    """tfds split of the validation images; if it is the training split, validation
+    images are chosen from the examples that training left."""
+    labels: tuple[str, ...] = ()
+    """Keep only the examples with these labels (names, or numbers as text)."""
+    csv: str = ""
+    """A CSV in the folder with a `file` column and a `label` or `caption` column."""
+    groups: tuple[str, ...] = ()
+    """Further columns of the CSV, such as contributor or licence, whose values group
+    the images; for tfds, text or label features."""
+    center_crop: int = 0
+    """Cut this square from the centre before resizing; 0 cuts nothing."""
+    flip: bool = False
+    """Mirror training images at random; features never see mirrored images."""
+    train: int = 5000
+    """Number of training images."""
+    validation: int = 1000
+    """Number of validation images, used as queries."""
+    seed: int = 42
+    """Decides which images are training and which are validation images."""
+
+    def __post_init__(self):
+        check_choices("data", self)
+        if self.source != "digits" and not self.name:
+            required = "a data set's name" if self.source == "tfds" else "a folder"
+            raise ValueError(
+                f"data.name is empty; data.source={self.source!r} needs {required}."
+            )
+        if self.groups and self.source == "digits":
+            raise ValueError(
+                f"data.groups is {self.groups}, but data.source='digits' has none; "
+                "groups are columns of a folder's CSV (source 'folder', data.csv) or "
+                "features of a tfds data set."
+            )
+        if self.groups and self.source == "folder" and not self.csv:
+            raise ValueError(
+                f"data.groups is {self.groups}, but data.csv is empty; name the CSV "
+                "that has these columns."
+            )
+        if len(set(self.groups)) < len(self.groups):
+            raise ValueError(f"data.groups is {self.groups}; name each column once.")
+        at_least("data.center_crop", self.center_crop, 0)
+        at_least("data.train", self.train, 1)
+        at_least("data.validation", self.validation, 0)
+        at_least("data.seed", self.seed, 0)
