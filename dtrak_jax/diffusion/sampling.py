@@ -1,7 +1,10 @@
 """DDIM and ancestral sampling."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +12,20 @@ import numpy as np
 from tqdm import tqdm
 
 from dtrak_jax import parallel
-from dtrak_jax.config import SAMPLERS, at_least, between, one_of
+from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.parallel import P
-from dtrak_jax.streams import fold_in, stream
+from dtrak_jax.network import Apply, Params
+from dtrak_jax.parallel import P, Program
+from dtrak_jax.rng import fold_in, stream
+
+SamplerKind = Literal["ddim", "ancestral"]
 
 
-def sample(
-    apply: Callable,
-    params,
-    schedule: Schedule,
-    seeds: np.ndarray,
-    shape: tuple[int, ...],
-    *,
-    sampler: str = "ddim",
-    steps: int = 50,
-    eta: float = 0.0,
-    clip: bool = True,
-    batch_size: int = 128,
-    cond: np.ndarray | None = None,
-    trajectory: bool = False,
-) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Generates one image for each seed: float32 [n, *shape].
+@dataclass(frozen=True)
+class Sampler:
+    """The settings of sampling, which goes from t to s = t - T // steps in each step.
 
-    One step from t to s = t - T // steps, with alpha_bar_s = 1 for s < 0
-    (Song et al. 2021, eq. 12 and 16):
+    With alpha_bar_s = 1 for s < 0 (Song et al. 2021, eq. 12 and 16):
 
       x_s = sqrt(alpha_bar_s) x + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
       sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -42,120 +34,185 @@ def sample(
     where x (clipped to [-1, 1] if `clip`) and eps follow from the network's
     prediction. "ddim" keeps that eps when x was clipped, as the reference does.
     "ancestral" is eta = 1 with eps recomputed from the clipped x: the posterior of
-    Ho et al. 2020, eq. 7. Every image depends on its own seed alone.
+    Ho et al. 2020, eq. 7.
 
-    Args:
-      apply: the network, (params, x, t, cond) -> prediction.
-      params: its parameters.
-      schedule: the noise schedule that it was trained with.
-      seeds: integers [n].
-      shape: of one image, (H, W, C).
-      sampler: "ddim" or "ancestral".
-      steps: number of steps, at most T.
-      eta: noise of DDIM, 0 to 1; "ancestral" has no use for it.
-      clip: whether predicted images are clipped.
-      batch_size: images at once on each device.
-      cond: what each image is conditioned on [n, ...], or None.
-      trajectory: also return x, the image predicted in every step, in the order of
-        `sampling_timesteps` [n, steps, *shape].
+    Raises:
+      ValueError: a setting is out of range.
     """
-    one_of("sampler", sampler, SAMPLERS)
-    at_least("steps", steps, 1)
-    between("steps", steps, 1, schedule.steps)
-    between("eta", eta, 0, 1)
-    devices = jax.local_devices()
-    mesh = parallel.mesh(devices)
-    step = _step_function(apply, schedule, mesh, sampler == "ancestral", eta, clip)
-    params = parallel.place(params, mesh)
-    stride = schedule.steps // steps
-    timesteps = sampling_timesteps(schedule, steps)
-    predicted = np.zeros((len(seeds), steps if trajectory else 0, *shape), np.float32)
-    size = max(1, min(batch_size * len(devices), len(seeds)))
-    size += -size % len(devices)
-    images = np.zeros((len(seeds), *shape), np.float32)
-    starts = range(0, len(seeds), size)
-    with tqdm(
-        total=len(starts) * steps, desc="sample", unit="step", disable=None, leave=None
-    ) as bar:
-        for start in starts:
-            rows = slice(start, min(start + size, len(seeds)))
-            batch_seeds = parallel.pad(np.asarray(seeds[rows], np.uint32), size)
-            batch_cond = None if cond is None else parallel.pad(cond[rows], size)
-            x = parallel.place(_initial_noise(batch_seeds, shape), mesh, P("data"))
-            for i, t in enumerate(timesteps):
-                x, x_0 = step(params, x, batch_seeds, batch_cond, t, t - stride)
-                if trajectory:
-                    predicted[rows, i] = np.asarray(x_0)[: rows.stop - rows.start]
-                bar.update()
-            images[rows] = np.asarray(x)[: rows.stop - rows.start]
-    return (images, predicted) if trajectory else images
+
+    schedule: Schedule
+    kind: SamplerKind = "ddim"
+    steps: int = 50
+    """The number of steps, at most T."""
+    eta: float = 0.0
+    """The noise of DDIM, from 0 to 1; "ancestral" does not use it."""
+    clip: bool = True
+
+    def __post_init__(self):
+        check_choices("sampler", self)
+        at_least("sampler.steps", self.steps, 1)
+        if self.steps > self.schedule.steps:
+            raise ValueError(
+                f"sampler.steps is {self.steps}; it must be at most "
+                f"{self.schedule.steps}, the number of timesteps of the schedule."
+            )
+        between("sampler.eta", self.eta, 0, 1)
 
 
 def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """The timesteps that `sample` goes through, descending to 0 [steps]."""
+    """Returns the timesteps that sampling goes through, descending to 0, [steps]."""
     return np.arange(steps)[::-1] * (schedule.steps // steps)
+
+
+def sample(
+    apply: Apply,
+    params: Params,
+    sampler: Sampler,
+    seeds: np.ndarray,
+    shape: tuple[int, ...],
+    *,
+    batch_size: int = 128,
+    cond: Any = None,
+    trajectory: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Generates one image for each seed, which depends on this seed alone.
+
+    Args:
+      apply, params: the network.
+      sampler: the settings of sampling.
+      seeds: integers [n].
+      shape: the shape (H, W, C) of an image.
+      batch_size: images at once on each device.
+      cond: the conditions, a pytree of arrays with n rows, or None.
+      trajectory: also return the image predicted in each step.
+
+    Returns:
+      float32 [n, *shape]; with `trajectory` a pair of these and of the predicted
+      images in the order of `sampling_timesteps`, float32 [n, steps, *shape].
+
+    Raises:
+      ValueError: `cond` has not n rows.
+    """
+    count = len(seeds)
+    for leaf in jax.tree.leaves(cond):
+        if len(leaf) != count:
+            raise ValueError(f"cond has {len(leaf)} rows; there are {count} seeds.")
+    mesh = parallel.mesh(jax.local_devices())
+    step = step_function(apply, sampler, mesh)
+    params = parallel.put(params, mesh)
+    size = batch_of(count, batch_size, mesh.size)
+    padded = count + -count % size
+    seeds, cond = jax.tree.map(
+        lambda leaf: parallel.pad(np.asarray(leaf), padded),
+        (np.asarray(seeds, np.uint32), cond),
+    )
+    stride = sampler.schedule.steps // sampler.steps
+    timesteps = sampling_timesteps(sampler.schedule, sampler.steps)
+    images = np.zeros((padded, *shape), np.float32)
+    predicted = np.zeros((padded, len(timesteps) * trajectory, *shape), np.float32)
+    total = padded // size * sampler.steps
+    with tqdm(total=total, desc="sample", unit="step", disable=None, leave=None) as bar:
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            batch_seeds, batch_cond = jax.tree.map(itemgetter(rows), (seeds, cond))
+            x = parallel.put(_initial_noise(batch_seeds, shape), mesh, P("data"))
+            for i, t in enumerate(timesteps):
+                x, x_0 = step(params, x, batch_seeds, batch_cond, t, t - stride)
+                if trajectory:
+                    predicted[rows, i] = x_0
+                bar.update()
+            images[rows] = x
+    return (images[:count], predicted[:count]) if trajectory else images[:count]
+
+
+def sample_program(
+    apply: Apply,
+    params: Params,
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    count: int,
+    batch_size: int,
+    devices: Sequence[jax.Device],
+) -> tuple[Program, int]:
+    """Returns the program of a sampling step, and how often `sample` calls it.
+
+    The program is that for `count` images without conditions; `params` may be shapes,
+    and the devices share the images of a step.
+    """
+    mesh = parallel.mesh(devices)
+    size = batch_of(count, batch_size, mesh.size)
+    x = jax.ShapeDtypeStruct((size, *shape), np.float32)
+    seeds = jax.ShapeDtypeStruct((size,), np.uint32)
+    t = jax.ShapeDtypeStruct((), np.int32)
+    function = step_function(apply, sampler, mesh)
+    program = Program(function, (params, x, seeds, None, t, t), mesh)
+    return program, -(-count // size) * sampler.steps
+
+
+def batch_of(count: int, batch_size: int, devices: int) -> int:
+    """Returns the number of images in a sampling step, a multiple of `devices`.
+
+    It is `batch_size` for each device, or fewer if `count` images need fewer.
+    """
+    size = max(1, min(batch_size * devices, count))
+    return size + -size % devices
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """x_T of every seed [n, *shape]."""
-    return jax.vmap(lambda seed: jax.random.normal(stream(seed, "sample"), shape))(
-        seeds
-    )
+    """Returns x_T of every seed, [n, *shape]."""
+    keys = jax.vmap(lambda seed: stream(seed, "sample"))(seeds)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def sampling_step(
-    schedule: Schedule,
+    sampler: Sampler,
     prediction: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
     s: jax.Array,
     z: jax.Array | None,
-    *,
-    ancestral: bool,
-    eta: float,
-    clip: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """x_s and x [B, ...] of x_t [B, ...], one t and one s for all; see `sample`.
+    """Returns x_s and the predicted images x, both [B, ...]; see `Sampler`.
 
-    z is standard normal noise, or None where the step has none.
+    All images have the same timestep t and come to the same s, which is negative at the
+    end; z is standard normal noise [B, ...], or None if the step adds none.
     """
+    schedule = sampler.schedule
     x, eps = schedule.denoise(prediction, x_t, jnp.full(len(x_t), t))
-    if clip:
+    if sampler.clip:
         x = jnp.clip(x, -1, 1)
     alpha_bar = jnp.asarray(schedule.alpha_bar)
-    now, after = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], 1.0)
-    if ancestral:
-        eta, eps = 1.0, (x_t - jnp.sqrt(now) * x) / jnp.sqrt(1 - now)
-    variance = eta**2 * (1 - after) / (1 - now) * (1 - now / after)
+    alpha_bar_t, alpha_bar_s = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], 1.0)
+    eta = sampler.eta
+    if sampler.kind == "ancestral":
+        eta = 1.0
+        eps = (x_t - jnp.sqrt(alpha_bar_t) * x) / jnp.sqrt(1 - alpha_bar_t)
+    variance = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    variance *= 1 - alpha_bar_t / alpha_bar_s
     # Rounding may leave a tiny negative number where eta is 1.
-    direction = jnp.sqrt(jnp.maximum(1 - after - variance, 0))
-    x_s = jnp.sqrt(after) * x + direction * eps
+    direction = jnp.sqrt(jnp.maximum(1 - alpha_bar_s - variance, 0))
+    x_s = jnp.sqrt(alpha_bar_s) * x + direction * eps
     return x_s if z is None else x_s + jnp.sqrt(variance) * z, x
 
 
 @functools.cache
-def _step_function(
-    apply: Callable,
-    schedule: Schedule,
-    mesh: jax.sharding.Mesh,
-    ancestral: bool,
-    eta: float,
-    clip: bool,
-) -> Callable:
-    """Compiles one sampling step for a batch spread over the mesh."""
+def step_function(apply: Apply, sampler: Sampler, mesh: jax.sharding.Mesh) -> Callable:
+    """Returns the compiled sampling step of a batch that is sharded over the mesh.
+
+    The function is (params, x_t, seeds, cond, t, s) -> (x_s, x), as in
+    `sampling_step`, with a seed for each image.
+    """
 
     def noise(seed, t, shape):
         return jax.random.normal(fold_in(stream(seed, "sample-step"), t), shape)
 
-    def step(params, x_t, seeds, cond, t, s):
+    def sample_step(params, x_t, seeds, cond, t, s):
         z = None
-        if ancestral or eta:
+        if sampler.kind == "ancestral" or sampler.eta > 0:
             z = jax.vmap(lambda seed: noise(seed, t, x_t.shape[1:]))(seeds)
         prediction = apply(params, x_t, jnp.full(len(x_t), t), cond)
-        return sampling_step(
-            schedule, prediction, x_t, t, s, z, ancestral=ancestral, eta=eta, clip=clip
-        )
+        return sampling_step(sampler, prediction, x_t, t, s, z)
 
     specs = (P(), P("data"), P("data"), P("data"), P(), P())
-    return parallel.over_mesh(step, mesh, specs, P("data"))
+    return parallel.sharded(sample_step, mesh, specs, P("data"))

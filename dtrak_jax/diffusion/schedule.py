@@ -1,14 +1,50 @@
-"""Noise schedules: how much noise there is at each timestep."""
+"""Noise schedules, which say how much noise there is at each timestep."""
 
 import dataclasses
 import functools
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from dtrak_jax.config import PREDICTIONS, DiffusionConfig, one_of
+from dtrak_jax.checks import at_least, between, check_fields, one_of
+from dtrak_jax.files import at, read_json
+
+Prediction = Literal["epsilon", "v"]
+
+DIFFUSERS_FILE = "scheduler_config.json"
+
+DIFFUSERS_CHOICES = {
+    "_class_name": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "predict_epsilon": (True,),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False,),
+}
+"""Fields of diffusers' schedulers, and their values that a `Schedule` can have.
+
+The first one is diffusers' default.
+"""
+
+DIFFUSERS_SAMPLING = (
+    "clip_sample",
+    "clip_sample_range",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "skip_prk_steps",
+    "steps_offset",
+    "tensor_format",
+    "thresholding",
+    "timestep_spacing",
+    "timestep_values",
+    "variance_type",
+)
+"""Fields of diffusers' schedulers that say how to sample, not how to add noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,21 +55,62 @@ class Schedule:
     alpha_t = 1 - beta_t and alpha_bar_t the product of alpha_0 ... alpha_t
     (Ho et al. 2020, eq. 4).
 
-    Attributes:
-      betas: T numbers in (0, 1).
-      prediction: "epsilon", the noise; or "v", sqrt(alpha_bar_t) eps -
-        sqrt(1 - alpha_bar_t) x (Salimans & Ho 2022).
+    Raises:
+      ValueError: a beta or the prediction is not allowed.
     """
 
     betas: tuple[float, ...]
-    prediction: str = "epsilon"
+    """T numbers in (0, 1)."""
+    prediction: Prediction = "epsilon"
+    """epsilon, the noise; or v, sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x
+    (Salimans & Ho 2022)."""
 
     def __post_init__(self):
         betas = tuple(float(beta) for beta in self.betas)
         if not betas or not all(0 < beta < 1 for beta in betas):
             raise ValueError("betas must be one or more numbers between 0 and 1.")
-        one_of("prediction", self.prediction, PREDICTIONS)
+        one_of("prediction", self.prediction, get_args(Prediction))
         object.__setattr__(self, "betas", betas)
+
+    @classmethod
+    def from_diffusers(cls, folder: epath.PathLike) -> "Schedule":
+        """Returns the schedule that a folder of diffusers describes.
+
+        The folder is that of a pipeline, with scheduler/scheduler_config.json, or that
+        of a scheduler, with scheduler_config.json. Fields that say how to sample are
+        not read.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: a field or its value has no counterpart here.
+        """
+        folder = at(folder)
+        paths = folder / "scheduler" / DIFFUSERS_FILE, folder / DIFFUSERS_FILE
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"{folder} has no scheduler/{DIFFUSERS_FILE} and no {DIFFUSERS_FILE}; "
+                "it must be the folder of a diffusers pipeline or scheduler."
+            )
+        settings = read_json(path)
+        for field, allowed in DIFFUSERS_CHOICES.items():
+            one_of(f"{path}: {field}", settings.get(field, allowed[0]), allowed)
+        known = {"num_train_timesteps", "beta_start", "beta_end"}
+        check_fields(
+            str(path), settings, {*known, *DIFFUSERS_CHOICES, *DIFFUSERS_SAMPLING}
+        )
+        # The values that a file leaves out are those of diffusers' DDPMScheduler.
+        steps = settings.get("num_train_timesteps", 1000)
+        start, end = settings.get("beta_start", 1e-4), settings.get("beta_end", 0.02)
+        kind = settings.get("beta_schedule", "linear")
+        prediction = settings.get("prediction_type", "epsilon")
+        prediction = prediction.removesuffix("_prediction")
+        at_least(f"{path}: num_train_timesteps", steps, 1)
+        if kind == "squaredcos_cap_v2":
+            return cosine_schedule(steps, prediction)
+        between(f"{path}: beta_start", start, 1e-12, 0.999)
+        between(f"{path}: beta_end", end, start, 0.999)
+        return SCHEDULES[kind](steps, start, end, prediction)
 
     @property
     def steps(self) -> int:
@@ -42,27 +119,27 @@ class Schedule:
 
     @functools.cached_property
     def alpha_bar(self) -> np.ndarray:
-        """alpha_bar_t for t = 0 ... T-1, float32 [T] (computed in float64)."""
+        """The products alpha_bar_t, t = 0 ... T-1, float32 [T], computed in float64."""
         return np.cumprod(1.0 - np.asarray(self.betas)).astype(np.float32)
 
     @functools.cached_property
     def elbo_weights(self) -> np.ndarray:
-        """w_t = beta_t / (2 alpha_t (1 - alpha_bar_t)), float32 [T].
+        """The weights beta_t / (2 alpha_t (1 - alpha_bar_t)), float32 [T].
 
-        The weight of |eps_hat - eps|^2 in the variational bound with the variance
-        fixed to beta_t (Ho et al. 2020, eq. 12).
+        They are the weights of |eps_hat - eps|^2 in the variational bound with the
+        variance fixed to beta_t (Ho et al. 2020, eq. 12).
         """
         beta = np.asarray(self.betas)
         alpha_bar = np.cumprod(1.0 - beta)
         return (beta / (2 * (1 - beta) * (1 - alpha_bar))).astype(np.float32)
 
     def add_noise(self, x: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-        """x_t of the images x [B, ...] with noise eps [B, ...] at timesteps t [B]."""
+        """Returns x_t of images x [B, ...] with noise eps [B, ...], timesteps t [B]."""
         signal, noise = self._scales(t, x.ndim)
         return signal * x + noise * eps
 
     def target(self, x: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-        """What a perfect network would predict for x_t; shapes as in `add_noise`."""
+        """Returns what a perfect network predicts for x_t; shapes as in `add_noise`."""
         if self.prediction == "epsilon":
             return eps
         signal, noise = self._scales(t, x.ndim)
@@ -71,14 +148,14 @@ class Schedule:
     def denoise(
         self, prediction: jax.Array, x_t: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(x, eps) that the prediction implies for x_t [B, ...] at t [B]."""
+        """Returns (x, eps) that a prediction implies for x_t [B, ...] at t [B]."""
         signal, noise = self._scales(t, x_t.ndim)
         if self.prediction == "epsilon":
             return (x_t - noise * prediction) / signal, prediction
         return signal * x_t - noise * prediction, signal * prediction + noise * x_t
 
     def _scales(self, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
-        """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), shaped to scale a batch."""
+        """Returns sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped for a batch."""
         alpha_bar = jnp.asarray(self.alpha_bar)[t]
         alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (ndim - 1))
         return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
@@ -90,7 +167,7 @@ def linear_schedule(
     beta_end: float = 0.02,
     prediction: str = "epsilon",
 ) -> Schedule:
-    """beta_t grows linearly from beta_start to beta_end (Ho et al. 2020)."""
+    """Returns a schedule whose beta_t grows linearly (Ho et al. 2020)."""
     return Schedule(tuple(np.linspace(beta_start, beta_end, steps)), prediction)
 
 
@@ -100,16 +177,16 @@ def scaled_linear_schedule(
     beta_end: float = 0.012,
     prediction: str = "epsilon",
 ) -> Schedule:
-    """sqrt(beta_t) grows linearly, as in latent diffusion (Rombach et al. 2022)."""
+    """Returns a schedule whose sqrt(beta_t) grows linearly (Rombach et al. 2022)."""
     roots = np.linspace(beta_start**0.5, beta_end**0.5, steps)
     return Schedule(tuple(roots**2), prediction)
 
 
 def cosine_schedule(steps: int = 1000, prediction: str = "epsilon") -> Schedule:
-    """alpha_bar_t follows a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+    """Returns a schedule whose alpha_bar_t follows a squared cosine.
 
-    beta_t = min(0.999, 1 - f((t+1)/T) / f(t/T)),
-    f(u) = cos^2((u + 0.008) / 1.008 * pi/2).
+    beta_t = min(0.999, 1 - f((t+1)/T) / f(t/T)), with
+    f(u) = cos^2((u + 0.008) / 1.008 * pi/2) (Nichol & Dhariwal 2021, eq. 17).
     """
 
     def f(u: float) -> float:
@@ -119,11 +196,10 @@ def cosine_schedule(steps: int = 1000, prediction: str = "epsilon") -> Schedule:
     return Schedule(tuple(betas), prediction)
 
 
-def build(config: DiffusionConfig) -> Schedule:
-    """The schedule that a run's settings describe."""
-    if config.schedule == "cosine":
-        return cosine_schedule(config.steps, config.prediction)
-    make = {"linear": linear_schedule, "scaled_linear": scaled_linear_schedule}
-    return make[config.schedule](
-        config.steps, config.beta_start, config.beta_end, config.prediction
-    )
+SCHEDULES = {
+    "linear": linear_schedule,
+    "scaled_linear": scaled_linear_schedule,
+    "cosine": cosine_schedule,
+}
+
+ScheduleName = Literal[tuple(SCHEDULES)]

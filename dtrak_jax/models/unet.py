@@ -1,23 +1,24 @@
 """The denoising network: a UNet that computes what diffusers' `UNet2DModel` computes.
 
-Submodules have diffusers' names, so the tensor `down_blocks.0.resnets.1.conv1.weight`
-there is the parameter `down_blocks_0/resnets_1/conv1/kernel` here. Images are
-[B, H, W, C]. Everything is float32; the precision of convolutions and matrix products
-is the one set by `jax_default_matmul_precision`.
+Submodules have diffusers' names: its tensor `down_blocks.0.resnets.1.conv1.weight` is
+the parameter `down_blocks_0/resnets_1/conv1/kernel`. Images are [B, H, W, C]. Numbers
+are float32; `jax_default_matmul_precision` decides the precision of convolutions and
+matrix products.
 """
 
 import math
+import zlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax.config import ModelConfig
+from dtrak_jax.models.config import ModelConfig
 
 
 def norm(name, x, config):
-    """A group normalisation of the calling module."""
+    """Returns x normalised in groups, by a submodule of the calling module."""
     # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large.
     return nn.GroupNorm(
         config.norm_num_groups,
@@ -28,7 +29,7 @@ def norm(name, x, config):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t [B], then two linear layers: [B, 4 * block_out_channels[0]]."""
+    """Maps t [B] to [B, 4 * block_out_channels[0]], by sinusoids and linear layers."""
 
     config: ModelConfig
 
@@ -36,8 +37,8 @@ class TimeEmbedding(nn.Module):
     def __call__(self, t):
         width = self.config.block_out_channels[0]
         half = width // 2
-        # Rounded as in PyTorch, and on the host, as t multiplies their errors by up to
-        # a thousand.
+        # The frequencies are rounded as in PyTorch, and on the host, since t multiplies
+        # their errors by up to a thousand.
         exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
         exponents /= np.float32(half - self.config.freq_shift)
         frequencies = np.exp(exponents, dtype=np.float64).astype(np.float32)
@@ -50,15 +51,39 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(4 * width, name="linear_2")(h)
 
 
+class Dropout(nn.Module):
+    """Sets a share `rate` of every example's entries to 0 and scales up the rest.
+
+    An example's mask is a function of its key in `keys` [B] and of this module's path
+    alone, so that it does not depend on the batch or on the devices. Nothing is dropped
+    where `keys` is None.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, keys):
+        if keys is None or self.rate == 0:
+            return x
+        keep_rate = 1 - self.rate
+        module = zlib.crc32("/".join(self.path).encode())
+
+        def draw(key):
+            key = jax.random.fold_in(key, module)
+            return jax.random.bernoulli(key, keep_rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(draw)(keys), x / keep_rate, 0.0)
+
+
 class ResBlock(nn.Module):
-    """Two convolutions, the second conditioned on the time, and a skip connection."""
+    """Adds to x two convolutions of it, the second one conditioned on the time."""
 
     config: ModelConfig
     features: int
     scale_factor: float = 1.0
 
     @nn.compact
-    def __call__(self, x, temb, train):
+    def __call__(self, x, temb, keys):
         features = self.features
         h = nn.silu(norm("norm1", x, self.config))
         h = nn.Conv(features, (3, 3), name="conv1")(h)
@@ -70,7 +95,7 @@ class ResBlock(nn.Module):
             h = norm("norm2", h, self.config) * (1 + scale) + shift
         else:
             h = norm("norm2", h + temb, self.config)
-        h = nn.Dropout(self.config.dropout, deterministic=not train)(nn.silu(h))
+        h = Dropout(self.config.dropout)(nn.silu(h), keys)
         h = nn.Conv(features, (3, 3), name="conv2")(h)
         if x.shape[-1] != features:
             x = nn.Conv(features, (1, 1), name="conv_shortcut")(x)
@@ -78,7 +103,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, and a skip connection."""
+    """Adds to x its self-attention over the pixels."""
 
     config: ModelConfig
     normalize: bool = True
@@ -101,20 +126,18 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2: [B, H, W, C] -> [B, H/2, W/2, C]."""
+    """Halves height and width by a convolution of stride 2."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x):
-        padding = (self.config.downsample_padding, 1)
-        return nn.Conv(
-            x.shape[-1], (3, 3), strides=2, padding=(padding, padding), name="conv"
-        )(x)
+        padding = 2 * [(self.config.downsample_padding, 1)]
+        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=padding, name="conv")(x)
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour and a convolution: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    """Doubles height and width by nearest neighbours and a convolution."""
 
     @nn.compact
     def __call__(self, x):
@@ -123,7 +146,7 @@ class Upsample(nn.Module):
 
 
 class Down(nn.Module):
-    """One level of the way down: its output, and all that the way up will need."""
+    """Computes a level of the way down; returns its output and the skips."""
 
     config: ModelConfig
     features: int
@@ -131,12 +154,10 @@ class Down(nn.Module):
     last: bool
 
     @nn.compact
-    def __call__(self, x, temb, train):
+    def __call__(self, x, temb, keys):
         skips = []
         for i in range(self.config.layers_per_block):
-            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(
-                x, temb, train
-            )
+            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(x, temb, keys)
             if self.attention:
                 x = Attention(self.config, name=f"attentions_{i}")(x)
             skips.append(x)
@@ -147,23 +168,23 @@ class Down(nn.Module):
 
 
 class Mid(nn.Module):
-    """The lowest level."""
+    """Computes the lowest level: two residual blocks, with attention between them."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, temb, train):
+    def __call__(self, x, temb, keys):
         scale = self.config.mid_block_scale_factor
         features = x.shape[-1]
-        x = ResBlock(self.config, features, scale, name="resnets_0")(x, temb, train)
+        x = ResBlock(self.config, features, scale, name="resnets_0")(x, temb, keys)
         if self.config.add_attention:
             normalize = self.config.mid_attention_norm
             x = Attention(self.config, normalize, scale, name="attentions_0")(x)
-        return ResBlock(self.config, features, scale, name="resnets_1")(x, temb, train)
+        return ResBlock(self.config, features, scale, name="resnets_1")(x, temb, keys)
 
 
 class Up(nn.Module):
-    """One level of the way up; takes the last of `skips` first."""
+    """Computes a level of the way up, which takes the last of `skips` first."""
 
     config: ModelConfig
     features: int
@@ -171,12 +192,10 @@ class Up(nn.Module):
     last: bool
 
     @nn.compact
-    def __call__(self, x, skips, temb, train):
+    def __call__(self, x, skips, temb, keys):
         for i, skip in enumerate(reversed(skips)):
             x = jnp.concatenate([x, skip], axis=-1)
-            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(
-                x, temb, train
-            )
+            x = ResBlock(self.config, self.features, name=f"resnets_{i}")(x, temb, keys)
             if self.attention:
                 x = Attention(self.config, name=f"attentions_{i}")(x)
         if not self.last:
@@ -185,19 +204,21 @@ class Up(nn.Module):
 
 
 class UNet2D(nn.Module):
-    """diffusers' `UNet2DModel` (Ho et al. 2020, arXiv 2006.11239).
+    """The network of diffusers' `UNet2DModel` (Ho et al. 2020, arXiv 2006.11239).
 
     `module.apply({"params": params}, x, t)` takes images x [B, H, W, in_channels] in
     [-1, 1] and integer timesteps t [B], and returns the prediction
-    [B, H, W, out_channels]. With `train=True` dropout is on and needs
-    `rngs={"dropout": key}`. Parameters come from `init` or `from_diffusers`; those of
-    flax's `module.init` have flax's distribution. Raises a ValueError for other shapes.
+    [B, H, W, out_channels]. With random `keys` [B], one for each example, dropout is
+    on. Parameters come from `models.init` or `from_diffusers`; those of flax's
+    `module.init` have flax's distribution. Other shapes are a ValueError.
     """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, keys: jax.Array | None = None
+    ) -> jax.Array:
         config = self.config
         channels = config.block_out_channels
         last = len(channels) - 1
@@ -215,17 +236,19 @@ class UNet2D(nn.Module):
         skips = [x]
         for i, kind in enumerate(config.down_block_types):
             attention = kind == "AttnDownBlock2D"
-            x, more = Down(
+            down = Down(
                 config, channels[i], attention, i == last, name=f"down_blocks_{i}"
-            )(x, temb, train)
-            skips += more
-        x = Mid(config, name="mid_block")(x, temb, train)
+            )
+            x, level_skips = down(x, temb, keys)
+            skips += level_skips
+        x = Mid(config, name="mid_block")(x, temb, keys)
         for i, kind in enumerate(config.up_block_types):
             attention = kind == "AttnUpBlock2D"
             split = len(skips) - (config.layers_per_block + 1)
-            x = Up(
+            up = Up(
                 config, channels[last - i], attention, i == last, name=f"up_blocks_{i}"
-            )(x, skips[split:], temb, train)
+            )
+            x = up(x, skips[split:], temb, keys)
             skips = skips[:split]
         x = nn.silu(norm("conv_norm_out", x, config))
         return nn.Conv(config.out_channels, (3, 3), name="conv_out")(x)

@@ -1,0 +1,58 @@
+"""The settings of the noise schedule and of sampling."""
+
+from dataclasses import dataclass
+
+from dtrak_jax.checks import at_least, between, check_choices, free
+from dtrak_jax.diffusion.sampling import SamplerKind
+from dtrak_jax.diffusion.schedule import SCHEDULES, Prediction, Schedule, ScheduleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The noise schedule, and what the network predicts."""
+
+    schedule: ScheduleName = "linear"
+    steps: int = 1000
+    beta_start: float = 1e-4
+    """The first beta of linear and scaled_linear; cosine has no such setting."""
+    beta_end: float = 0.02
+    prediction: Prediction = "epsilon"
+
+    def __post_init__(self):
+        check_choices("diffusion", self)
+        at_least("diffusion.steps", self.steps, 1)
+        between("diffusion.beta_start", self.beta_start, 1e-12, 0.999)
+        between("diffusion.beta_end", self.beta_end, self.beta_start, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The images to generate; they are the second set of queries."""
+
+    count: int = 1000
+    sampler: SamplerKind = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    """Noise of DDIM, from 0 (none) to 1."""
+    clip: bool = True
+    """Clip the predicted image to [-1, 1] in every step."""
+    batch_size: int = free(128)
+    """Images generated at once on each device."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_choices("sample", self)
+        at_least("sample.count", self.count, 0)
+        at_least("sample.steps", self.steps, 1)
+        between("sample.eta", self.eta, 0, 1)
+        at_least("sample.batch_size", self.batch_size, 1)
+        at_least("sample.seed", self.seed, 0)
+
+
+def build_schedule(settings: DiffusionConfig) -> Schedule:
+    """The noise schedule that a run's settings describe."""
+    if settings.schedule == "cosine":
+        return SCHEDULES["cosine"](settings.steps, settings.prediction)
+    return SCHEDULES[settings.schedule](
+        settings.steps, settings.beta_start, settings.beta_end, settings.prediction
+    )
