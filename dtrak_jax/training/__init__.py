@@ -1,16 +1,24 @@
 """Training, retraining ensembles, and the checkpoints they leave."""
 
-from dtrak_jax.training.batches import batch
+from dtrak_jax.training.checkpoint import latest_step
+from dtrak_jax.training.config import TrainConfig, kept_steps, saved_steps
 from dtrak_jax.training.ensemble import Member, load_members, train_members
-from dtrak_jax.training.loop import TrainState, kept_steps, load_params, train
+from dtrak_jax.training.loop import load_params, train
+from dtrak_jax.training.programs import planned_member_step, planned_step
+from dtrak_jax.training.step import Recipe, batch
 
 __all__ = [
     "Member",
-    "TrainState",
+    "Recipe",
+    "TrainConfig",
     "batch",
     "kept_steps",
+    "latest_step",
     "load_members",
     "load_params",
+    "planned_member_step",
+    "planned_step",
+    "saved_steps",
     "train",
     "train_members",
 ]

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a training run."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -9,15 +10,15 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dtrak_jax import files
-from dtrak_jax.trees import named_leaves
+from dtrak_jax.digests import named_leaves
 
 
 def open_manager(
     directory: epath.PathLike, keep: Sequence[int], *, alone: bool = False
 ) -> ocp.CheckpointManager:
-    """A manager that keeps the steps in `keep` and otherwise only the latest one.
+    """Returns a manager that keeps the steps in `keep`, and else only the latest one.
 
-    `alone`: only this process uses it, whatever the others do.
+    One that is `alone` is used by this process, whatever the other processes do.
 
     A checkpoint counts once it is whole (on a local disk by a rename, on gs:// by a
     file that says so), so a killed run leaves the one before it.
@@ -54,16 +55,17 @@ def open_manager(
         # of managers that are `alone` would be taken for each other's.
         enable_async_checkpointing=not alone,
     )
-    return ocp.CheckpointManager(
-        directory,
-        options=options,
-        item_handlers=handler,
-    )
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
 
 
 def steps(directory: epath.PathLike) -> list[int]:
-    """The steps of the whole checkpoints in a directory."""
+    """Returns the steps of the whole checkpoints in a directory."""
     return ocp.path.step.checkpoint_steps(files.at(directory))
+
+
+def latest_step(directory: epath.PathLike) -> int:
+    """Returns the step of the newest checkpoint in a directory; 0 if there is none."""
+    return max(steps(directory), default=0)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state) -> None:
@@ -71,55 +73,64 @@ def save(manager: ocp.CheckpointManager, step: int, state) -> None:
     manager.save(step, args=ocp.args.PyTreeSave(state))
 
 
-def save_alone(manager: ocp.CheckpointManager, step: int, state) -> None:
-    """Saves a state that is on the host, with a manager that was opened `alone`.
+def save_alone(directory: epath.PathLike, step: int, state) -> None:
+    """Saves a state that is on the host, whatever the other processes do.
 
-    With several processes Orbax writes what is on the host in process 0 only, and
-    refuses arrays that are on one process's devices only. So another process's device
-    is named as the holder of a second copy, which nobody reads.
+    With several processes Orbax writes arrays on the host in process 0 only, and refuses
+    arrays that are on one process's devices only. So another process's device is named
+    as the holder of a second copy, which nobody reads.
     """
-    others = [d for d in jax.devices() if d.process_index != jax.process_index()]
-    holders = np.array([*jax.local_devices()[:1], *others[:1]])
+    elsewhere = [d for d in jax.devices() if d.process_index != jax.process_index()]
+    holders = np.array([*jax.local_devices()[:1], *elsewhere[:1]])
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(holders, "copy"), jax.P())
 
-    def place(leaf):
+    def put(leaf):
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
 
-    save(manager, step, jax.tree.map(place, state))
+    with open_manager(directory, [], alone=True) as manager:
+        save(manager, step, jax.tree.map(put, state))
+
+
+def load(directory: epath.PathLike, step: int, shapes, *, alone: bool = False):
+    """Returns the state saved at `step` in NumPy arrays; raises as `restore` does."""
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    with open_manager(directory, [step], alone=alone) as manager:
+        return restore(manager, step, arrays)
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract):
-    """The state saved at `step`, shaped and placed as `abstract` says.
+    """Returns the state saved at `step`, shaped and placed as `abstract` says.
 
     Raises:
       ValueError: the checkpoint is of another model or optimiser (names the first
         array that differs), or damaged.
     """
     folder = f"{manager.directory}/{step}"
-    try:
+    with _damage_named(folder):
         saved = named_leaves(manager.item_metadata(step).tree)
-    except Exception as error:
-        raise _damaged(folder) from error
-    for name, wanted in named_leaves(abstract).items():
-        found = tuple(saved[name].shape) if name in saved else None
-        if found != wanted.shape:
-            shape = "absent" if found is None else f"of shape {found}"
+    for name, leaf in named_leaves(abstract).items():
+        shape = tuple(saved[name].shape) if name in saved else None
+        if shape != leaf.shape:
+            is_saved = "absent" if shape is None else f"of shape {shape}"
             raise ValueError(
-                f"the checkpoint {folder} is of another model: {name} is {shape}, "
-                f"this run needs {wanted.shape}. Use the config it was trained with, "
+                f"the checkpoint {folder} is of another model: {name} is {is_saved}, "
+                f"this run needs {leaf.shape}. Use the config it was trained with, "
                 "or another --workdir."
             )
-    try:
-        where = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=where)
+    with _damage_named(folder):
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=places)
         return manager.restore(step, args=args)
+
+
+@contextlib.contextmanager
+def _damage_named(folder: str):
+    """Says of any error in reading a checkpoint what to do."""
+    try:
+        yield
     except Exception as error:
-        raise _damaged(folder) from error
-
-
-def _damaged(folder: str) -> ValueError:
-    return ValueError(
-        f"the checkpoint {folder} cannot be read and may be damaged; delete that "
-        "folder and rerun to continue from the one before."
-    )
+        raise ValueError(
+            f"the checkpoint {folder} cannot be read and may be damaged; delete that "
+            "folder and rerun to continue from the one before."
+        ) from error

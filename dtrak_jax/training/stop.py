@@ -1,10 +1,9 @@
 """Stopping on SIGINT or SIGTERM: no step is cut in two, no process left waiting.
 
 JAX's own notifier (`multihost_utils.reached_preemption_sync_point`) does not serve
-here, and `parallel.start` turns it off: it takes SIGTERM for as long as the process
-lives, so that stages that never ask it, such as featurize, could not be ended; no
-handler of Python's can be there beside it; it knows nothing of SIGINT; and it needs all
-processes to count the same steps, which those that train members do not.
+here, and `parallel.start` turns it off: it would take SIGTERM from stages that never ask
+it, such as featurize; it knows nothing of SIGINT; and it needs all processes to count
+the same steps, which those that train members do not.
 """
 
 import contextlib
@@ -20,12 +19,12 @@ import jax
 from jax._src import distributed
 
 POLL_SECONDS = 0.2
-"""How often a process looks whether another one was asked to stop."""
+"""The time between two looks at whether another process was asked to stop."""
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM, so that no step is cut in two.
+    """Yields an event set by the first SIGINT or SIGTERM, so that no step is cut in two.
 
     A second SIGINT acts as if this were not here. SIGTERM may well come twice, from
     Slurm and from the script around this, and is heard once.
@@ -34,10 +33,10 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
-        for s, handler in before.items():
+        for s, handler in handlers.items():
             signal.signal(s, handler)
 
     def request(number: int, _) -> None:
@@ -45,7 +44,7 @@ def stop_requests() -> Iterator[threading.Event]:
         if number == signal.SIGINT:
             restore()
 
-    for s in before:
+    for s in handlers:
         signal.signal(s, request)
     try:
         yield stop
@@ -59,8 +58,8 @@ _notices = itertools.count()
 class Notice:
     """A request to stop that processes without common steps pass on to each other.
 
-    All make one at the same point of the program. What they say to each other is kept
-    by the coordination service of `jax.distributed`; the devices take no part.
+    All processes make one at the same point of the program. Its messages are kept by
+    the coordination service of `jax.distributed`; the devices take no part.
     """
 
     def __init__(self, stop: threading.Event):
@@ -69,16 +68,16 @@ class Notice:
         self.looked = 0.0
 
     def given(self) -> bool:
-        """Whether this process was asked to stop, or another one just before."""
+        """Returns whether this process was asked to stop, or another one just before."""
         if not self.alone and time.monotonic() > self.looked + POLL_SECONDS:
             self._exchange()
         return self.stop.is_set()
 
-    def wait_for_all(self) -> bool:
-        """Returns once every process has come here; whether any was asked to stop."""
+    def barrier(self) -> bool:
+        """Waits for every process; returns whether any of them was asked to stop."""
         if self.alone:
             return False
-        # Whoever sees all of them here must see what each of them was asked before.
+        # A process that sees all of them here must see what each was asked before.
         self._exchange()
         self._say("here")
         while len(self._said("here")) < jax.process_count():
@@ -88,7 +87,7 @@ class Notice:
         return self.stop.is_set()
 
     def _exchange(self) -> None:
-        """Passes the request on, or hears of it."""
+        """Passes a request on, or hears of one."""
         self.looked = time.monotonic()
         if self._said("stop"):
             self.stop.set()

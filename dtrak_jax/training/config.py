@@ -1,0 +1,67 @@
+"""The settings of training."""
+
+from dataclasses import dataclass
+
+from dtrak_jax.checks import at_least, between, free, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """AdamW with linear warm-up, half-cosine decay and clipping."""
+
+    steps: int = 8000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    """Fraction of the steps over which the rate grows from 0."""
+    b1: float = 0.95
+    b2: float = 0.999
+    weight_decay: float = 1e-6
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Decay of the averaged parameters, which then are the model; 0 is off."""
+    checkpoints: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Fractions of the run whose state is kept; the last one must be 1."""
+    save_every: int = 1000
+    """Steps between the checkpoints that an interrupted run continues from."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    fsdp: bool = free(False)
+    """Spread the parameters, their averages and AdamW's moments over the devices (fully
+    sharded data parallelism), for a network whose state one device cannot hold. Changes
+    results by rounding only. Retrained members always live on one device each."""
+    seed: int = 42
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+        positive("train.learning_rate", self.learning_rate)
+        between("train.warmup", self.warmup, 0, 1)
+        between("train.weight_decay", self.weight_decay, 0)
+        positive("train.clip_norm", self.clip_norm)
+        for name in ("b1", "b2", "ema_decay"):
+            between(f"train.{name}", getattr(self, name), 0, 0.999999)
+        for fraction in self.checkpoints:
+            between("train.checkpoints", fraction, 0, 1)
+        if not self.checkpoints or self.checkpoints[-1] != 1:
+            raise ValueError(
+                f"train.checkpoints is {self.checkpoints}; the last one must be 1.0, "
+                "the end of the run."
+            )
+        at_least("train.seed", self.seed, 0)
+        between("train.seed", self.seed, 0, 2**32 - 1)
+
+
+def kept_steps(config: TrainConfig) -> list[int]:
+    """Returns the steps whose checkpoints stay, ascending; the last is the end."""
+    return sorted({max(1, round(f * config.steps)) for f in config.checkpoints})
+
+
+def regular_steps(config: TrainConfig) -> list[int]:
+    """Returns every `save_every`-th step, and the last: those that a member saves."""
+    return [*range(config.save_every, config.steps, config.save_every), config.steps]
+
+
+def saved_steps(config: TrainConfig) -> list[int]:
+    """Returns the steps that the main model saves, though some only for a while."""
+    return sorted({*kept_steps(config), *regular_steps(config)})
