@@ -1,19 +1,27 @@
-"""Gradient features: what is differentiated, projected and kept."""
+"""Gradient features: tasks, gradients, projections and the store that keeps them."""
 
 from dtrak_jax.features.distortion import Distortion, distortion
-from dtrak_jax.features.loop import featurize
+from dtrak_jax.features.featurize import (
+    StepPrograms,
+    example_mesh,
+    featurize,
+    step_programs,
+)
 from dtrak_jax.features.merge import merge
-from dtrak_jax.features.projection import Projection, project
-from dtrak_jax.features.store import Features
+from dtrak_jax.features.projection import Projection
+from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 
 __all__ = [
     "Distortion",
     "Features",
     "Projection",
+    "StepPrograms",
+    "Store",
     "Task",
     "distortion",
+    "example_mesh",
     "featurize",
     "merge",
-    "project",
+    "step_programs",
 ]

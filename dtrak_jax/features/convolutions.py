@@ -1,8 +1,7 @@
-"""Every example's own kernel gradients, as matrix products.
+"""Gradients of convolutions' weights, one for each example, as matrix products.
 
-`jax.vmap` makes of the gradients of convolution kernels, one for each example, a grouped
-convolution with as many groups as examples. Compilers have no fast code for those, and
-XLA partitions them wrongly over devices.
+`jax.vmap` makes of these a convolution with as many groups as examples, for which
+compilers have no fast code, and which XLA partitions wrongly over devices.
 """
 
 import itertools
@@ -15,16 +14,12 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 
-def kernel_gradients_as_products(function: Callable) -> Callable:
-    """The same function, with convolutions of few outputs written as matrix products.
+def weight_gradients_as_products(function: Callable) -> Callable:
+    """Returns the function with convolutions of few outputs as matrix products.
 
-    The gradient of a kernel is such a convolution: of the layer's inputs by its output
-    gradients, with as many outputs as the kernel has entries in its window. As a sum
-    over positions of patches of the inputs times output gradients it is one product of
-    matrices, and a batch of them under `jax.vmap`.
-
-    Found by reading what JAX makes of the function, so that any network will do. The
-    bodies of loops and branches are left as they are.
+    The gradient of a weight is such a convolution: of the layer's inputs by its output
+    gradients, with as many outputs as the weight has entries in its window. It is found
+    in the jaxpr, so that any network will do; loops and branches are left as they are.
     """
 
     def rewritten(*arguments):
@@ -37,45 +32,44 @@ def kernel_gradients_as_products(function: Callable) -> Callable:
 
 
 def _evaluate(traced: core.ClosedJaxpr, arguments: list) -> list:
-    """Runs a traced function on arrays or tracers."""
-    jaxpr, values = traced.jaxpr, {}
+    """Returns the results of a traced function for arrays or tracers."""
+    jaxpr = traced.jaxpr
+    values = dict(zip(jaxpr.constvars, traced.consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
-    values.update(zip(jaxpr.constvars, traced.consts, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
-        given = [read(atom) for atom in equation.invars]
-        results = _apply(equation, given)
+        results = _apply(equation, [read(atom) for atom in equation.invars])
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: core.JaxprEqn, given: list) -> list:
-    """The results of one operation."""
+def _apply(equation: core.JaxprEqn, arguments: list) -> list:
+    """Returns the results of one operation."""
     primitive, params = equation.primitive, equation.params
     if primitive is primitives.jit_p:
-        return _evaluate(params["jaxpr"], given)
+        return _evaluate(params["jaxpr"], arguments)
     if primitive is primitives.conv_general_dilated_p:
         (result,) = equation.outvars
-        if _is_kernel_gradient(*given, result.aval.shape, params):
-            return [_product(*given, result.aval.shape, params)]
-    results = primitive.bind(*given, **primitive.get_bind_params(params))
+        if _is_weight_gradient(arguments[1].shape, result.aval.shape, params):
+            return [_product(*arguments, result.aval.shape, params)]
+    results = primitive.bind(*arguments, **primitive.get_bind_params(params))
     return results if primitive.multiple_results else [results]
 
 
-def _is_kernel_gradient(lhs, rhs, shape: tuple[int, ...], params: dict) -> bool:
-    """Whether there are no more outputs than entries in the window."""
+def _is_weight_gradient(window: tuple, outputs: tuple, params: dict) -> bool:
+    """Returns True if there are no more outputs than entries in the window."""
     numbers = params["dimension_numbers"]
     groups = params["feature_group_count"] * params["batch_group_count"]
-    outputs = math.prod(shape[axis] for axis in numbers.out_spec[2:])
-    window = math.prod(rhs.shape[axis] for axis in numbers.rhs_spec[2:])
-    return groups == 1 and outputs <= window
+    positions = math.prod(outputs[axis] for axis in numbers.out_spec[2:])
+    entries = math.prod(window[axis] for axis in numbers.rhs_spec[2:])
+    return groups == 1 and positions <= entries
 
 
 def _product(lhs, rhs, shape: tuple[int, ...], params: dict) -> jax.Array:
-    """`lax.conv_general_dilated` as one matrix product."""
+    """Returns `lax.conv_general_dilated` as one matrix product."""
     numbers = params["dimension_numbers"]
     batch, feature, *space = numbers.lhs_spec
     _, in_features, *window = numbers.rhs_spec
@@ -87,9 +81,7 @@ def _product(lhs, rhs, shape: tuple[int, ...], params: dict) -> jax.Array:
     padded = lax.pad(lhs, lax.full((), 0, lhs.dtype), config)
 
     def patch(position):
-        """What one output sees, [..., B, ...]."""
-        start, stop = [0] * lhs.ndim, list(padded.shape)
-        steps = [1] * lhs.ndim
+        start, stop, steps = [0] * lhs.ndim, list(padded.shape), [1] * lhs.ndim
         for j, axis in enumerate(space):
             start[axis] = position[j] * params["window_strides"][j]
             steps[axis] = params["rhs_dilation"][j]

@@ -1,11 +1,12 @@
-"""How far a projection distorts the inner products of somebody's own gradients."""
+"""The distortion of inner products by a projection, measured on a user's gradients."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.features.loop import featurize
+from dtrak_jax.features.featurize import featurize
 from dtrak_jax.features.projection import Projection
+from dtrak_jax.features.store import Features
 from dtrak_jax.features.task import Task
 
 
@@ -16,14 +17,10 @@ class Distortion(NamedTuple):
     1/sqrt(k) where gradients are unrelated, and more where they are alike.
     """
 
-    rms: float
-    """Root mean square over pairs of different examples, and over timesteps."""
-    largest: float
-    """Largest absolute error of such a pair."""
-    norm_rms: float
-    """Root mean square of |phi|^2 / |g|^2 - 1."""
-    examples: int
-    """Number of examples compared."""
+    rms: float  # root mean square over pairs of different examples, and over timesteps
+    largest: float  # largest absolute error of such a pair
+    norm_rms: float  # root mean square of |phi|^2 / |g|^2 - 1
+    examples: int  # number of examples compared
 
 
 def distortion(
@@ -32,14 +29,8 @@ def distortion(
     """Measures the distortion of a projection on the gradients of some images.
 
     Holds their whole gradients in memory: len(images) x p numbers for each pair of a
-    timestep and a draw, so give it a handful of images.
-
-    Args:
-      task: see `featurize`.
-      params: the network's parameters.
-      images: two or more [n, H, W, C].
-      projection: to be judged.
-      **options: as `featurize` takes them: ids, cond, batch_size, proj_devices.
+    timestep and a draw, so give it a handful of images, two or more. The arguments are
+    those of `featurize`.
 
     Returns:
       The errors; or {measurement: errors} if the task has a tuple of them.
@@ -48,16 +39,16 @@ def distortion(
         raise ValueError("distortion compares pairs: give two or more images.")
     options = {"description": "distortion"} | options
     exact = featurize(task, params, images, Projection("none"), **options)
-    ours = featurize(task, params, images, projection, **options)
-    if not isinstance(exact, dict):
-        return _compare(exact.kernels(), ours.kernels())
-    return {m: _compare(exact[m].kernels(), ours[m].kernels()) for m in exact}
+    projected = featurize(task, params, images, projection, **options)
+    if isinstance(exact, Features):
+        return _compare(exact, projected)
+    return {name: _compare(exact[name], projected[name]) for name in exact}
 
 
-def _compare(exact, ours) -> Distortion:
+def _compare(exact: Features, projected: Features) -> Distortion:
     """Compares Gram matrices, one for each pair of a timestep and a draw."""
     off, diagonal = [], []
-    for g, phi in zip(exact, ours, strict=True):
+    for g, phi in zip(exact.by_pair(), projected.by_pair(), strict=True):
         g, phi = g.astype(np.float64), phi.astype(np.float64)
         norms = np.linalg.norm(g, axis=1)
         if not norms.all():
@@ -70,5 +61,5 @@ def _compare(exact, ours) -> Distortion:
         rms=float(np.sqrt(np.mean(off**2))),
         largest=float(np.abs(off).max()),
         norm_rms=float(np.sqrt(np.mean(diagonal**2))),
-        examples=len(norms),
+        examples=len(exact),
     )

@@ -1,117 +1,102 @@
-"""What decides the values of features, as a small dict that can be compared."""
+"""Fingerprints: all that decides the values of features, as a dict to be compared."""
 
-import hashlib
 from collections.abc import Sequence
 from importlib import metadata
 
 import jax
 import numpy as np
 
-from dtrak_jax.features.gradients import Folds, network_inputs
+from dtrak_jax import digests
+from dtrak_jax.features.gradients import Sketches, network_params
 from dtrak_jax.features.projection import Projection
-from dtrak_jax.features.task import Task
-from dtrak_jax.trees import named_leaves
+from dtrak_jax.features.task import REFERENCE_SHARD, Task
+from dtrak_jax.network import Params
 
 FORMAT = 3
-"""Raised when the meaning of a stored number changes."""
+"""The number of the format, raised when the meaning of a stored number changes."""
 
 EXAMPLES = ("ids", "images", "cond")
 """The fields of a fingerprint that tell of the examples."""
 
+Hashes = dict[str, list[str] | None]
+"""A value for each example, for each of these fields that there is."""
 
-def example_hashes(
-    ids: Sequence[str], images: np.ndarray, cond: np.ndarray | None
-) -> dict[str, list[str] | None]:
-    """Every example's id, and hashes of its image and its condition."""
+
+def example_hashes(ids: Sequence[str], images: np.ndarray, cond: object) -> Hashes:
+    """Returns every example's id, and hashes of its image and its rows of `cond`."""
+    leaves = digests.named_leaves(cond)
+    columns = {path: digests.digest_rows(leaf) for path, leaf in leaves.items()}
+    rows = [
+        # A plain array is a pytree whose only path is empty.
+        row[0] if list(columns) == [""] else digests.digest(*columns, *row)
+        for row in zip(*columns.values(), strict=True)
+    ]
     return {
         "ids": list(ids),
-        "images": _digest_rows(images),
-        "cond": None if cond is None else _digest_rows(cond),
+        "images": digests.digest_rows(images),
+        "cond": rows if columns else None,
     }
 
 
-def examples_fingerprint(
-    hashes: dict[str, list[str] | None],
-) -> dict[str, str | None]:
-    """What features depend on of their examples, in this order.
+def examples_fingerprint(hashes: Hashes) -> dict[str, str | None]:
+    """Returns the fields of a fingerprint that tell of the examples, in this order.
 
-    From `example_hashes`, which a store keeps, so that it can be had for the examples
-    of several stores together.
+    They are made of `example_hashes` alone, which stores keep and `merge` joins.
     """
     return {
-        field: None if column is None else _digest(*(i.encode() for i in column))
+        field: None if column is None else digests.digest(*column)
         for field, column in hashes.items()
     }
 
 
 def fingerprint(
     task: Task,
-    params,
+    network: tuple[Params, Params | None, Sketches],
     projection: Projection,
-    folds: Folds,
-    images: np.ndarray,
-    cond: np.ndarray | None,
+    inputs: tuple,
+    hashes: Hashes,
 ) -> dict[str, object]:
-    """What features depend on besides their examples, apart from rounding.
+    """Returns what features depend on, apart from rounding.
 
     Functions of the user's are known by the program that JAX makes of them, so an
-    edited network or measurement does not go unnoticed.
+    edited network or measurement does not go unnoticed. The inputs are the shapes of
+    (x, t, cond) for one image.
     """
-    x, t, condition = network_inputs(images, cond, 1)
+    (params, frozen, sketches), (x, t, cond) = network, inputs
     scalar = jax.ShapeDtypeStruct((), np.int32)
-    raw = projection.kind == "none"
+    raw, reference = projection.kind == "none", task.noise == "reference"
     fields = {
         "format": FORMAT,
         "dtrak_jax": metadata.version("dtrak-jax"),
         "jax": jax.__version__,
-        "network": _program(task.apply, params, x, t, condition),
-        "params": _digest_tree(params),
-        "schedule": _digest(repr(task.schedule).encode()),
+        "network": digests.digest_program(
+            task.apply, network_params(params, frozen), x, t, cond
+        ),
+        "params": digests.digest_tree(params),
+        "schedule": digests.digest(repr(task.schedule)),
         "measurements": {
-            name: _program(lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar)
+            # The function's name, that of a lambda, is part of the program's text.
+            name: digests.digest_program(
+                lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar
+            )
             for name, f in task.measurements.items()
         },
         "timesteps": list(task.grid),
         "draws": task.draws,
         "per_timestep": task.per_timestep,
         "noise": task.noise,
-        "noise_batch": task.noise_batch if task.noise == "reference" else None,
+        "noise_batch": task.noise_batch if reference else None,
         "noise_seed": task.seed,
         "parameters": task.parameters,
         "projection": projection.kind,
         "dim": None if raw else projection.dim,
         "projection_seed": None if raw else projection.seed,
     }
-    if folds:
-        # What was found to be a layer is not in the network's program.
-        fields["layers"] = _digest_tree(folds)
-    return fields
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _digest_rows(array: np.ndarray) -> list[str]:
-    """Of every row's shape, type and content; 64 rows in memory at a time."""
-    head = f"{array.dtype}{array.shape[1:]}".encode()
-    blocks = (np.asarray(array[i : i + 64]) for i in range(0, len(array), 64))
-    return [_digest(head, row.tobytes()) for block in blocks for row in block]
-
-
-def _digest_tree(params) -> str:
-    parts = []
-    for path, leaf in named_leaves(params).items():
-        array = np.asarray(leaf)
-        head = f"{path} {array.dtype} {array.shape} ".encode()
-        parts.append(_digest(head, array.tobytes()).encode())
-    return _digest(*parts)
-
-
-def _program(function, *arguments) -> str:
-    """Of the function's StableHLO at these shapes."""
-    return _digest(jax.jit(function).lower(*arguments).as_text().encode())
+    if frozen is not None:
+        fields["frozen"] = digests.digest_tree(frozen)
+    if reference:
+        fields["noise_shard"] = REFERENCE_SHARD
+    if sketches:
+        # The program of the network does not tell which of its operations are layers.
+        fields["layers"] = digests.digest_tree(sketches)
+    return fields | examples_fingerprint(hashes)

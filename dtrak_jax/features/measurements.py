@@ -6,48 +6,49 @@ its timestep and the schedule, and returns a scalar. Names and formulas are thos
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from dtrak_jax.config import MEASUREMENTS, one_of
+from dtrak_jax.checks import one_of
 from dtrak_jax.diffusion.schedule import Schedule
 
 Measurement = Callable[[jax.Array, jax.Array, jax.Array, Schedule], jax.Array]
 
 
 def loss(prediction, target, t, schedule):
-    """(1/d) |prediction - target|^2: TRAK."""
+    """Returns (1/d) |prediction - target|^2, the measurement of TRAK."""
     return jnp.mean((prediction - target) ** 2)
 
 
 def square(prediction, target, t, schedule):
-    """(1/d) |prediction|^2: D-TRAK."""
+    """Returns (1/d) |prediction|^2, the measurement of D-TRAK."""
     return jnp.mean(prediction**2)
 
 
 def mean(prediction, target, t, schedule):
-    """(1/d) sum_j prediction_j."""
+    """Returns (1/d) sum_j prediction_j."""
     return jnp.mean(prediction)
 
 
 def l1(prediction, target, t, schedule):
-    """sum_j |prediction_j|."""
+    """Returns sum_j |prediction_j|."""
     return jnp.sum(jnp.abs(prediction))
 
 
 def l2(prediction, target, t, schedule):
-    """sqrt(sum_j prediction_j^2)."""
+    """Returns sqrt(sum_j prediction_j^2)."""
     return jnp.sqrt(jnp.sum(prediction**2))
 
 
 def linf(prediction, target, t, schedule):
-    """max_j |prediction_j|."""
+    """Returns max_j |prediction_j|."""
     return jnp.max(jnp.abs(prediction))
 
 
 def elbo(prediction, target, t, schedule):
-    """(w_t/d) |eps_hat - eps|^2, w_t = beta_t / (2 alpha_t (1 - alpha_bar_t)).
+    """Returns (w_t/d) |eps_hat - eps|^2, w_t = beta_t / (2 alpha_t (1 - alpha_bar_t)).
 
     A network that predicts v errs in eps by sqrt(alpha_bar_t) times its error in v.
     """
@@ -59,9 +60,23 @@ def elbo(prediction, target, t, schedule):
 
 FUNCTIONS = {f.__name__: f for f in (loss, square, mean, l1, l2, linf, elbo)}
 
+ALIASES = {
+    "mean-squared-l2-norm": "square",
+    "l1-norm": "l1",
+    "l2-norm": "l2",
+    "linf-norm": "linf",
+    "weighted-mse": "elbo",
+}
+"""The names that the D-TRAK paper's code gives to some measurements."""
+
+MEASUREMENTS = {name: name for name in FUNCTIONS} | ALIASES
+"""Every accepted name of a measurement, with the name it stands for."""
+
+MeasurementName = Literal[tuple(MEASUREMENTS)]
+
 
 def named(measurement: str | Measurement) -> tuple[str, Measurement]:
-    """A measurement's name and function, from its name, an alias or the function.
+    """Returns a measurement's name and function, given either, or an alias.
 
     Raises:
       ValueError: an unknown name (lists the known ones), or a function without one.

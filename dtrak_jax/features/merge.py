@@ -1,8 +1,10 @@
 """Feature stores of different examples, joined into one."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 from tqdm import tqdm
 
@@ -16,14 +18,10 @@ def merge(
 ) -> dict[str, Features]:
     """Joins finished stores of different examples, in the order that they are given.
 
-    What comes out is the store that `featurize` would have made of all the examples
-    together, to rounding, and it goes on to be one: more can be merged with it. The
-    stores stay as they are. Interrupted, the same call continues; the memory needed is
-    that of one chunk of rows, and of what is kept beside features.
-
-    Args:
-      stores: their folders, on a local disk or on gs://.
-      into: folder of the new store.
+    The result is the store that `featurize` would have made of all the examples
+    together, to rounding, and can itself be merged. The stores stay as they are. If
+    interrupted, the same call continues; the memory needed is that of one chunk of rows,
+    and of what is kept beside features.
 
     Returns:
       {measurement: features} of all the examples.
@@ -38,79 +36,71 @@ def merge(
     if not stores:
         raise ValueError("stores is empty; name the folders of one or more stores.")
     sources = [Store.load(folder) for folder in stores]
-    metadata = _joined(stores, [source.metadata for source in sources])
+    metadata = _joined_metadata(stores, [source.metadata for source in sources])
     names = metadata["fingerprint"]["measurements"]
-    parts = [{name: source.features(name) for name in names} for source in sources]
+    parts = [source.features(names) for source in sources]
+    joined = {name: _concatenated([part[name] for part in parts]) for name in names}
     target = Store.open_or_create(into, metadata)
-    mine = target.my_missing_chunks(into)
-    for chunk in tqdm(mine, "merge", unit="chunk", disable=None):
-        target.write(chunk, *_rows(parts, chunk))
-    parallel.wait_for_all(f"finish {into}")
-    return {name: target.features(name) for name in names}
+    for chunk in tqdm(target.missing_chunks(), "merge", unit="chunk", disable=None):
+        phi = {name: features.rows(chunk) for name, features in joined.items()}
+        norms = {name: f.squared_norms[..., chunk] for name, f in joined.items()}
+        losses = next(iter(joined.values())).losses[:, chunk]
+        target.write(chunk, phi, norms, losses)
+    parallel.barrier(f"finish {into}")
+    return target.features(names)
 
 
-def _joined(stores: Sequence[epath.PathLike], parts: list[dict]) -> dict:
-    """The metadata of all stores together."""
-    settings = [
+def _concatenated(parts: list[Features]) -> Features:
+    """Returns the features of all examples, to be read where they are."""
+    return dataclasses.replace(
+        parts[0],
+        ids=tuple(name for part in parts for name in part.ids),
+        phi=ts.concat([part.phi for part in parts], axis=-2),
+        squared_norms=np.concatenate([part.squared_norms for part in parts], axis=-1),
+        losses=np.concatenate([part.losses for part in parts], axis=1),
+    )
+
+
+def _joined_metadata(stores: Sequence[epath.PathLike], parts: list[dict]) -> dict:
+    """Returns the metadata of all stores together."""
+    first, *_ = settings = [
         {k: v for k, v in part["fingerprint"].items() if k not in EXAMPLES}
         for part in parts
     ]
-    for folder, here in zip(stores, settings, strict=True):
-        differs = files.differences(settings[0], here)
+    for folder, setting in zip(stores, settings, strict=True):
+        differs = files.differences(first, setting)
         if differs:
             raise ValueError(
                 f"the stores {stores[0]} (there) and {folder} (here) cannot be merged: "
                 f"{differs[0]}."
             )
-    if settings[0]["format"] != FORMAT:
+    if first["format"] != FORMAT:
         raise ValueError(
-            f"the stores are of format {settings[0]['format']}, which cannot be merged; "
+            f"the stores are of format {first['format']}, which cannot be merged; "
             f"run featurize again, which makes format {FORMAT}."
         )
-    if settings[0]["noise"] == "reference":
+    if first["noise"] == "reference":
         raise ValueError(
             'features with noise "reference" cannot be merged: their noise follows an '
             "example's place among all of them. Featurize all examples in one store."
         )
-    where: dict[str, epath.PathLike] = {}
+    folder_of: dict[str, epath.PathLike] = {}
     for folder, part in zip(stores, parts, strict=True):
         for name in part["ids"]:
-            if name in where:
+            if name in folder_of:
                 raise ValueError(
-                    f"the example {name!r} is in {where[name]} and in {folder}; merge "
-                    "stores of different examples."
+                    f"the example {name!r} is in {folder_of[name]} and in {folder}; "
+                    "merge stores of different examples."
                 )
-            where[name] = folder
+            folder_of[name] = folder
     hashes = {
         field: parts[0][field] and [value for part in parts for value in part[field]]
         for field in EXAMPLES
     }
     *pairs, _, k = parts[0]["shape"]
-    return (
-        parts[0]
-        | hashes
-        | {
-            "fingerprint": settings[0] | examples_fingerprint(hashes),
-            "shape": [*pairs, len(where), k],
-        }
-    )
-
-
-def _rows(parts: list[dict[str, Features]], chunk: slice) -> tuple:
-    """The rows of a chunk, as `Store.write` takes them."""
-    found, before = [], 0
-    for part in parts:
-        count = len(next(iter(part.values())))
-        rows = slice(max(chunk.start - before, 0), min(chunk.stop - before, count))
-        if rows.start < rows.stop:
-            found.append((part, rows))
-        before += count
-
-    def joined(axis: int, read: Callable[[Features, slice], np.ndarray], name: str):
-        return np.concatenate([read(part[name], rows) for part, rows in found], axis)
-
-    return (
-        {m: joined(-2, Features.rows, m) for m in parts[0]},
-        {m: joined(-1, lambda f, r: f.squared_norms[..., r], m) for m in parts[0]},
-        joined(-1, lambda f, r: f.losses[:, r], next(iter(parts[0]))),
-    )
+    return {
+        "fingerprint": first | examples_fingerprint(hashes),
+        "shape": [*pairs, len(folder_of), k],
+        "pairs": parts[0]["pairs"],
+        "rows_per_chunk": parts[0]["rows_per_chunk"],
+    } | hashes

@@ -1,14 +1,19 @@
 """Features in memory or on disk, written a chunk of rows at a time."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
 
 from dtrak_jax import files, parallel
+
+
+def chunks_of(n: int, rows: int) -> list[slice]:
+    """Returns the chunks of `rows` rows, the last one perhaps shorter, of n rows."""
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +22,14 @@ class Features:
 
     Attributes:
       measurement: its name.
-      ids: of the n examples.
+      ids: the names of the n examples.
       phi: float32 [T, n, k], T pairs of a timestep and a draw kept apart, or [n, k]
-        averaged. A TensorStore, so that rows are read when they are needed.
+        averaged. It is a TensorStore, so that rows are read when they are needed.
       squared_norms: |g|^2 of the gradients before projection, [T, n] or [n]; where they
         are not formed ("factorized"), of the sketches that are, right in expectation.
       losses: mean squared error of every noised image [T, n]; the residual's norm is
         sqrt(d * losses), d the number of outputs.
-      fingerprint: what the values depend on.
+      fingerprint: all that decides the values.
     """
 
     measurement: str
@@ -36,7 +41,7 @@ class Features:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[T, n, k], or [n, k]."""
+        """The shape [T, n, k], or [n, k]."""
         return tuple(self.phi.shape)
 
     def __len__(self) -> int:
@@ -45,20 +50,17 @@ class Features:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self._read(...), dtype=dtype)
 
-    def kernels(self) -> Iterator[np.ndarray]:
-        """Each pair's features [n, k] in turn; just one array if averaged."""
-        if self.phi.ndim == 2:
-            yield self._read(...)
-        else:
-            for pair in range(self.phi.shape[0]):
-                yield self._read(pair)
+    def by_pair(self) -> Iterator[np.ndarray]:
+        """Yields each pair's features [n, k] in turn; just one array if averaged."""
+        pairs = [...] if self.phi.ndim == 2 else range(self.phi.shape[0])
+        yield from map(self._read, pairs)
 
     def rows(self, rows: slice) -> np.ndarray:
-        """The features of some examples alone, [T, rows, k] or [rows, k]."""
+        """Returns the features of some examples, [T, rows, k] or [rows, k]."""
         return self._read((..., rows, slice(None)))
 
     def pairs(self, positions: list[int]) -> np.ndarray:
-        """The features of some pairs alone, [len(positions), n, k]."""
+        """Returns the features of some pairs, [len(positions), n, k]."""
         return self._read(positions)
 
     def _read(self, index) -> np.ndarray:
@@ -84,14 +86,13 @@ class Features:
           FileNotFoundError: there is no store, or not this measurement in it.
           ValueError: it is unfinished or damaged.
         """
-        stored = Store.load(store)
-        known = stored.metadata["fingerprint"]["measurements"]
-        if measurement not in known:
+        saved = Store.load(store)
+        if measurement not in saved.phi:
             raise FileNotFoundError(
                 f"the store {store} has no features of {measurement!r}; it has "
-                f"those of {', '.join(known)}."
+                f"those of {', '.join(saved.phi)}."
             )
-        return stored.features(measurement)
+        return saved.features([measurement])[measurement]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,54 +103,46 @@ class Store:
     """
 
     metadata: dict
+    folder: epath.Path | None  # None in memory, where the arrays go with the store
     phi: dict[str, ts.TensorStore]
     squared_norms: dict[str, ts.TensorStore]
     losses: ts.TensorStore
 
     @classmethod
-    def in_memory(cls, metadata: dict) -> "Store":
-        """An empty store that goes when it is no longer used."""
+    def open_or_create(cls, folder: epath.PathLike | None, metadata: dict) -> "Store":
+        """Continues the store in the folder, or starts it there; or in memory if None.
 
-        def array(name: str, shape: tuple[int, ...], row_axis: int) -> ts.TensorStore:
-            return ts.array(np.full(shape, np.nan, np.float32))
-
-        return cls._make(metadata, array)
-
-    @classmethod
-    def open_or_create(cls, folder: epath.PathLike, metadata: dict) -> "Store":
-        """Continues the store in the folder, or starts it there.
-
-        Raises:
-          ValueError: it holds other features (names the field that differs), or
-            something that is no feature store.
+        All processes must call it together. What is there must be the same features.
         """
+        if folder is None:
+            return cls.open(None, metadata)
         folder = files.at(folder)
         path = folder / "metadata.json"
-        if parallel.is_primary() and not path.exists():
+        if parallel.is_main_process() and not path.exists():
             if not files.is_empty(folder):
                 raise ValueError(
                     f"{folder} is not empty and holds no feature store; name another "
                     "store, or delete it."
                 )
             files.write_json(path, metadata)
-        parallel.wait_for_all(f"create {folder}")
-        found = files.read_json(path)
-        differs = files.differences(found["fingerprint"], metadata["fingerprint"])
+        parallel.barrier(f"create {folder}")
+        saved = files.read_json(path)
+        differs = files.differences(saved["fingerprint"], metadata["fingerprint"])
         if differs:
             raise ValueError(
                 f"the store {folder} holds other features: {differs[0]}. Name another "
                 "store, or delete it."
             )
-        return cls.open(folder, found)
+        made_from = _as_json(metadata.get("made_from"))
+        if made_from not in (None, saved.get("made_from")):
+            saved["made_from"] = made_from
+            if parallel.is_main_process():
+                files.write_json(path, saved)
+        return cls.open(folder, saved)
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> "Store":
-        """The store in the folder.
-
-        Raises:
-          FileNotFoundError: there is none.
-          ValueError: it is damaged.
-        """
+        """Opens the store in the folder, or raises a FileNotFoundError."""
         path = files.at(folder) / "metadata.json"
         if not path.exists():
             raise FileNotFoundError(
@@ -159,40 +152,60 @@ class Store:
         return cls.open(path.parent, files.read_json(path))
 
     @classmethod
-    def open(cls, folder: epath.Path, metadata: dict) -> "Store":
-        """The store in a folder, given its metadata."""
-
-        def array(name: str, shape: tuple[int, ...], row_axis: int) -> ts.TensorStore:
-            chunk = list(shape)
-            chunk[row_axis] = min(metadata["rows_per_chunk"], shape[row_axis])
-            try:
-                return _zarr(folder / name, shape, chunk)
-            except ValueError as error:
-                raise ValueError(
-                    f"the store {folder} is damaged ({error}); delete it and run "
-                    "featurize again."
-                ) from error
-
-        return cls._make(metadata, array)
-
-    @classmethod
-    def _make(cls, metadata: dict, array) -> "Store":
+    def open(cls, folder: epath.Path | None, metadata: dict) -> "Store":
+        """Opens the arrays, given their metadata."""
         names = metadata["fingerprint"]["measurements"]
-        shape, axis = tuple(metadata["shape"]), len(metadata["shape"]) - 2
-        losses = (metadata["pairs"], len(metadata["ids"]))
+        *pairs, n, k = metadata["shape"]
+        rows = min(metadata["rows_per_chunk"], n)
+
+        def array(name: str, lead: list[int], *rest: int) -> ts.TensorStore:
+            shape = [*lead, n, *rest]
+            if folder is None:
+                return ts.array(np.full(shape, np.nan, np.float32))
+            return _zarr(folder / name, shape, [*lead, rows, *rest])
+
         return cls(
             metadata,
-            {n: array(f"{n}/phi", shape, axis) for n in names},
-            {n: array(f"{n}/squared_norms", shape[:-1], axis) for n in names},
-            array("losses", losses, 1),
+            folder,
+            {name: array(f"{name}/phi", pairs, k) for name in names},
+            {name: array(f"{name}/squared_norms", pairs) for name in names},
+            array("losses", [metadata["pairs"]]),
         )
 
+    @classmethod
+    def is_finished_for(
+        cls, folder: epath.PathLike, made_from: dict, measurements: Collection[str]
+    ) -> bool:
+        """Returns True if the folder holds these features of every example.
+
+        Nothing is traced or hashed: it trusts what `featurize` was told of `made_from`.
+        Processes may see different answers while others write.
+        """
+        try:
+            store = cls.load(folder)
+        except FileNotFoundError:
+            return False
+        known = store.metadata.get("made_from") == _as_json(made_from)
+        present = store.phi.keys() >= set(measurements)
+        return known and present and bool(store._done().all())
+
+    def _done(self) -> np.ndarray:
+        """Returns True for each row that is there."""
+        return np.isfinite(self.losses.read().result()).all(axis=0)
+
     def missing_chunks(self) -> list[slice]:
-        """The chunks of rows that are not written yet."""
-        n, rows = len(self.metadata["ids"]), self.metadata["rows_per_chunk"]
-        done = np.isfinite(self.losses.read().result()).all(axis=0)
-        chunks = [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
-        return [chunk for chunk in chunks if not done[chunk].all()]
+        """Returns the missing chunks of rows that this process is to write.
+
+        All processes must call it together: none may write before all have seen the
+        same chunks missing. A store in memory is this process's alone.
+        """
+        done = self._done()
+        chunks = chunks_of(len(done), self.metadata["rows_per_chunk"])
+        missing = [chunk for chunk in chunks if not done[chunk].all()]
+        if self.folder is None:
+            return missing
+        parallel.barrier(f"share out {self.folder}")
+        return parallel.of_process(missing)
 
     def write(
         self,
@@ -201,15 +214,10 @@ class Store:
         squared_norms: dict[str, np.ndarray],
         losses: np.ndarray,
     ) -> None:
-        """Writes one chunk of rows; it counts as done only when all of it is there.
-
-        Raises:
-          OSError: the disk is full or not writable; chunks before this one are safe.
-        """
+        """Writes one chunk of rows; it counts as done only when all of it is there."""
+        norms = squared_norms.items()
         pending = [self.phi[n][..., rows, :].write(a) for n, a in phi.items()]
-        pending += [
-            self.squared_norms[n][..., rows].write(a) for n, a in squared_norms.items()
-        ]
+        pending += [self.squared_norms[n][..., rows].write(a) for n, a in norms]
         try:
             for future in pending:
                 future.result()
@@ -221,67 +229,54 @@ class Store:
                 "rerun to continue."
             ) from error
 
-    def my_missing_chunks(self, name: str) -> list[slice]:
-        """Those that this process is to write; all must call it, with the same name.
-
-        The other processes read from the disk what this one writes. None may start
-        before all have seen the same chunks missing.
-        """
-        missing = self.missing_chunks()
-        parallel.wait_for_all(f"share out {name}")
-        return missing[jax.process_index() :: jax.process_count()]
-
-    def features(self, measurement: str) -> Features:
-        """The finished features of one measurement.
-
-        Raises:
-          ValueError: rows are missing.
-        """
-        missing = sum(chunk.stop - chunk.start for chunk in self.missing_chunks())
+    def features(self, measurements: Collection[str]) -> dict[str, Features]:
+        """Returns {measurement: features}, or raises a ValueError if rows are missing."""
+        ids, missing = tuple(self.metadata["ids"]), np.count_nonzero(~self._done())
         if missing:
             raise ValueError(
-                f"{missing} of {len(self.metadata['ids'])} examples have no features "
-                "yet; run featurize again to finish them."
+                f"{missing} of {len(ids)} examples have no features yet; run featurize "
+                "again to finish them."
             )
-        fingerprint = self.metadata["fingerprint"]
-        return Features(
-            measurement=measurement,
-            ids=tuple(self.metadata["ids"]),
-            phi=self.phi[measurement],
-            squared_norms=self.squared_norms[measurement].read().result(),
-            losses=self.losses.read().result(),
-            fingerprint=fingerprint
-            | {"measurements": {measurement: fingerprint["measurements"][measurement]}},
-        )
+        fingerprint, losses = self.metadata["fingerprint"], self.losses.read().result()
+
+        def features(name: str) -> Features:
+            norms = self.squared_norms[name].read().result()
+            alone = {"measurements": {name: fingerprint["measurements"][name]}}
+            return Features(
+                name, ids, self.phi[name], norms, losses, fingerprint | alone
+            )
+
+        return {name: features(name) for name in measurements}
 
 
-def _zarr(path: epath.Path, shape: tuple[int, ...], chunk: list[int]) -> ts.TensorStore:
-    """A float32 Zarr array, created if it is not there.
+def _as_json(value: dict | None) -> dict | None:
+    """Returns the value as it would be read from a JSON file: tuples are lists."""
+    return json.loads(json.dumps(value))
 
-    NaN is what was not written. Features do not compress; a checksum finds damage.
+
+def _zarr(path: epath.Path, shape: list[int], chunk: list[int]) -> ts.TensorStore:
+    """Opens or creates a float32 Zarr array, all NaN at first.
+
+    Features do not compress; a checksum finds damage.
     """
     kvstore = {"driver": "file", "path": f"{path}/"}
     if files.is_remote(path):
         _, _, bucket, *names = path.parts
         kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{'/'.join(names)}/"}
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": kvstore,
-            "metadata": {
-                "shape": shape,
-                "data_type": "float32",
-                "fill_value": "NaN",
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": chunk},
-                },
-                "codecs": [
-                    {"name": "bytes", "configuration": {"endian": "little"}},
-                    {"name": "crc32c"},
-                ],
-            },
-        },
-        open=True,
-        create=True,
-    ).result()
+    metadata = {
+        "shape": shape,
+        "data_type": "float32",
+        "fill_value": "NaN",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+    }
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    try:
+        return ts.open(spec, open=True, create=True).result()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete its store and run featurize again."
+        ) from error

@@ -1,0 +1,290 @@
+"""The featurize stage: from images to gradient features."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dtrak_jax import parallel
+from dtrak_jax.checks import at_least, check_ids, check_images
+from dtrak_jax.digests import named_leaves
+from dtrak_jax.features import gradients
+from dtrak_jax.features.factorized import channel_sketches
+from dtrak_jax.features.fingerprint import example_hashes, fingerprint
+from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
+from dtrak_jax.features.projection import Projection, check_columns
+from dtrak_jax.features.store import Features, Store
+from dtrak_jax.features.task import Task
+from dtrak_jax.network import Params
+from dtrak_jax.parallel import Program
+from dtrak_jax.rng import id_words
+
+
+def featurize(
+    task: Task,
+    params: Params,
+    images: np.ndarray,
+    projection: Projection,
+    *,
+    frozen: Params | None = None,
+    ids: Sequence[str] | None = None,
+    cond: object = None,
+    store: epath.PathLike | None = None,
+    made_from: dict | None = None,
+    batch_size: int = 64,
+    proj_devices: int = 1,
+    description: str = "featurize",
+) -> Features | dict[str, Features]:
+    """Computes phi_j(x) = P grad_params f(x, j) for every image x and pair j of a task.
+
+    Args:
+      task: what is differentiated, and with which noise.
+      params: the parameters that are differentiated, any pytree.
+      images: [n, H, W, C] in [-1, 1]; any array that can be sliced by rows. Or
+        [n, pairs, H, W, C]: for every pair an image of its own.
+      projection: P.
+      frozen: the network's other parameters, any pytree. If given, the network is
+        called as apply((params, frozen), x, t, cond).
+      ids: a stable, unique name for every image; "0", "1", ... if None.
+      cond: a pytree of arrays with n rows that are passed on to the network, or None.
+      store: a folder to keep the features in; what it has already is not computed
+        again. In memory if None.
+      made_from: a small dict for JSON that the store keeps; see `Store.is_finished_for`.
+      batch_size: noised images at once on each device; limits memory, and changes
+        results by rounding only.
+      proj_devices: the number of devices of a process that share the columns of a dense
+        projection, whose entries each of them would make otherwise; changes results by
+        rounding only.
+      description: of the progress bar.
+
+    Returns:
+      The features; or {measurement: features} if the task has a tuple of them.
+
+    Raises:
+      ValueError: wrong images, ids, conditions, parameters or network; or the store
+        holds other features. Says what is wrong and what would be right.
+      FloatingPointError: a gradient is not finite; names the example.
+    """
+    ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
+    _check_examples(task, images, ids, cond)
+    _check_network(task, params, frozen, images, cond)
+    at_least("batch_size", batch_size, 1)
+    check_columns(projection.kind, projection.dim, proj_devices)
+    mesh = example_mesh(jax.local_devices(), proj_devices)
+    programs = step_programs(
+        task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
+    )
+    layout, network = programs.layout, (params, frozen, programs.sketches)
+    hashes = example_hashes(ids, images, cond)
+    inputs = gradients.network_inputs(images, cond, 1)
+    metadata = {
+        "fingerprint": fingerprint(task, network, projection, inputs, hashes),
+        "shape": list(layout.shape(len(ids))),
+        "pairs": layout.pairs,
+        "rows_per_chunk": layout.rows_per_chunk,
+        "made_from": made_from,
+    }
+    target = Store.open_or_create(store, metadata | hashes)
+    examples = images, id_words(ids), np.arange(len(ids), dtype=np.int32), cond
+    network = parallel.put(network, mesh)
+    _write_missing(task, programs, network, target, examples, description)
+    if store is not None:
+        parallel.barrier(f"finish {target.folder}")
+    features = target.features(task.measurements)
+    return features if isinstance(task.measurement, tuple) else features.popitem()[1]
+
+
+def example_mesh(devices: Sequence[jax.Device], proj_devices: int) -> jax.sharding.Mesh:
+    """Returns the mesh of a process, on whose axis "proj" devices share columns."""
+    if len(devices) % proj_devices:
+        raise ValueError(
+            f"proj_devices is {proj_devices}; it must divide {len(devices)}, the number "
+            "of this process's devices."
+        )
+    return parallel.mesh(devices, proj=proj_devices)
+
+
+class StepPrograms(NamedTuple):
+    """The programs of one round: `layout.parts` times gradients, then a projection."""
+
+    layout: Layout  # the sizes, and the number of rounds
+    sketches: gradients.Sketches  # an argument of the gradients
+    gradients: Program  # makes the gradients of a microbatch
+    project: Program  # makes their features
+    plain: Program  # for comparison: a sum over as many noised images on each device
+
+
+def step_programs(
+    task: Task,
+    params: Params,
+    images,
+    projection: Projection,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    *,
+    frozen: Params | None = None,
+    cond: object = None,
+) -> StepPrograms:
+    """Returns what `featurize` runs on a mesh; see there, and `example_mesh`.
+
+    Shapes will do for parameters, images and conditions. Nothing is computed but the
+    signs of sketches.
+    """
+    shape = jax.ShapeDtypeStruct
+    p = sum(leaf.size for leaf in gradients.variables(task, params, {}))
+    layout = Layout.of(task, projection, p, batch_size, mesh.size)
+    inputs = gradients.network_inputs(images, cond, 1)
+    sketches = channel_sketches(task, params, frozen, projection, inputs)
+    network = jax.tree.map(
+        lambda leaf: shape(leaf.shape, leaf.dtype), (params, frozen, sketches)
+    )
+    gradient_function = gradients.gradient_function(task, mesh)
+
+    def gradient_program(size: int, copies: int) -> Program:
+        x, _, condition = gradients.network_inputs(images, cond, size)
+        microbatch = Microbatch(
+            x=shape((size, 1, *x.shape[1:]), np.float32),
+            words=shape((size, 2), np.uint32),
+            position=shape((size,), np.int32),
+            pair=shape((size, copies), np.int32),
+            weight=shape((size, copies), np.float32),
+            cond=condition,
+        )
+        return Program(gradient_function, (*network, microbatch), mesh)
+
+    step = plain = gradient_program(layout.size, layout.copies)
+    if layout.copies == 1:
+        plain = gradient_program(mesh.size, layout.size // mesh.size)
+    sizes = [leaf.size for leaf in gradients.variables(task, params, sketches)]
+    parts = [shape((layout.size, size), np.float32) for size in sizes]
+    gradient = dict.fromkeys(task.measurements, parts)
+    function = gradients.projection_function(projection, mesh)
+    project = Program(function, (gradient,), mesh)
+    return StepPrograms(layout, sketches, step, project, plain)
+
+
+def _write_missing(
+    task: Task,
+    programs: StepPrograms,
+    network: tuple,
+    target: Store,
+    examples: tuple,
+    description: str,
+) -> None:
+    """Computes and writes the features that are missing in the store."""
+    ids, chunks = target.metadata["ids"], target.missing_chunks()
+    done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
+    started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
+    with tqdm(
+        total=len(ids), initial=done, desc=description, unit="image", disable=None
+    ) as bar:
+        # The devices go on with the next chunk while this one is written.
+        for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
+            names = ids[chunk]
+            results = _finish(programs.layout, len(names), rounds)
+            _check_finite(results, names, task)
+            target.write(chunk, *results)
+            bar.update(len(names))
+
+
+def _start(
+    programs: StepPrograms, network: tuple, examples: tuple, chunk: slice
+) -> list[tuple[tuple, list]]:
+    """Has the devices compute a chunk of examples, and does not wait for them.
+
+    Returns (features, squared norms) of each round, and the losses of each of its parts.
+    """
+    examples = jax.tree.map(lambda column: np.asarray(column[chunk]), examples)
+    add = gradients.addition_function(programs.gradients.mesh)
+    rounds = []
+    for first, *rest in microbatches(programs.layout, examples):
+        total, loss = programs.gradients.function(*network, first)
+        losses = [loss]
+        for microbatch in rest:
+            part, loss = programs.gradients.function(*network, microbatch)
+            total = add(total, part)
+            losses.append(loss)
+        rounds.append((programs.project.function(total), losses))
+        # Two rounds under way keep the devices busy; more would take memory.
+        jax.block_until_ready(rounds[max(0, len(rounds) - 2)])
+    return rounds
+
+
+def _finish(
+    layout: Layout, n: int, rounds: list[tuple[tuple, list]]
+) -> tuple[dict, dict, np.ndarray]:
+    """Returns (phi, squared norms, losses) of n examples, as `Store.write` takes them."""
+
+    def by_example(rows: np.ndarray) -> np.ndarray:
+        # What fills up the last round is left out.
+        return rows[: n * layout.per_example].reshape(n, -1, *rows.shape[1:])
+
+    def by_pair(*parts: np.ndarray) -> np.ndarray:
+        rows = by_example(np.concatenate(parts))
+        return np.moveaxis(rows, 1, 0) if layout.apart else rows[:, 0]
+
+    projected, losses = zip(*rounds, strict=True)
+    phi, squared_norms = jax.tree.map(by_pair, *projected)
+    losses = np.concatenate([np.concatenate(parts, axis=1) for parts in losses])
+    return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
+
+
+def _check_examples(task: Task, images, ids: Sequence[str], cond) -> None:
+    """Raises a ValueError unless images, ids and conditions are right and as many."""
+    apart = images.ndim == 5
+    if apart and images.shape[1] != len(task.pairs):
+        raise ValueError(
+            f"images have shape {images.shape}: {images.shape[1]} for each example; "
+            f"the task has {len(task.pairs)} pairs of a timestep and a draw."
+        )
+    check_images(np.reshape(images, (-1, *images.shape[-3:])) if apart else images)
+    check_ids(ids, len(images))
+    for path, leaf in named_leaves(cond).items():
+        name = f"cond: {path}" if path else "cond"
+        if not np.ndim(leaf):
+            raise ValueError(f"{name} is {leaf!r}; it must be an array with rows.")
+        if len(leaf) != len(images):
+            raise ValueError(
+                f"{name} has {len(leaf)} rows and images {len(images)}; give one each."
+            )
+
+
+def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
+    """Raises a ValueError if parameters or the network's output cannot be right."""
+    for name, tree in (("params", params), ("frozen", frozen)):
+        for path, leaf in named_leaves(tree).items():
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                raise ValueError(f"{name}: {path} has entries that are not finite.")
+    x, t, condition = gradients.network_inputs(images, cond, 2)
+    network = gradients.network_params(params, frozen)
+    try:
+        prediction = jax.eval_shape(task.apply, network, x, t, condition)
+    except Exception as error:
+        raise ValueError(
+            f"the network does not take images of shape {images.shape[-3:]} with these "
+            f"parameters: {error}"
+        ) from error
+    shape = getattr(prediction, "shape", None)
+    if shape != x.shape:
+        raise ValueError(
+            f"the network maps images {x.shape} to {shape}; a prediction must have the "
+            "shape of the images."
+        )
+
+
+def _check_finite(results: tuple, ids: Sequence[str], task: Task) -> None:
+    """Raises a FloatingPointError that names the first bad example."""
+    _, squared_norms, losses = results
+    for name, values in {"": losses, **squared_norms}.items():
+        bad = ~np.isfinite(values).reshape(-1, len(ids)).all(axis=0)
+        if bad.any():
+            what = f"gradient of {name!r}" if name else "prediction"
+            raise FloatingPointError(
+                f"the {what} of example {ids[int(np.argmax(bad))]!r} is not finite; "
+                f"{int(bad.sum())} of {len(ids)} examples in its chunk have this. "
+                f"Nothing of the chunk was kept. Timesteps: {task.grid}."
+            )
