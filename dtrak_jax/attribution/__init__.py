@@ -1,32 +1,44 @@
-"""From features to attribution scores."""
+"""From features to attribution scores.
 
-from dtrak_jax.attribution.gradient import (
+A method is a function that returns scores as a float64 array [q, n]: positive means that
+training on example n lowered the loss of query q. `dtrak_jax.methods` has all of them in
+one table.
+"""
+
+from dtrak_jax.attribution.influence import (
+    damping_path,
+    influence,
+    relative_influence,
+    renormalised_influence,
+)
+from dtrak_jax.attribution.kernel import (
+    DEFAULT_DAMPING,
+    GRID,
+    Damping,
+    Kernels,
+    absolute,
+    factorize,
+)
+from dtrak_jax.attribution.retraining import datamodels, empirical_influence
+from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.attribution.similarity import (
+    embedding_cosine,
     gas,
     gradient_cosine,
     gradient_dot,
-    relative_influence,
-    renormalised_influence,
-    tracin,
-)
-from dtrak_jax.attribution.methods import attribute, damping_path
-from dtrak_jax.attribution.retraining import datamodels, empirical_influence
-from dtrak_jax.attribution.scores import Scores, Top, ensemble_mean
-from dtrak_jax.attribution.similarity import (
-    embedding_cosine,
     pixel_cosine,
     pixel_dot,
     random_scores,
+    tracin,
 )
-from dtrak_jax.attribution.solver import GRID, Damping, Kernel, absolute, factorize
 
 __all__ = [
+    "DEFAULT_DAMPING",
     "GRID",
     "Damping",
-    "Kernel",
+    "Kernels",
     "Scores",
-    "Top",
     "absolute",
-    "attribute",
     "damping_path",
     "datamodels",
     "embedding_cosine",
@@ -36,6 +48,7 @@ __all__ = [
     "gas",
     "gradient_cosine",
     "gradient_dot",
+    "influence",
     "pixel_cosine",
     "pixel_dot",
     "random_scores",

@@ -11,19 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
-from dtrak_jax.config import at_least, positive
+from dtrak_jax.checks import at_least, positive
 
 
 def empirical_influence(masks: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """E[F(q) | n not in S] - E[F(q) | n in S], float64 [q, n].
+    """Returns E[F(q) | n not in S] - E[F(q) | n in S], float64 [q, n].
 
     Feldman and Zhang, "What Neural Networks Memorize and Why" (arXiv 2008.03703), F
     being the loss. An example that is in all subsets or in none has influence 0:
     nothing is known of it.
-
-    Args:
-      masks: bool [M, n].
-      outputs: [M, q].
 
     Raises:
       ValueError: wrong shapes or types, or outputs that are not finite.
@@ -41,22 +37,16 @@ def datamodels(
     alphas: Sequence[float] = (0.1, 1.0, 10.0),
     folds: int = 5,
 ) -> np.ndarray:
-    """-w_q of the ridge regression F_m(q) = b_q + w_q . masks_m, float64 [q, n].
+    """Returns -w_q of the ridge regression F_m(q) = b_q + w_q . masks_m, float64 [q, n].
 
     Linear datamodels, Ilyas et al. (arXiv 2202.00622), fitted by ridge regression as
-    the D-TRAK paper does. Equal to `-RidgeCV(alphas, cv=folds).fit(masks, F(q)).coef_`
-    of scikit-learn for each query, that is, the penalty of each query is the one with
-    the best mean of R^2 over contiguous folds, the first of equals.
+    the D-TRAK paper does. For each query the weights equal scikit-learn's
+    `RidgeCV(alphas, cv=folds).fit(masks, F(q)).coef_`, that is, its penalty is the one
+    with the best mean of R^2 over contiguous folds, the first of equals.
 
-    M models are fewer than n examples, so that everything happens in the dual form,
+    M models are fewer than n examples, so the regression is solved in the dual form,
     w = X^T (X X^T + alpha I)^-1 y of centred X and y: for a fold and an alpha, one
-    M x M system serves all queries.
-
-    Args:
-      masks: bool [M, n].
-      outputs: [M, q].
-      alphas: penalties to choose from.
-      folds: of the cross-validation; M must be at least twice that.
+    M x M system serves all queries. M must be at least twice the number of folds.
 
     Raises:
       ValueError: wrong shapes, types or settings, or outputs that are not finite.
@@ -85,9 +75,9 @@ def datamodels(
 
 
 def _r2(gram, targets, test, alphas) -> np.ndarray:
-    """R^2 on the models `test` of ridge regressions on the others [alphas, q].
+    """Returns R^2 on the models `test` of ridge regressions on the rest [alphas, q].
 
-    1 or 0 where the targets do not vary, as scikit-learn has it.
+    Where the targets do not vary it is 1 or 0, as in scikit-learn.
     """
     train = np.setdiff1d(np.arange(len(gram)), test)
     # Products of masks centred over the models of `train`, from those centred over all.
@@ -96,24 +86,22 @@ def _r2(gram, targets, test, alphas) -> np.ndarray:
     targets = targets - targets[train].mean(axis=0)
     truth = targets[test]
     total = np.sum((truth - truth.mean(axis=0)) ** 2, axis=0)
-    values = []
+    varies, values = total > 0, []
     for alpha in alphas:
         dual = _dual_ridge(gram[np.ix_(train, train)], targets[train], alpha)
         residual = np.sum((truth - gram[np.ix_(test, train)] @ dual) ** 2, axis=0)
-        varies = total > 0
-        values.append(
-            np.where(varies, 1 - residual / np.where(varies, total, 1), residual == 0)
-        )
+        quality = 1 - residual / np.where(varies, total, 1)
+        values.append(np.where(varies, quality, residual == 0))
     return np.array(values)
 
 
 def _dual_ridge(gram: np.ndarray, targets: np.ndarray, alpha: float) -> np.ndarray:
-    """(gram + alpha I)^-1 targets, [M, q]."""
+    """Returns (gram + alpha I)^-1 targets, [M, q]."""
     return scipy.linalg.solve(gram + alpha * np.eye(len(gram)), targets, assume_a="pos")
 
 
 def _checked(masks, outputs) -> tuple[np.ndarray, np.ndarray]:
-    """masks, and outputs in float64."""
+    """Returns masks, and outputs in float64, once they are sure to fit together."""
     masks, outputs = np.asarray(masks), np.asarray(outputs, np.float64)
     if masks.dtype != bool:
         raise ValueError(f"masks are {masks.dtype}; they must be bool.")

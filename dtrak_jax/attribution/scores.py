@@ -1,4 +1,4 @@
-"""Attribution scores, with all that is needed to read them later."""
+"""Scores with all that is needed to read them later, and their file."""
 
 import dataclasses
 import json
@@ -9,145 +9,120 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import files
+from dtrak_jax.attribution.kernel import Damping
 
 SIGN = "positive: training on the example lowered the query's loss"
 
 
 class Top(NamedTuple):
-    """The strongest training examples of every query."""
+    """The strongest training examples of every query, all [queries, count]."""
 
     ids: np.ndarray
-    """str [queries, count]"""
     scores: np.ndarray
-    """[queries, count]"""
     index: np.ndarray
-    """Columns of `Scores.scores` [queries, count]."""
+    """Columns of `Scores.scores`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What each training example did for each query.
+    """The scores of every training example for every query.
 
     Attributes:
       scores: float32 [queries, train]; positive means that training on the example
         lowered the query's loss.
       train_ids: str [train].
       query_ids: str [queries].
-      method: such as "dtrak".
-      damping: the setting: value, and whether it was absolute; None, as the next two,
-        if the method has no kernel.
+      method: its name, such as "dtrak".
+      damping: the setting; None, as the next two, if the method has no kernel.
       lambdas: the lambda of every kernel whose scores were added [kernels].
       eigenvalues: of every kernel, ascending [kernels, min(train, k)]; None if solver
         "cg" made the scores.
+      made_from: a hash of what the scores were made from; "" if nobody keeps it.
     """
 
     scores: np.ndarray
     train_ids: np.ndarray
     query_ids: np.ndarray
     method: str
-    damping: tuple[float, bool] | None = None
+    damping: Damping | None = None
     lambdas: np.ndarray | None = None
     eigenvalues: np.ndarray | None = None
+    made_from: str = ""
 
     def top(self, count: int, opposing: bool = False) -> Top:
-        """The `count` training examples with the highest scores, highest first.
+        """Returns every query's `count` highest scores, or the lowest if `opposing`.
 
-        Args:
-          count: 1 to the number of training examples.
-          opposing: the lowest scores instead, lowest first.
+        The strongest comes first.
 
         Raises:
-          ValueError: count is out of range.
+          ValueError: count is not 1 to the number of training examples.
         """
         if not 1 <= count <= self.scores.shape[1]:
             raise ValueError(
                 f"count is {count}; it must be 1 to {self.scores.shape[1]}, the "
                 "number of training examples."
             )
+        order = self.scores if opposing else -self.scores
         # Stable, so that equal scores come in the order of the training set.
-        order = np.argsort(
-            self.scores if opposing else -self.scores, axis=1, kind="stable"
-        )
-        index = order[:, :count]
-        return Top(
-            self.train_ids[index], np.take_along_axis(self.scores, index, 1), index
-        )
+        index = np.argsort(order, axis=1, kind="stable")[:, :count]
+        scores = np.take_along_axis(self.scores, index, axis=1)
+        return Top(self.train_ids[index], scores, index)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes an .npz, whole or not at all."""
-        arrays = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.damping is not None:
-            value, absolute = self.damping
-            arrays["damping"] = json.dumps({"value": value, "absolute": absolute})
-        there = {name: array for name, array in arrays.items() if array is not None}
-        files.write_npz(path, **there, sign=SIGN)
+            fields["damping"] = json.dumps(self.damping._asdict())
+        arrays = {name: value for name, value in fields.items() if value is not None}
+        files.write_npz(path, **arrays, sign=SIGN)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Scores":
         """Reads what `save` wrote.
 
         Raises:
-          FileNotFoundError: there is none.
-          ValueError: damaged, or no scores.
+          FileNotFoundError: there is no such file.
+          ValueError: the file is damaged, or holds no scores.
         """
         saved = files.read_npz(path)
-        try:
-            damping = None
-            if "damping" in saved:
-                setting = json.loads(str(saved["damping"]))
-                damping = (setting["value"], setting["absolute"])
-            return cls(
-                scores=saved["scores"],
-                train_ids=saved["train_ids"],
-                query_ids=saved["query_ids"],
-                method=str(saved["method"]),
-                damping=damping,
-                lambdas=saved.get("lambdas"),
-                eigenvalues=saved.get("eigenvalues"),
-            )
-        except KeyError as error:
-            raise ValueError(f"{path} holds no scores: {error} is missing.") from error
+        missing = {"scores", "train_ids", "query_ids", "method"} - saved.keys()
+        if missing:
+            raise ValueError(f"{path} holds no scores: {min(missing)!r} is missing.")
+        if "damping" in saved:
+            saved["damping"] = Damping(**json.loads(str(saved["damping"])))
+        for name in ("method", "made_from"):
+            saved[name] = str(saved.get(name, ""))
+        return cls(**{f.name: saved.get(f.name) for f in dataclasses.fields(cls)})
 
 
 def ensemble_mean(scores: Sequence[Scores]) -> Scores:
-    """The mean of the raw scores of S models: the TRAK and D-TRAK ensembles.
-
-    tau(q, n) = (1/S) sum_s tau_s(q, n)
+    """Returns the mean of the raw scores of S models, (1/S) sum_s tau_s(q, n).
 
     Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
     subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
-
-    Args:
-      scores: of the same method, queries and training set, one for each model.
-
-    Returns:
-      Scores with the method's name and "-ensemble". The damping is kept if all models
-      have the same; their kernels are not.
+    The mean keeps a damping that all models share, and no kernel; its method is the
+    models' with "-ensemble" at the end.
 
     Raises:
-      ValueError: there are none, or two that do not belong together.
+      ValueError: there are none, or two of different methods, queries or training sets.
     """
     if not scores:
-        raise ValueError(
-            "scores is empty; an ensemble needs those of one or more models."
-        )
+        raise ValueError("scores is empty; an ensemble needs those of a model or more.")
     first = scores[0]
-    for index, one in enumerate(scores):
+    for index, member in enumerate(scores):
         for name in ("method", "train_ids", "query_ids"):
-            if not np.array_equal(getattr(one, name), getattr(first, name)):
+            if not np.array_equal(getattr(member, name), getattr(first, name)):
                 raise ValueError(
                     f"scores[{index}] and scores[0] differ in {name}; an ensemble needs "
                     "scores of one method for the same queries and training examples, in "
                     "the same order."
                 )
-    total = sum(one.scores.astype(np.float64) for one in scores)
-    dampings = {one.damping for one in scores}
+    total = sum(member.scores.astype(np.float64) for member in scores)
+    dampings = {member.damping for member in scores}
     return Scores(
-        scores=(total / len(scores)).astype(np.float32),
-        train_ids=first.train_ids,
-        query_ids=first.query_ids,
-        method=f"{first.method}-ensemble",
-        damping=first.damping if len(dampings) == 1 else None,
+        (total / len(scores)).astype(np.float32),
+        first.train_ids,
+        first.query_ids,
+        f"{first.method}-ensemble",
+        first.damping if len(dampings) == 1 else None,
     )

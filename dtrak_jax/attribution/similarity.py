@@ -1,42 +1,90 @@
-"""Baselines that look at images and not at the model: similarity, and chance."""
+"""Similarity of gradients, of images and of embeddings; and chance."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from dtrak_jax import streams
-from dtrak_jax.data.checks import check_images
+from dtrak_jax import rng
+from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
+from dtrak_jax.checks import check_images
+
+
+def gradient_dot(train: Array, query: Array) -> np.ndarray:
+    """Returns (1/T) sum_j g_j(q) . phi_j(n), float64 [q, n].
+
+    g_j(q) and phi_j(n) are the features of a query and of a training example at pair j,
+    of the same task, parameters and projection. TracIn (arXiv 2002.08484) with one
+    checkpoint; with averaged features the D-TRAK paper's "gradient (dot)".
+
+    Raises:
+      ValueError: the features do not belong together.
+    """
+    return _mean_over_pairs(lambda g, phi: g @ phi.T, train, query)
+
+
+def gradient_cosine(train: Array, query: Array) -> np.ndarray:
+    """Returns (1/T) sum_j g_j(q) . phi_j(n) / (||g_j(q)|| ||phi_j(n)||), float64 [q, n].
+
+    With features kept apart and common noise this is the score of DMin (arXiv
+    2412.08637) and of MOTIVE (arXiv 2601.08828), of projected gradients; with averaged
+    features the D-TRAK paper's "gradient (cos)". A gradient of zeros has similarity 0.
+    Errors are those of `gradient_dot`.
+    """
+    return _mean_over_pairs(lambda g, phi: embedding_cosine(phi, g), train, query)
+
+
+def tracin(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
+    """Returns (1/C) sum_c gradient_dot at checkpoint c, float64 [q, n].
+
+    TracInCP of Pruthi et al., "Estimating Training Data Influence by Tracing Gradient
+    Descent" (arXiv 2002.08484), with every checkpoint at the same weight; with the
+    learning rates that their equation has, this is the case of a constant one.
+
+    Raises:
+      ValueError: there are no features of checkpoints, not equally many of both, or of
+        different examples; or those of a checkpoint do not belong together.
+    """
+    return _mean_over_checkpoints(gradient_dot, trains, queries)
+
+
+def gas(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
+    """Returns (1/C) sum_c gradient_cosine at checkpoint c, float64 [q, n].
+
+    GAS of Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using
+    Renormalized Influence Estimation" (arXiv 2201.10055), with every checkpoint at the
+    same weight. Errors are those of `tracin`.
+    """
+    return _mean_over_checkpoints(gradient_cosine, trains, queries)
 
 
 def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
-    """x_q . x_n of the pixels, float64 [q, n]: the D-TRAK paper's "raw pixel (dot)".
+    """Returns x_q . x_n of the pixels of images in [-1, 1], float64 [q, n].
 
-    Args:
-      train_images: float32 [n, H, W, C] in [-1, 1].
-      query_images: float32 [q, H, W, C] in [-1, 1].
+    The D-TRAK paper's "raw pixel (dot)".
+
+    Raises:
+      ValueError: the images are of different shapes, or no images.
     """
     train, query = _pixels(train_images, query_images)
     return query @ train.T
 
 
 def pixel_cosine(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
-    """x_q . x_n / (||x_q|| ||x_n||), float64 [q, n]; arguments as in `pixel_dot`.
+    """Returns x_q . x_n / (||x_q|| ||x_n||) of the pixels, float64 [q, n].
 
-    The D-TRAK paper's "raw pixel (cos)". An image of zeros has similarity 0.
+    The D-TRAK paper's "raw pixel (cos)". An image of zeros has similarity 0. Errors are
+    those of `pixel_dot`.
     """
     return embedding_cosine(*_pixels(train_images, query_images))
 
 
 def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """e_q . e_n / (||e_q|| ||e_n||), float64 [q, n], of any embeddings.
+    """Returns e_q . e_n / (||e_q|| ||e_n||), float64 [q, n], of embeddings [q, d], [n, d].
 
     With the embeddings of CLIP's image encoder (arXiv 2103.00020) this is the D-TRAK
     paper's "CLIP similarity". An embedding of zeros has similarity 0.
-
-    Args:
-      train: [n, d].
-      query: [q, d].
 
     Raises:
       ValueError: other shapes.
@@ -46,42 +94,72 @@ def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
             f"train embeddings have shape {train.shape} and query embeddings "
             f"{query.shape}; they must be [n, d] and [q, d]."
         )
-    return unit_rows(query) @ unit_rows(train).T
-
-
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Every row of [n, d] over its Euclidean norm, in float64; zeros stay zeros."""
-    rows = np.asarray(rows, np.float64)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
+    return _unit_rows(query) @ _unit_rows(train).T
 
 
 def random_scores(
     train_ids: Sequence[str], query_ids: Sequence[str], seed: int = 0
 ) -> np.ndarray:
-    """Standard normal scores, float64 [q, n]: what a method must beat.
+    """Returns standard normal scores, float64 [q, n]: what a method must beat.
 
-    A pair's score is a function of the seed and of its two ids: it does not change
-    with what else is scored, nor in which order.
+    The score of a query and a training example is a function of the seed and of the two
+    ids: it does not change with what else is scored, nor in which order.
     """
-    train, query = streams.id_words(train_ids), streams.id_words(query_ids)
-    key = streams.stream(seed, "random scores")
+    train, query = rng.id_words(train_ids), rng.id_words(query_ids)
+    key = rng.stream(seed, "random scores")
     return np.asarray(_normals(key, train, query), np.float64)
 
 
 @jax.jit
 def _normals(key: jax.Array, train: np.ndarray, query: np.ndarray) -> jax.Array:
+    def normal(query_key, words):
+        return jax.random.normal(rng.fold_in(query_key, *words))
+
     def row(query_words):
-        of_query = streams.fold_in(key, *query_words)
-        return jax.vmap(
-            lambda words: jax.random.normal(streams.fold_in(of_query, *words))
-        )(train)
+        query_key = rng.fold_in(key, *query_words)
+        return jax.vmap(normal, (None, 0))(query_key, train)
 
     return jax.lax.map(row, query)
 
 
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns every row of [n, d] over its Euclidean norm, in float64; zeros stay zeros."""
+    rows = np.asarray(rows, np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+def _mean_over_pairs(score: Callable, train: Array, query: Array) -> np.ndarray:
+    """Returns the mean of score(g [q, k], phi [n, k]); one pair is in memory at a time."""
+    check_features(train, query)
+    total = sum(
+        score(g.astype(np.float64), phi.astype(np.float64))
+        for g, phi in zip(by_pair(query), by_pair(train), strict=True)
+    )
+    return total / math.prod(train.shape[:-2])
+
+
+def _mean_over_checkpoints(
+    score: Callable, trains: Sequence[Array], queries: Sequence[Array]
+) -> np.ndarray:
+    """Returns the mean of score(train, query), once all are sure to be of the same ids."""
+    if len(trains) != len(queries) or not len(trains):
+        raise ValueError(
+            f"trains has {len(trains)} checkpoints and queries has {len(queries)}; they "
+            "must have the same number, one or more."
+        )
+    for name, sets in (("trains", trains), ("queries", queries)):
+        for index, features in enumerate(sets):
+            if not np.array_equal(example_ids(features), example_ids(sets[0])):
+                raise ValueError(
+                    f"{name}[{index}] and {name}[0] have different ids; all checkpoints "
+                    "must have features of the same examples, in the same order."
+                )
+    return sum(map(score, trains, queries)) / len(trains)
+
+
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 rows of pixels."""
+    """Returns both as float64 rows of pixels."""
     check_images(train_images)
     check_images(query_images)
     if train_images.shape[1:] != query_images.shape[1:]:
@@ -89,8 +167,5 @@ def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:
             f"train images have shape {train_images.shape} and query images "
             f"{query_images.shape}; they may differ in the number of images only."
         )
-    train, query = (
-        np.asarray(images, np.float64).reshape(len(images), -1)
-        for images in (train_images, query_images)
-    )
-    return train, query
+    both = train_images, query_images
+    return tuple(rows.reshape(len(rows), -1).astype(np.float64) for rows in both)

@@ -1,0 +1,197 @@
+"""Methods with a kernel: TRAK and D-TRAK, and influence over its own size.
+
+At pair j the features of a training example are phi_j(n), in rows Phi_j [n, k], and
+those of a query, computed with the same task, parameters and projection, g_j(q). A
+damping is lambda_j in units of that kernel's mean eigenvalue,
+trace(Phi_j Phi_j^T) / min(n, k), or `absolute(lambda)`. The functions take the features
+of a training set or `Kernels`, which share what is decomposed. With several processes
+all must call them, and all get the scores.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dtrak_jax.attribution import iterative, linalg
+from dtrak_jax.attribution.inputs import Array, by_pair, check_features
+from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
+
+
+class Solution(NamedTuple):
+    """The scores of one pair, of which every further lambda costs one product.
+
+    With eigenvalues e and eigenvectors v_j of the kernel,
+
+      tau(q, n) = sum_j left_qj right_jn / (e_j + lambda),
+
+    left = Phi_q Phi^T V and right = V^T in the dual form, where the kernel is
+    Phi Phi^T = V diag(e) V^T; left = Phi_q V and right = V^T Phi^T in the primal one.
+    """
+
+    left: linalg.HostArray
+    """float64 [q, m]."""
+    right: linalg.HostArray
+    """float64 [m, n]."""
+    kernel: Kernel
+
+    def scores(self, damping: float) -> np.ndarray:
+        """Returns tau, float64 [q, n], for lambda itself."""
+        divisors = self.kernel.eigenvalues + damping
+        return np.asarray(linalg.divided_product(self.left, divisors, self.right))
+
+    def inverse_norms(self, damping: float) -> np.ndarray:
+        """Returns ||(Phi^T Phi + lambda I)^-1 phi_n||_2 of every n, float64 [n].
+
+        Its square is the sum over j of right_jn^2 / (e_j + lambda)^2, times e_j if dual.
+        """
+        values = self.kernel.eigenvalues
+        factors = (values if self.kernel.dual else 1) / (values + damping) ** 2
+        return np.sqrt(factors @ np.asarray(self.right) ** 2)
+
+
+def solution(
+    kernel: Kernel,
+    phi: np.ndarray,
+    query: np.ndarray,
+    rows: slice = slice(None),
+    subsets: np.ndarray | None = None,
+) -> Solution:
+    """Returns query (phi^T phi + lambda I)^-1 phi[rows]^T as a function of lambda.
+
+    The kernel is that of phi [n, k], and query [q, k]. With subsets of the rows, bool
+    [M, rows], the scores are their sums over each, [q, M].
+    """
+    vectors = linalg.put(kernel.eigenvectors)
+    if kernel.dual:
+        left = linalg.times_transposed(linalg.inner_products(query, phi), vectors)
+        right = (
+            vectors if rows == slice(None) else linalg.put(kernel.eigenvectors[:, rows])
+        )
+    else:
+        left = linalg.times_transposed(linalg.put(query), vectors)
+        right = linalg.inner_products(vectors, phi[rows])
+    if subsets is not None:
+        right = linalg.times_transposed(right, subsets)
+    return Solution(left, right, kernel)
+
+
+def influence(
+    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+) -> np.ndarray:
+    """Returns sum_j g_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n), float64 [q, n].
+
+    TRAK (Park et al., arXiv 2303.14186) with gradients of the loss, and D-TRAK (Zheng et
+    al., "Intriguing Properties of Data Attribution on Diffusion Models",
+    arXiv 2311.00500) with those of the squared output.
+
+    Raises:
+      ValueError: the features do not belong together; or a damping that is not above
+        rounding errors.
+      MemoryError: min(n, k) is too large to be decomposed on this host.
+    """
+    kernels, damping = Kernels.of(train), Damping.of(damping)
+    check_features(kernels.train, query)
+    total = 0.0
+    for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
+        value = kernel.lambda_of(damping)
+        if kernels.solver == "cg":
+            total = total + iterative.solve(phi, g, value)
+        else:
+            total = total + solution(kernel, phi, g).scores(value)
+    return total
+
+
+def relative_influence(
+    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+) -> np.ndarray:
+    """Returns sum_j g_j(q)^T H_j^-1 phi_j(n) / ||H_j^-1 phi_j(n)||_2, float64 [q, n].
+
+    H_j = Phi_j^T Phi_j + lambda_j I. Barshan et al., "RelatIF: Identifying Explanatory
+    Training Examples via Relative Influence" (arXiv 2003.11630), theta-relative; a
+    training example whose gradient is 0 has influence 0. Errors are those of
+    `influence`, and kernels must be decomposed.
+    """
+    # Eigenvectors give the size of a row of zeros their rounding errors.
+    return sum(
+        _over(tau.scores(value), tau.inverse_norms(value) * phi.any(axis=1))
+        for phi, tau, value in _solutions(train, query, damping, "relative influence")
+    )
+
+
+def renormalised_influence(
+    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+) -> np.ndarray:
+    """Returns sum_j g_j(q)^T H_j^-1 phi_j(n) / ||phi_j(n)||_2, float64 [q, n].
+
+    Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using Renormalized
+    Influence Estimation" (arXiv 2201.10055). All else is as in `relative_influence`.
+    """
+    solutions = _solutions(train, query, damping, "renormalised influence")
+    return sum(
+        _over(tau.scores(value), np.linalg.norm(phi.astype(np.float64), axis=1))
+        for phi, tau, value in solutions
+    )
+
+
+def _solutions(
+    train: Array | Kernels, query: Array, damping: float | Damping, method: str
+) -> Iterator[tuple[np.ndarray, Solution, float]]:
+    """Yields each pair's training features, its solution, and lambda."""
+    kernels, damping = Kernels.of(train), Damping.of(damping)
+    check_features(kernels.train, query)
+    kernels.require_decomposed(method)
+    for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
+        value = kernel.lambda_of(damping)
+        yield phi, solution(kernel, phi, g), value
+
+
+def _over(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Returns scores [q, n] over the examples' sizes [n], and 0 where a size is 0."""
+    return scores * np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+
+
+def damping_path(
+    train: Array | Kernels,
+    query: Array,
+    dampings: Sequence[float | Damping] = GRID,
+    *,
+    pooled: bool = False,
+    subsets: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns the scores of `influence` at every damping, float64 [len(dampings), q, n].
+
+    One eigendecomposition of each kernel serves all of them. A damping so small that
+    rounding errors of some kernel would decide the scores gives NaN.
+
+    Args:
+      train: features of the training set, [T, n, k] or [n, k], or kernels.
+      query: features of the queries, [T, q, k] or [q, k].
+      dampings: values of lambda.
+      pooled: take one kernel, that of all pairs,
+        tau(q, n) = sum_j g_j(q)^T (sum_i Phi_i^T Phi_i + lambda I)^-1 phi_j(n),
+        instead of one for each pair. All T n training features are in memory.
+      subsets: of the training set, bool [M, n]: give the sums of the scores over each,
+        [len(dampings), q, M], which is what the scores predict for models trained on
+        them, at a fraction of the cost.
+
+    Raises:
+      ValueError: the features do not belong together; a damping is not above 0; or
+        kernels that are not decomposed.
+      MemoryError: min(n, k) is too large to be decomposed on this host.
+    """
+    kernels, dampings = Kernels.of(train), list(map(Damping.of, dampings))
+    check_features(kernels.train, query)
+    kernels.require_decomposed("a path over dampings")
+    if pooled:
+        (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]
+        starts = range(0, len(phi), n)
+        pairs = ((phi, kernel, slice(start, start + n)) for start in starts)
+    else:
+        pairs = ((phi, kernel, slice(None)) for phi, kernel in kernels)
+    total = [0.0] * len(dampings)
+    for (phi, kernel, rows), g in zip(pairs, by_pair(query), strict=True):
+        tau = solution(kernel, phi, g, rows, subsets)
+        for i, damping in enumerate(dampings):
+            total[i] += tau.scores(kernel.lambda_of(damping, strict=False))
+    return np.stack(total)

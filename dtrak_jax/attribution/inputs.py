@@ -1,0 +1,81 @@
+"""Features as attribution takes them: in memory, in a store, or plain arrays.
+
+They are [T, n, k], kept apart for each pair of a timestep and a noise draw, or [n, k],
+averaged.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorstore as ts
+
+from dtrak_jax import files
+from dtrak_jax.features.store import Features
+
+Array = Features | np.ndarray
+
+
+def by_pair(features: Array) -> Iterator[np.ndarray]:
+    """Yields the features [n, k] of each pair; of averaged features the one array."""
+    if isinstance(features, Features):
+        return features.by_pair()
+    features = np.asarray(features)
+    if not np.isfinite(features).all():
+        raise ValueError("features have entries that are not finite.")
+    return iter(features if features.ndim == 3 else features[None])
+
+
+def example_ids(features: Array) -> np.ndarray:
+    """Returns the ids, str [n]; of an array "0", "1", ..."""
+    if isinstance(features, Features):
+        return np.array(features.ids)
+    return np.array([str(i) for i in range(features.shape[-2])])
+
+
+def joined(sets: Sequence[Array]) -> Array:
+    """Returns the features of all sets of examples, one set after the other."""
+    if not all(isinstance(features, Features) for features in sets):
+        return np.concatenate([np.asarray(features) for features in sets], axis=-2)
+    phi = ts.concat([features.phi for features in sets], axis=-2)
+    ids = itertools.chain.from_iterable(features.ids for features in sets)
+    return dataclasses.replace(sets[0], ids=tuple(ids), phi=phi)
+
+
+def check_features(train: Array, query: Array) -> None:
+    """Raises a ValueError unless scores can be made of these features.
+
+    They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
+    nothing empty; and come from the same task, parameters and projection, but for the
+    noise of cyclic queries.
+    """
+    t, q = tuple(train.shape), tuple(query.shape)
+    for name, shape in (("train", t), ("query", q)):
+        if len(shape) not in (2, 3) or 0 in shape:
+            raise ValueError(
+                f"{name} features have shape {shape}; it must be [T, n, k] or [n, k], "
+                "with nothing empty."
+            )
+    if (len(t), t[:-2], t[-1]) != (len(q), q[:-2], q[-1]):
+        raise ValueError(
+            f"train features have shape {t} and query features {q}; they may differ "
+            "in the number of examples only."
+        )
+    if not (isinstance(train, Features) and isinstance(query, Features)):
+        return
+    made = train.fingerprint, query.fingerprint
+    free = {"images", "ids", "cond"}
+    if [fingerprint["noise"] for fingerprint in made] == ["common", "cyclic"]:
+        free.add("noise")
+    differing = files.differences(
+        *(
+            {k: v for k, v in fingerprint.items() if k not in free}
+            for fingerprint in made
+        )
+    )
+    if differing:
+        raise ValueError(
+            "training (there) and query (here) features do not belong together: "
+            f"{differing[0]}."
+        )

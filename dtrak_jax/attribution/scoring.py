@@ -1,0 +1,150 @@
+"""From the features of one model, or the artefacts of a run, to `Scores`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dtrak_jax.attribution.influence import influence
+from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
+from dtrak_jax.attribution.kernel import Damping, Kernels
+from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.training import kept_steps
+
+if TYPE_CHECKING:
+    from dtrak_jax.config import Config
+    from dtrak_jax.methods import Method
+    from dtrak_jax.run import Run
+
+
+class Inputs(NamedTuple):
+    """The arguments that methods' functions take, and where a run has them."""
+
+    words: str
+    """The arguments in words, to follow "made from"."""
+    scores: Callable[["Run", "Method"], dict[str, Scores]]
+    """Calls the method's function; returns the scores for each set of queries."""
+    needs: tuple[str, ...] = ("featurize",)
+    """The stages that make them, beyond training images and queries."""
+    folders: Callable[["Config"], Sequence[str]] = lambda config: ()
+    """Returns the folders in features/ that they are read from; "" is the main one."""
+
+
+def score(
+    method: "Method", kernels: Kernels, queries: dict[str, Array], damping: Damping
+) -> dict[str, Scores]:
+    """Returns the scores for each set of queries, by a method of one model's features.
+
+    All sets are scored at once, so that no kernel is decomposed twice.
+    """
+    if not queries:
+        raise ValueError("query is {}; it must have one set of queries or more.")
+    for query in queries.values():
+        check_features(kernels.train, query)
+    query = joined(list(queries.values()))
+    if method.damped:
+        scores, fields = method.function(kernels, query, damping), {"damping": damping}
+    else:
+        scores, fields = method.function(kernels.train, query), {}
+    if method.function is influence:
+        made = kernels.seen.values()
+        fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
+        if kernels.solver == "eigh":
+            fields["eigenvalues"] = np.array([kernel.eigenvalues for kernel in made])
+    train_ids, results, start = example_ids(kernels.train), {}, 0
+    for name, query in queries.items():
+        query_ids = example_ids(query)
+        rows = scores[start : start + len(query_ids)].astype(np.float32)
+        results[name] = Scores(rows, train_ids, query_ids, method.name, **fields)
+        start += len(rows)
+    return results
+
+
+def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scores]:
+    """Calls the function with (train, query), or (kernels, query, damping)."""
+    measurement = method.measurement
+    queries = {q: run.features(q, measurement, folder) for q in run.queries}
+    return score(method, run.kernels(measurement, folder), queries, run.damping)
+
+
+def _models(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Does so for each model, and returns the mean of their scores."""
+    members = [_one_model(run, method, folder) for folder in model_folders(run.config)]
+    means = {q: ensemble_mean([scores[q] for scores in members]) for q in run.queries}
+    return {q: dataclasses.replace(m, method=method.name) for q, m in means.items()}
+
+
+def _journey(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with the features along the trajectories of generated images."""
+    if "generated" not in run.queries:
+        return {}
+    journey = run.features("journey", method.measurement)
+    # As an array, since a trajectory may have other timesteps than the training images.
+    queries = {"generated": np.asarray(journey)}
+    kernels = run.kernels(method.measurement)
+    scores = score(method, kernels, queries, run.damping)["generated"]
+    return {"generated": dataclasses.replace(scores, query_ids=np.array(journey.ids))}
+
+
+def _each(arguments: Callable, run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with arguments(run, method, name) for each set of queries."""
+    train_ids, results = run.splits.train.ids, {}
+    for name, examples in run.queries.items():
+        rows = method.function(*arguments(run, method, name)).astype(np.float32)
+        results[name] = Scores(rows, train_ids, examples.ids, method.name)
+    return results
+
+
+def _checkpoints(run: "Run", method: "Method", queries: str) -> list[list]:
+    """Returns the features of training images at all kept steps, and those of queries."""
+    folders = checkpoint_folders(run.config)
+    return [
+        [run.features(examples, method.measurement, folder) for folder in folders]
+        for examples in ("train", queries)
+    ]
+
+
+def _outputs(run: "Run", method: "Method", queries: str) -> tuple:
+    """Returns masks [M, n] and losses [M, q] of M retrained models."""
+    truth = run.truth()[queries]
+    return truth.masks, truth.outputs.mean(axis=1)
+
+
+def model_folders(config: "Config") -> list[str]:
+    """Returns the folders of features of the main model and of further ones."""
+    return ["", *(f"models/{name}" for name in config.ensemble.model_names)]
+
+
+def checkpoint_folders(config: "Config") -> list[str]:
+    """Returns the folders of features at all kept steps; that of the last step is ""."""
+    *earlier, _ = kept_steps(config.train)
+    return [*(f"checkpoints/{step}" for step in earlier), ""]
+
+
+ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
+MODELS = Inputs("features of further models", _models, folders=model_folders)
+CHECKPOINTS = Inputs(
+    "features at several checkpoints",
+    partial(_each, _checkpoints),
+    folders=checkpoint_folders,
+)
+JOURNEY = Inputs(
+    "features along sampling trajectories",
+    _journey,
+    folders=lambda config: ["", "journey"],
+)
+OUTPUTS = Inputs(
+    "models retrained on subsets", partial(_each, _outputs), needs=("retrain",)
+)
+IMAGES = Inputs(
+    "images",
+    partial(_each, lambda run, _, q: (run.splits.train.images, run.queries[q].images)),
+    needs=(),
+)
+IDS = Inputs(
+    "ids",
+    partial(_each, lambda run, _, q: (run.splits.train.ids, run.queries[q].ids)),
+    needs=(),
+)

@@ -1,0 +1,303 @@
+"""The methods: one table, in which each of them is defined once.
+
+To add a method, write its function in `dtrak_jax.attribution`, and its row here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from dtrak_jax.attribution import (
+    DEFAULT_DAMPING,
+    Damping,
+    Kernels,
+    Scores,
+    datamodels,
+    empirical_influence,
+    gas,
+    gradient_cosine,
+    gradient_dot,
+    influence,
+    pixel_cosine,
+    pixel_dot,
+    random_scores,
+    relative_influence,
+    renormalised_influence,
+    tracin,
+)
+from dtrak_jax.attribution.inputs import Array
+from dtrak_jax.attribution.scoring import (
+    CHECKPOINTS,
+    IDS,
+    IMAGES,
+    JOURNEY,
+    MODELS,
+    ONE_MODEL,
+    OUTPUTS,
+    Inputs,
+    score,
+)
+from dtrak_jax.checks import one_of
+from dtrak_jax.features import Features
+
+if TYPE_CHECKING:
+    from dtrak_jax.config import Config
+    from dtrak_jax.run import Run
+
+
+class Method(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    """The name in configs and files."""
+    label: str
+    """The name that its paper gives it."""
+    function: Callable[..., np.ndarray]
+    """Makes scores [q, n] of the inputs."""
+    note: str
+    """A few words on what the scores are."""
+    source: str = ""
+    """The paper."""
+    inputs: Inputs = ONE_MODEL
+    """The arguments of the function, and the artefacts of a run that they are."""
+    measurement: str | None = None
+    """The measurement whose features it is given, if any."""
+    damped: bool = False
+    """True if the function has a damping."""
+    decomposed: bool = False
+    """True if it needs kernels decomposed, which only solver "eigh" does."""
+    signed: bool = True
+    """True if a positive score means that the example lowered the query's loss."""
+
+    @property
+    def kernel(self) -> bool:
+        """True if the scores are those of one model's kernels, at any damping."""
+        return self.inputs is ONE_MODEL and self.function is influence
+
+    @property
+    def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """The function if it learns from retrained models, to be scored on unseen ones."""
+        return self.function if self.inputs is OUTPUTS else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The stages whose artefacts it reads, beyond training images and queries."""
+        return self.inputs.needs
+
+    def folders(self, config: "Config") -> Sequence[str]:
+        """Returns the folders in features/ that it reads; "" is the main one."""
+        return self.inputs.folders(config)
+
+    def applies_to(self, queries: str) -> bool:
+        """Returns whether it scores these queries: a trajectory is of what was generated."""
+        return self.inputs is not JOURNEY or queries == "generated"
+
+    def scores(self, run: "Run") -> dict[str, Scores]:
+        """Returns the scores for each set of queries, or says which stage must run first."""
+        return self.inputs.scores(run, self)
+
+
+DTRAK, TRAK, RELATIF = "arXiv 2311.00500", "arXiv 2303.14186", "arXiv 2003.11630"
+TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
+
+
+def _kernel(
+    name: str,
+    label: str,
+    measurement: str,
+    note: str,
+    source: str = DTRAK,
+    inputs: Inputs = ONE_MODEL,
+    function: Callable = influence,
+):
+    """Returns the row of a method with a kernel, decomposed but for plain influence."""
+    row = Method(name, label, function, note, source, inputs, measurement, damped=True)
+    return row._replace(decomposed=function is not influence)
+
+
+def _loss(name: str, label: str, function, note: str, source: str, inputs=ONE_MODEL):
+    """Returns the row of a method that compares gradients of the loss."""
+    return Method(name, label, function, note, source, inputs, "loss")
+
+
+ROWS = (
+    _kernel("dtrak", "D-TRAK", "square", "kernel of gradients of the squared output"),
+    _kernel("trak", "TRAK", "loss", "kernel of gradients of the loss", TRAK),
+    _kernel("kernel-mean", "mean", "mean", "kernel of gradients of the output's mean"),
+    _kernel("kernel-l1", "L1", "l1", "kernel of gradients of its L1 norm"),
+    _kernel("kernel-l2", "L2", "l2", "kernel of gradients of its L2 norm"),
+    _kernel("kernel-linf", "L∞", "linf", "kernel of gradients of its largest entry"),
+    _kernel("kernel-elbo", "ELBO", "elbo", "kernel of gradients of the weighted loss"),
+    _loss(
+        "gradient-dot", "gradient dot", gradient_dot, "gradients' inner product", TRACIN
+    ),
+    _loss(
+        "gradient-cosine", "gradient cosine", gradient_cosine, "gradients' cosine", DMIN
+    ),
+    _loss(
+        "tracin",
+        "TracInCP",
+        tracin,
+        "gradient-dot over checkpoints",
+        TRACIN,
+        CHECKPOINTS,
+    ),
+    _loss("gas", "GAS", gas, "gradient-cosine over checkpoints", GAS, CHECKPOINTS),
+    _kernel(
+        "relative-influence",
+        "relative influence",
+        "loss",
+        "trak over the size of the example's influence",
+        RELATIF,
+        function=relative_influence,
+    ),
+    _kernel(
+        "renormalised-influence",
+        "renormalised influence",
+        "loss",
+        "trak over the size of the example's gradient",
+        GAS,
+        function=renormalised_influence,
+    ),
+    _kernel(
+        "journey-trak",
+        "Journey TRAK",
+        "loss",
+        "trak along the sampling trajectory; generated images only",
+        "arXiv 2312.06205",
+        JOURNEY,
+    ),
+    _kernel("trak-ensemble", "TRAK ensemble", "loss", "trak over models", TRAK, MODELS),
+    _kernel(
+        "dtrak-ensemble",
+        "D-TRAK ensemble",
+        "square",
+        "dtrak over models",
+        DTRAK,
+        MODELS,
+    ),
+    Method(
+        "empirical-influence",
+        "empirical influence",
+        empirical_influence,
+        "mean loss of retrained models without the example, less that with it",
+        "arXiv 2008.03703",
+        OUTPUTS,
+    ),
+    Method(
+        "datamodels",
+        "datamodels",
+        datamodels,
+        "ridge regression of retrained models' losses on their subsets",
+        "arXiv 2202.00622",
+        OUTPUTS,
+    ),
+    Method("pixel-dot", "pixel dot", pixel_dot, "pixels' inner product", DTRAK, IMAGES),
+    Method(
+        "pixel-cosine", "pixel cosine", pixel_cosine, "pixels' cosine", DTRAK, IMAGES
+    ),
+    Method(
+        "random", "random", random_scores, "chance, which a method must beat", "", IDS
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in ROWS}
+"""All methods, by name."""
+
+MethodName = Literal[*METHODS]
+"""The type of a setting that names a method."""
+
+
+def attribute(
+    train: Array | Kernels,
+    query: Array | dict[str, Array],
+    *,
+    method: str | None = None,
+    damping: float | Damping = DEFAULT_DAMPING,
+    solver: str = "eigh",
+) -> Scores | dict[str, Scores]:
+    """Scores every training example for every query, by any method of one model's features.
+
+    Formulas and sources are in the functions' docstrings in `dtrak_jax.attribution`. The
+    methods with a kernel, such as "trak" with gradients of the loss and "dtrak" with those
+    of the squared output, are
+
+    tau(q, n) = sum_j phi_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n)
+
+    over the pairs j of a timestep and a noise draw that the features keep apart, or with
+    the single kernel of averaged features.
+
+    Args:
+      train: features of the training set, [T, n, k] or [n, k]; or `Kernels`, to share
+        what is decomposed with other calls.
+      query: of the queries, [T, q, k] or [q, k], computed with the same task,
+        parameters and projection; or several sets of them by name.
+      method: its name; None takes the kernel method of the features' measurement.
+      damping: lambda_j in units of that kernel's mean eigenvalue,
+        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)`.
+      solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
+        min(n, k) is too large for that: conjugate gradients on all devices, right to
+        1e-5, at a price for every query (see `attribution.iterative.solve`).
+
+    Returns:
+      The scores; {name: scores} of several sets. All processes must call this together.
+
+    Raises:
+      ValueError: a method that is unknown or needs more than features; features of
+        different tasks, or with the wrong measurement or shape; or a damping that is
+        not above rounding errors.
+      MemoryError: min(n, k) is too large for solver "eigh" on this host.
+    """
+    kernels, damping = Kernels.of(train, solver), Damping.of(damping)
+    row = _choose(kernels.train, method)
+    if isinstance(query, dict):
+        return score(row, kernels, query, damping)
+    return score(row, kernels, {"": query}, damping)[""]
+
+
+def _choose(train: Array, method: str | None) -> Method:
+    """Returns the row of a method, once the features are sure to fit it."""
+    measurement = train.measurement if isinstance(train, Features) else None
+    rows = {name: row for name, row in METHODS.items() if row.inputs is ONE_MODEL}
+    if method is None:
+        for row in rows.values():
+            if row.kernel and row.measurement == measurement:
+                return row
+        # A measurement of the user's own has a kernel like the others, and no name.
+        return METHODS["trak"]._replace(name=measurement or "kernel")
+    if method in METHODS and method not in rows:
+        raise ValueError(
+            f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "
+            f"from one model's features are made: {', '.join(map(repr, rows))}."
+        )
+    one_of("method", method, rows)
+    row = rows[method]
+    if measurement not in (None, row.measurement):
+        raise ValueError(
+            f"method {method!r} needs features of the measurement {row.measurement!r}; "
+            f"these are of {measurement!r}."
+        )
+    return row
+
+
+def table() -> str:
+    """Returns the table as text, a line for each method."""
+    rows = [
+        ("method", "called", "measurement", "made from", "signed", "scores", "source")
+    ]
+    for row in METHODS.values():
+        what = row.measurement or "-", row.inputs.words, "yes" if row.signed else "no"
+        rows.append((row.name, row.label, *what, row.note, row.source or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def markdown() -> str:
+    """Returns name, label, scores and source of each method as a table in Markdown."""
+    lines = ["| method | called | scores | source |", "|---|---|---|---|"]
+    for row in METHODS.values():
+        lines.append(
+            f"| `{row.name}` | {row.label} | {row.note} | {row.source or '-'} |"
+        )
+    return "\n".join(lines)
