@@ -1,7 +1,7 @@
 """Data attribution for diffusion models in JAX."""
 
 from dtrak_jax import models
-from dtrak_jax.attribution import Scores, absolute, attribute, damping_path
+from dtrak_jax.attribution import Scores, absolute, damping_path
 from dtrak_jax.diffusion import (
     Schedule,
     cosine_schedule,
@@ -16,7 +16,8 @@ from dtrak_jax.features import (
     featurize,
     merge,
 )
-from dtrak_jax.layers import layer
+from dtrak_jax.methods import attribute
+from dtrak_jax.models.tags import layer
 
 __all__ = [
     "Features",

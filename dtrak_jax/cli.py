@@ -1,4 +1,4 @@
-"""The command line: `dtrak-jax STAGE CONFIG --workdir DIR [--section.field VALUE]`."""
+"""The command line: `dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE]`."""
 
 import argparse
 import contextlib
@@ -13,9 +13,8 @@ from pathlib import Path
 import jax
 import tyro
 
-from dtrak_jax import parallel, pipeline, planning
+from dtrak_jax import methods, parallel, pipeline, planning
 from dtrak_jax.config import Config
-from dtrak_jax.evaluation import stages as evaluation
 
 EXPECTED = (
     ValueError,
@@ -26,28 +25,24 @@ EXPECTED = (
     MemoryError,
     jax.errors.JaxRuntimeError,
 )
-"""What needs no traceback: it says itself what is wrong."""
+"""Errors that need no traceback: they say themselves what is wrong."""
 
 COMMANDS = {
-    "run": "the five stages below, in order",
-    "train": "train the model on the training images",
-    "sample": "generate images with it",
-    "featurize": "compute gradient features of training images and queries",
-    "attribute": "turn features into scores",
-    "report": "write report.html",
-    "retrain": "train models on subsets, and measure the queries' losses under them",
-    "lds": "how well scores predict those losses; lds.json",
-    "counterfactual": "retrain without what scores say matters; counterfactual.json",
-    "ablate": "the same for other noises, kernels, timesteps, ...; ablations.json",
+    "run": "make everything up to the report: which training images, for each query",
+    **{stage.name: stage.summary for stage in pipeline.STAGES},
     "plan": "what all this takes, on a --topology such as v5e:4x4; runs nothing",
+    "methods": "list the attribution methods; needs no config",
 }
+
+ENSEMBLE = ("retrain", "lds", "counterfactual", "ablate")
+"""Commands that may train a model on each device."""
 
 MOST_CORES = 8
 """Devices that share the work on one model: each holds a batch and its gradients."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `dtrak-jax`; exits with 2 on an error and 130 on an interrupt.
+    """Runs a command; exits with 2 on an error and 130 on an interrupt.
 
     An error of one process of several ends the others too, see `parallel.start`.
     """
@@ -55,18 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        stage, config, options = parse(sys.argv[1:] if arguments is None else arguments)
-        use_cores(os.cpu_count() if stage in evaluation.STAGES else MOST_CORES)
-        keep_compilations()
-        if stage == "plan":
-            stages = options.stages.split(",") if options.stages else ()
-            planning.run(config, options.topology, stages, options.output)
-            return
-        runner = evaluation if stage in evaluation.STAGES else pipeline
-        workdir = runner.run(stage, config, options.workdir)
+        command, config, options = parse(
+            sys.argv[1:] if arguments is None else arguments
+        )
+        execute(command, config, options)
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "stopped; the same command continues"
-        print(f"dtrak-jax: {said}", file=sys.stderr)
+        message = str(interrupt) or "stopped; the same command continues"
+        print(f"dtrak-jax: {message}", file=sys.stderr)
         sys.exit(130)
     except EXPECTED as error:
         if os.environ.get("DTRAK_TRACEBACK"):
@@ -76,12 +66,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             hint += " Of several processes, the first one that ended says why."
         print(f"dtrak-jax: {error}\n({hint})", file=sys.stderr)
         parallel.abandon(2)
-    if stage in ("run", "report") and parallel.is_primary():
-        print(f"wrote {workdir / 'report.html'}")
+
+
+def execute(command: str, config: Config | None, options: argparse.Namespace) -> None:
+    """Runs a parsed command."""
+    if command == "methods":
+        print(methods.table())
+        return
+    use_cores(os.cpu_count() if command in ENSEMBLE else MOST_CORES)
+    keep_compilations()
+    if command == "plan":
+        stages = options.stages.split(",") if options.stages else ()
+        topology = planning.find(options.topology)
+        planning.run(pipeline.STAGES, config, topology, stages, options.output)
+        return
+    with contextlib.ExitStack() as stack:
+        if options.profile:
+            stack.enter_context(jax.profiler.trace(options.profile))
+        opened = pipeline.run(command, config, options.workdir)
+    if command in ("run", "report") and parallel.is_main_process():
+        print(f"wrote {opened.workdir / 'report.html'}")
 
 
 def use_cores(most: int) -> None:
-    """One CPU device for each core, unless JAX_NUM_CPU_DEVICES says otherwise.
+    """Makes a CPU device of each core, unless JAX_NUM_CPU_DEVICES says otherwise.
 
     An ensemble trains a member on each device. In all other stages two devices do the
     same work faster than one with two threads: many operations have no use for them.
@@ -93,11 +101,11 @@ def use_cores(most: int) -> None:
 
 
 def keep_compilations() -> None:
-    """What is compiled once is read from disk from then on.
+    """Has JAX keep what it compiles on disk, and read it from there.
 
-    In ~/.cache/dtrak_jax, by host, as programs fit the processor that they were made
-    on; unless JAX's own settings name a folder (JAX_COMPILATION_CACHE_DIR) or turn it
-    off (JAX_ENABLE_COMPILATION_CACHE=false).
+    The folder is ~/.cache/dtrak_jax/HOST, as programs fit the processor that they were
+    made on; unless JAX's own settings name a folder (JAX_COMPILATION_CACHE_DIR) or turn
+    it off (JAX_ENABLE_COMPILATION_CACHE=false).
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -107,51 +115,71 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def parse(arguments: Sequence[str]) -> tuple[str, Config, argparse.Namespace]:
-    """(stage, config, what else was given: workdir, ...) of a command line.
+def parse(
+    arguments: Sequence[str],
+) -> tuple[str, Config | None, argparse.Namespace]:
+    """Returns (command, config, further options such as workdir) of a command line.
 
     Raises:
-      SystemExit: it is not one; says what is wrong.
-      ValueError: a setting is.
+      SystemExit: it is no command line; says what is wrong.
+      ValueError: a setting is wrong.
     """
-    stages = "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items())
+    parser = _parser(with_help=not any(a.endswith(".py") for a in arguments))
+    options, flags = parser.parse_known_args(arguments)
+    command, is_plan = options.command, options.command == "plan"
+    if command == "methods":
+        if flags or options.config:
+            parser.error("methods takes no config and no settings.")
+        return command, None, options
+    if not options.config:
+        parser.error("CONFIG is missing: name a file such as configs/digits.py.")
+    usage = "[--topology T] [--stages S] [--output FILE]"
+    config = tyro.cli(
+        Config,
+        prog=f"dtrak-jax {command} {options.config} "
+        + (usage if is_plan else "--workdir DIR"),
+        default=load_config(options.config),
+        args=flags,
+        description=f"{COMMANDS[command].capitalize()}.",
+    )
+    if not is_plan and (options.topology or options.stages or options.output):
+        parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")
+    if not is_plan and not options.workdir:
+        parser.error("--workdir is missing: name a folder for the results.")
+    return command, config, options
+
+
+def _parser(with_help: bool) -> argparse.ArgumentParser:
+    """Returns the parser of everything but the config's settings."""
+    commands = "\n".join(f"  {name:<15} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dtrak-jax",
         usage="dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE ...]",
         description="Data attribution for diffusion models.",
-        epilog=f"commands:\n{stages}\n\nEvery setting of the config is a flag; "
-        "`dtrak-jax COMMAND CONFIG --help` lists them.",
+        epilog=f"commands:\n{commands}\n\nEach makes what it needs first. Every setting "
+        "of the config is a flag; `dtrak-jax COMMAND CONFIG --help` lists them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        add_help=not any(argument.endswith(".py") for argument in arguments),
+        add_help=with_help,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("config", metavar="CONFIG", help="such as configs/digits.py")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="such as configs/digits.py"
+    )
     parser.add_argument(
         "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
+    )
+    parser.add_argument(
+        "--profile", metavar="DIR", help="write a trace of the JAX profiler there"
     )
     parser.add_argument("--topology", help="what to plan for; the devices at hand")
     parser.add_argument("--stages", help="what to plan, such as train,featurize; all")
     parser.add_argument("--output", metavar="FILE", help="the plan as JSON")
-    known, flags = parser.parse_known_args(arguments)
-    default, planned = load_config(known.config), known.command == "plan"
-    own = "[--topology T] [--stages S] [--output FILE]" if planned else "--workdir DIR"
-    config = tyro.cli(
-        Config,
-        prog=f"dtrak-jax {known.command} {known.config} {own}",
-        default=default,
-        args=flags,
-        description=f"{COMMANDS[known.command].capitalize()}.",
-    )
-    if not planned and (known.topology or known.stages or known.output):
-        parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")
-    if not planned and not known.workdir:
-        parser.error("--workdir is missing: name a folder for the results.")
-    return known.command, config, known
+    return parser
 
 
 def load_config(path: str) -> Config:
-    """What `get_config()` of a config file returns.
+    """Returns what `get_config()` of a config file returns.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -1,408 +1,309 @@
-"""The stages in order, and the run directory that they read and write.
+"""The stages, in the order of the story: from images to a report.
 
-A stage reads what earlier stages left, computes what is not there yet, and writes it;
-running it again continues it. See the README for the files.
+    train ─► sample ─► featurize ─► attribute ─► report
+       └───────► retrain ─► lds, counterfactual, ablate ─┘
+
+A stage reads from the `Run`, makes what is not there yet and writes it to the run
+directory; interrupted, it continues. A command makes what it needs first.
 """
 
-import dataclasses
 import io
-import platform
-from collections.abc import Callable
-from importlib import metadata
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import (
-    data,
-    diffusion,
-    files,
-    models,
-    parallel,
-    report,
-    scoring,
-    training,
-)
-from dtrak_jax.attribution import Scores
-from dtrak_jax.config import METHODS, Config, flatten, shown_methods
-from dtrak_jax.features import Projection, Task, distortion, featurize
-
-FREE_FIELDS = (
-    "ablation.",
-    "attribution.methods",
-    "attribution.solver",
-    "ensemble.models",
-    "counterfactual.",
-    "ensemble.batch_size",
-    "ensemble.draws",
-    "ensemble.seeds",
-    "ensemble.subsets",
-    "ensemble.timesteps",
-    "features.batch_size",
-    "features.proj_devices",
-    "report.",
-    "sample.batch_size",
-    "train.fsdp",
-)
-"""Settings that may change within a run directory: they change no file that is there,
-or only files that know their settings and are made again."""
+from dtrak_jax import data, feature_sets, files, parallel, training
+from dtrak_jax.config import Config
+from dtrak_jax.evaluation.ablations import ablate
+from dtrak_jax.evaluation.counterfactual import counterfactual
+from dtrak_jax.evaluation.results import evaluate
+from dtrak_jax.evaluation.retrain import is_retrained, retrain
+from dtrak_jax.features import distortion
+from dtrak_jax.methods import METHODS
+from dtrak_jax.planning import programs, work
+from dtrak_jax.planning.programs import Planned
+from dtrak_jax.planning.topology import Topology
+from dtrak_jax.report import page
+from dtrak_jax.run import Run
 
 DISTORTION_EXAMPLES = 8
+"""Training images whose gradients are compared before and after the projection."""
 
 
-def open_run(config: Config, workdir: epath.PathLike) -> epath.Path:
-    """Makes the run directory, or checks that it belongs to this config.
+class Stage(NamedTuple):
+    """A row of the table of stages."""
 
-    Raises:
-      ValueError: it was made with another config (names the fields that differ), or
-        holds something else.
-    """
-    workdir = files.at(workdir)
-    path = workdir / "config.json"
-    settings = flatten(config)
-    packages = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: metadata.version(name) for name in packages}
-    versions["python"] = platform.python_version()
-    made = {"config": settings, "versions": versions}
-    if parallel.is_primary() and not path.exists():
-        if not files.is_empty(workdir):
-            raise ValueError(
-                f"{workdir} is not empty and holds no run; name another --workdir."
-            )
-        files.write_json(path, made)
-    # Early, as gloo gives the processes 30 s to come to their first collective.
-    parallel.wait_for_all(f"make {workdir}")
-    there, here = (
-        {k: v for k, v in one.items() if not k.startswith(FREE_FIELDS)}
-        for one in (files.read_json(path)["config"], settings)
-    )
-    differs = files.differences(there, here)
-    if differs:
-        raise ValueError(
-            f"{workdir} belongs to another config: {'; '.join(differs)}. Name "
-            "another --workdir, or delete that one."
-        )
-    if parallel.is_primary():
-        files.write_json(path, made)
-    return workdir
+    name: str
+    summary: str
+    """The work of the stage in a few words."""
+    needs: Callable[[Config], tuple[str, ...]]
+    """Returns the stages whose artefacts it reads."""
+    body: Callable[[Run], None]
+    """Makes its artefacts, or what is missing of them."""
+    is_done: Callable[[Run], bool] | None = None
+    """Returns whether its artefacts are there, made from what is before it; None for a
+    stage that no other needs."""
+    programs: Callable[[Run, Topology], list[Planned]] | None = None
+    """Returns the compiled programs that it calls on some devices, and how often."""
 
 
-def load_data(config: Config, workdir: epath.Path) -> data.Splits:
-    """The training and validation images; writes splits.npz."""
-    model = config.model
-    splits = data.load(config.data, model.sample_size, model.in_channels)
-    path = workdir / "splits.npz"
-    if parallel.is_primary() and not path.exists():
-        labels = {}
-        if splits.train.labels is not None:
-            labels["train_labels"] = splits.train.labels
-            labels["validation_labels"] = splits.validation.labels
-            labels["label_names"] = np.array(splits.train.label_names)
-        files.write_npz(
-            path,
-            train_ids=splits.train.ids,
-            validation_ids=splits.validation.ids,
-            **labels,
-        )
-    return splits
+def train(run: Run) -> None:
+    """Trains the model, or continues; checkpoints/, metrics.jsonl."""
+    if run.config.model.folder:
+        return
+    recipe = run.recipe(run.config.train.steps)
+    training.train(recipe, run.splits.train.images, run.workdir)
 
 
-def train(config: Config, workdir: epath.Path):
-    """Trains the model, or continues; returns its parameters."""
-    model = models.build(config.model)
-    splits = load_data(config, workdir)
-    params = training.train(
-        models.init_fn(model),
-        models.train_apply_fn(model),
-        diffusion.build(config.diffusion),
-        splits.train.images,
-        config.train,
-        workdir,
-        flip=config.data.flip,
-    )
-    parallel.wait_for_all("train")
-    return params
+def is_trained(run: Run) -> bool:
+    """Returns whether the last checkpoint is there, or the model is given."""
+    if run.config.model.folder:
+        return True
+    return training.latest_step(run.workdir / "checkpoints") == run.config.train.steps
 
 
-def load_params(config: Config, workdir: epath.Path, step: int | None = None):
-    """The parameters of a step that training kept; of the last one if None."""
-    model = models.build(config.model)
-    return training.load_params(models.init_fn(model), config.train, workdir, step)
-
-
-def load_model(config: Config, workdir: epath.Path, name: str):
-    """The parameters of one of `scoring.model_names`."""
-    model = models.build(config.model)
-    try:
-        stack = training.load_members(
-            models.init_fn(model),
-            [name],
-            config.train,
-            workdir / "ensemble",
-        )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} Run `dtrak-jax retrain` with this config and workdir first."
-        ) from error
-    return jax.tree.map(lambda leaf: leaf[0], stack)
-
-
-def sample(config: Config, workdir: epath.Path) -> None:
+def sample(run: Run) -> None:
     """Generates images: samples/00000.png, ..., and all of them in samples.npz.
 
     Each process generates its share, and writes these pictures.
     """
-    count = config.sample.count
-    path = workdir / "samples" / "samples.npz"
-    if count == 0 or parallel.agreed(path.exists()):
+    if parallel.agreed(has_samples(run)):
         return
-    seeds, mine = sample_seeds(config), parallel.share(count)
-    images = generate(config, load_params(config, workdir), seeds[mine])
+    share = parallel.share(len(run.seeds))
+    # All processes load the model together.
+    model = run.params_digest()
+    images = run.generate(run.params(), run.seeds[share])
     if not np.isfinite(images).all():
         raise FloatingPointError(
             "a generated image has pixels that are not finite; is the model trained?"
         )
     pixels = data.to_pixels(images)
-    for i, image in enumerate(pixels, start=mine.start):
+    for i, image in enumerate(pixels, start=share.start):
         buffer = io.BytesIO()
         data.to_picture(image).save(buffer, "png")
-        files.write_bytes(workdir / "samples" / f"{i:05d}.png", buffer.getvalue())
-    # Its file says that all of them are there.
-    pixels = parallel.gather(pixels, count)
-    if parallel.is_primary():
-        ids = np.array([f"generated-{i:05d}" for i in range(count)])
-        files.write_npz(path, images=pixels, ids=ids, seeds=seeds)
-    parallel.wait_for_all("sample")
-
-
-def sample_seeds(config: Config) -> np.ndarray:
-    """One for each image to generate; image i of seed s has s * 1000 + i, as in the
-    reference."""
-    return config.sample.seed * 1000 + np.arange(config.sample.count)
-
-
-def generate(config: Config, params, seeds: np.ndarray, **options):
-    """What `diffusion.sample` makes with the config's model and sampler."""
-    settings, model = config.sample, config.model
-    return diffusion.sample(
-        models.apply_fn(models.build(model)),
-        params,
-        diffusion.build(config.diffusion),
-        seeds,
-        (model.sample_size, model.sample_size, model.out_channels),
-        sampler=settings.sampler,
-        steps=settings.steps,
-        eta=settings.eta,
-        clip=settings.clip,
-        batch_size=settings.batch_size,
-        **options,
-    )
-
-
-def load_samples(workdir: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    """(images in [-1, 1], ids) of the generated images, from their 8-bit pixels."""
-    path = workdir / "samples" / "samples.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; run `dtrak-jax sample` with this config and workdir "
-            "first."
-        )
-    saved = files.read_npz(path)
-    return saved["images"].astype(np.float32) / 127.5 - 1, saved["ids"]
-
-
-def query_sets(config: Config) -> list[str]:
-    """Which of "validation" and "generated" a config has images of."""
-    counts = {"validation": config.data.validation, "generated": config.sample.count}
-    return [name for name, count in counts.items() if count]
-
-
-def load_queries(
-    config: Config, workdir: epath.Path, splits: data.Splits
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{"validation": (images, ids), "generated": (images, ids)}; no empty ones."""
-    load = {
-        "validation": lambda: (splits.validation.images, splits.validation.ids),
-        "generated": lambda: load_samples(workdir),
-    }
-    return {name: load[name]() for name in query_sets(config)}
-
-
-def projection(config: Config) -> Projection:
-    """The config's projection."""
-    settings = config.features
-    return Projection(settings.projection, settings.dim, settings.seed)
-
-
-def task(config: Config, noise: str) -> Task:
-    """What the config's features are gradients of."""
-    settings = config.features
-    return Task(
-        models.apply_fn(models.build(config.model)),
-        diffusion.build(config.diffusion),
-        measurement=settings.measurements,
-        timesteps=settings.timesteps,
-        strategy=settings.strategy,
-        noise=noise,
-        noise_batch=settings.noise_batch,
-        draws=settings.draws,
-        per_timestep=settings.per_timestep,
-        parameters=settings.parameters,
-        seed=settings.seed,
-    )
-
-
-def compute_features(config: Config, workdir: epath.Path) -> None:
-    """All features that the methods need; features/..."""
-    splits = load_data(config, workdir)
-    queries = load_queries(config, workdir, splits)
-    sets = {"train": (splits.train.images, splits.train.ids)} | queries
-    methods, place = config.attribution.methods, workdir / "features"
-    params = load_params(config, workdir)
-    _featurize(config, params, sets, config.features.measurements, place)
-    if not {"tracin", "gas"}.isdisjoint(methods):
-        for step in training.kept_steps(config.train)[:-1]:
-            at_step = load_params(config, workdir, step)
-            _featurize(
-                config, at_step, sets, ("loss",), place / "checkpoints" / str(step)
-            )
-    measurements = tuple(METHODS[m] for m in methods if m.endswith("-ensemble"))
-    for name in scoring.model_names(config) if measurements else ():
-        other = load_model(config, workdir, name)
-        _featurize(config, other, sets, measurements, place / "models" / name)
-    if "journey-trak" in methods and "generated" in queries:
-        _featurize_journey(config, workdir, params, queries["generated"][1])
-    path = place / "distortion.json"
-    if (
-        config.features.projection != "none"
-        and len(splits.train.images) > 1
-        and not parallel.agreed(path.exists())
-    ):
-        measured = distortion(
-            task(config, config.features.noise),
-            params,
-            splits.train.images[:DISTORTION_EXAMPLES],
-            projection(config),
-            ids=splits.train.ids[:DISTORTION_EXAMPLES],
-            batch_size=config.features.batch_size,
-            proj_devices=config.features.proj_devices,
-        )
-        if parallel.is_primary():
-            files.write_json(path, {k: v._asdict() for k, v in measured.items()})
-    parallel.wait_for_all("featurize")
-
-
-def _featurize(config, params, sets, measurements, folder: epath.Path) -> None:
-    """The features of each set of images under one model; folder/SET."""
-    settings = config.features
-    label = "featurize" + str(folder).rpartition("features")[2].replace("/", " ")
-    for name, (images, ids) in sets.items():
-        # Cyclic noise is a control in which only the queries' noise is shifted.
-        shifted = settings.noise == "cyclic" and name == "train"
-        noise = "common" if shifted else settings.noise
-        featurize(
-            dataclasses.replace(task(config, noise), measurement=tuple(measurements)),
-            params,
-            images,
-            projection(config),
+        files.write_bytes(run.samples.parent / f"{i:05d}.png", buffer.getvalue())
+    # The array is written last: it says that all pictures are there.
+    pixels = parallel.gather(pixels, len(run.seeds))
+    if parallel.is_main_process():
+        ids = np.array([f"generated-{i:05d}" for i in range(len(pixels))])
+        files.write_npz(
+            run.samples,
+            images=pixels,
             ids=ids,
-            store=folder / name,
-            batch_size=settings.batch_size,
-            proj_devices=settings.proj_devices,
-            description=f"{label} {name}",
+            seeds=run.seeds,
+            model=model,
         )
 
 
-def _featurize_journey(config, workdir, params, ids: np.ndarray) -> None:
-    """Features of the images predicted on the way to each sample; features/journey.
+def has_samples(run: Run) -> bool:
+    """Returns whether the samples are there and of this model, or there are to be none."""
+    if not run.is_sampled:
+        return True
+    if not run.samples.exists():
+        return False
+    # Samples of an older format do not say which model made them.
+    return (
+        str(files.read_npz(run.samples).get("model", run.params_digest()))
+        == run.params_digest()
+    )
 
-    Journey TRAK (Georgiev et al. 2023, arXiv 2312.06205): gradients of the loss at
-    every sampling timestep t, of the image that was predicted there, averaged. Where
-    timesteps are kept apart, at each of the task's own timesteps, of the image that was
-    predicted at the sampling timestep closest to it, so that it meets its kernel.
+
+def featurize(run: Run) -> None:
+    """Computes all features that the methods need; features/."""
+    for feature_set in feature_sets.wanted(run):
+        feature_sets.featurize(run, feature_set)
+    if is_projected(run):
+        measure_distortion(run)
+
+
+def is_featurized(run: Run) -> bool:
+    """Returns whether all features are there, and of this model and these images."""
+    return all(feature_sets.is_made(run, s) for s in feature_sets.wanted(run))
+
+
+def is_projected(run: Run) -> bool:
+    """Returns whether there is a projection whose distortion can be measured."""
+    return run.config.features.projection != "none" and len(run.splits.train.ids) > 1
+
+
+def measure_distortion(run: Run) -> None:
+    """Compares inner products before and after the projection; distortion.json."""
+    path = run.workdir / "features" / "distortion.json"
+    if parallel.agreed(path.exists()):
+        return
+    settings, examples = run.config.features, run.splits.train
+    errors = distortion(
+        run.task(),
+        run.params(),
+        examples.images[:DISTORTION_EXAMPLES],
+        run.projection,
+        ids=examples.ids[:DISTORTION_EXAMPLES],
+        batch_size=settings.batch_size,
+        proj_devices=settings.proj_devices,
+    )
+    if parallel.is_main_process():
+        files.write_json(path, {k: v._asdict() for k, v in errors.items()})
+
+
+def attribute(run: Run) -> None:
+    """Turns features into scores of every method; scores/METHOD-QUERIES.npz."""
+    for method, queries in wanted_scores(run):
+        run.scores(method, queries)
+
+
+def is_attributed(run: Run) -> bool:
+    """Returns whether all scores are there, and of these features and this damping."""
+    return all(run.has_scores(*names) for names in wanted_scores(run))
+
+
+def wanted_scores(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields every method of `attribution.methods` with each set of queries it scores."""
+    for method in run.config.attribution.methods:
+        for queries in run.queries:
+            if METHODS[method].applies_to(queries):
+                yield method, queries
+
+
+def report(run: Run) -> None:
+    """Writes report.html, from whatever the stages before it left."""
+    content = page(run).encode()
+    if parallel.is_main_process():
+        files.write_bytes(run.workdir / "report.html", content)
+
+
+def always(*names: str) -> Callable[[Config], tuple[str, ...]]:
+    """Returns the needs of a stage that are the same for every config."""
+    return lambda config: names
+
+
+def features_need(config: Config) -> tuple[str, ...]:
+    """Returns the needs of featurize: retrained models, where their features count."""
+    others = any(f.startswith("models/") for f in feature_sets.folders(config))
+    return ("sample", "retrain") if others else ("sample",)
+
+
+def scores_need(config: Config) -> tuple[str, ...]:
+    """Returns the needs of attribute: those of the methods."""
+    needs = {name for method in config.methods for name in METHODS[method].needs}
+    return ("sample", *sorted(needs))
+
+
+STAGES = (
+    Stage(
+        "train",
+        "train the model on the training images",
+        always(),
+        train,
+        is_trained,
+        programs.train,
+    ),
+    Stage(
+        "sample",
+        "generate images with it",
+        always("train"),
+        sample,
+        has_samples,
+        programs.sample,
+    ),
+    Stage(
+        "retrain",
+        "train models on subsets, and measure the queries' losses under them",
+        always("sample"),
+        retrain,
+        is_retrained,
+        programs.retrain,
+    ),
+    Stage(
+        "featurize",
+        "compute gradient features of training images and queries",
+        features_need,
+        featurize,
+        is_featurized,
+        programs.featurize,
+    ),
+    Stage(
+        "attribute",
+        "turn features into scores",
+        scores_need,
+        attribute,
+        is_attributed,
+        programs.attribute,
+    ),
+    Stage(
+        "lds",
+        "say how well scores predict the losses of retrained models; lds.json",
+        always("attribute", "retrain"),
+        evaluate,
+    ),
+    Stage(
+        "counterfactual",
+        "retrain without what scores say matters; counterfactual.json",
+        always("attribute"),
+        counterfactual,
+    ),
+    Stage(
+        "ablate",
+        "score other noises, kernels, timesteps, ... like lds; ablations.json",
+        always("retrain"),
+        ablate,
+    ),
+    Stage(
+        "report",
+        "write report.html, with what the other stages left",
+        always("attribute"),
+        report,
+    ),
+)
+"""All stages, each after those that it may need."""
+
+
+def needed(command: str, config: Config) -> list[Stage]:
+    """Returns a stage and all that it needs, in order."""
+    by_name = {stage.name: stage for stage in STAGES}
+    names, queue = set(), [command]
+    while queue:
+        name = queue.pop()
+        names.add(name)
+        queue += [n for n in by_name[name].needs(config) if n not in names]
+    return [stage for stage in STAGES if stage.name in names]
+
+
+def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
+    """Runs a stage, once what it needs is there; "run" is everything up to the report.
+
+    Raises:
+      ValueError: the run directory is of another config, or settings and data do not
+        fit together; says what would be right.
     """
-    schedule = diffusion.build(config.diffusion)
-    through = diffusion.sampling_timesteps(schedule, config.sample.steps)
-    journey = dataclasses.replace(
-        task(config, config.features.noise), measurement="loss"
-    )
-    if not journey.per_timestep:
-        journey = dataclasses.replace(journey, timesteps=tuple(map(int, through)))
-    # As they were predicted: not rounded to pixels, but clipped as training images are.
-    seeds, mine = sample_seeds(config), parallel.share(len(ids))
-    _, predicted = generate(config, params, seeds[mine], trajectory=True)
-    steps = [int(np.argmin(np.abs(through - t))) for t, _ in journey.pairs]
-    # One after the other: all of them may not fit on a device.
-    images = [parallel.gather(predicted[:, step], len(ids)) for step in steps]
-    featurize(
-        journey,
-        params,
-        np.clip(np.stack(images, axis=1), -1, 1),
-        projection(config),
-        ids=ids,
-        store=workdir / "features" / "journey",
-        batch_size=config.features.batch_size,
-        proj_devices=config.features.proj_devices,
-        description="featurize journey",
-    )
+    opened = Run.open(config, workdir)
+    *before, last = needed("report" if command == "run" else command, config)
+    announce(command, opened, before, last)
+    for stage in before:
+        if not parallel.agreed(stage.is_done(opened)):
+            stage.body(opened)
+            parallel.barrier(stage.name)
+    last.body(opened)
+    parallel.barrier(last.name)
+    return opened
 
 
-def compute_scores(config: Config, workdir: epath.Path) -> None:
-    """Scores of every method for every set of queries; scores/METHOD-QUERIES.npz."""
-    splits = load_data(config, workdir)
-    queries = load_queries(config, workdir, splits)
-    run = scoring.Run(config, workdir, splits, queries)
-    for method in config.attribution.methods:
-        scores = scoring.score(run, method)
-        if parallel.is_primary():
-            for name, result in scores.items():
-                result.save(workdir / "scores" / f"{method}-{name}.npz")
-    parallel.wait_for_all("attribute")
-
-
-def load_scores(workdir: epath.Path, method: str, queries: str) -> Scores:
-    """What `compute_scores` wrote for one method and one set of queries."""
-    path = workdir / "scores" / f"{method}-{queries}.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; run `dtrak-jax attribute` with this config and "
-            "workdir first."
-        )
-    return Scores.load(path)
-
-
-def write_report(config: Config, workdir: epath.Path) -> None:
-    """report.html, from whatever the stages before it left."""
-    splits = load_data(config, workdir)
-    queries = load_queries(config, workdir, splits)
-    scores = {}
-    for name in queries:
-        for method in shown_methods(config):
-            if not scoring.applies(method, name):
-                continue
-            scores[name, method] = load_scores(workdir, method, name)
-    if parallel.is_primary():
-        page = report.page(
-            config, workdir, splits.train, queries=queries, scores=scores
-        )
-        files.write_bytes(workdir / "report.html", page.encode())
-    parallel.wait_for_all("report")
-
-
-STAGES: dict[str, Callable[[Config, epath.Path], object]] = {
-    "train": train,
-    "sample": sample,
-    "featurize": compute_features,
-    "attribute": compute_scores,
-    "report": write_report,
-}
-"""In order; `run` does all of them."""
-
-
-def run(stage: str, config: Config, workdir: epath.PathLike) -> epath.Path:
-    """Runs one stage, or all of them for "run", and returns the run directory."""
-    workdir = open_run(config, workdir)
-    for name in STAGES if stage == "run" else [stage]:
-        STAGES[name](config, workdir)
-    return workdir
+def announce(command: str, opened: Run, before: Sequence[Stage], last: Stage) -> None:
+    """Prints what a command makes before its own stage, and about how long all takes."""
+    missing: list[Stage] = []
+    for stage in before:
+        names = {stage.name for stage in missing}
+        if names & set(stage.needs(opened.config)) or not stage.is_done(opened):
+            missing.append(stage)
+    if not missing or not parallel.is_main_process():
+        return
+    lines = [f"{command} first makes what it needs:"]
+    lines += [f"  {s.name}: {work.describe(s.name, opened)}" for s in missing]
+    seconds = work.seconds([stage.name for stage in (*missing, last)], opened)
+    if seconds:
+        took = work.duration(seconds)
+        lines.append(f"From nothing, all of it takes about {took} on these devices.")
+    # Standard output is for results.
+    print(*lines, sep="\n", file=sys.stderr)

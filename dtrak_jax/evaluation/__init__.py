@@ -1,1 +1,1 @@
-"""How far scores can be trusted: against models that were retrained."""
+"""The trust that scores deserve: they are held against models that were retrained."""

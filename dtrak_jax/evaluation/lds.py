@@ -9,16 +9,22 @@ import numpy as np
 import scipy.stats
 
 from dtrak_jax import attribution
-from dtrak_jax.evaluation.statistics import Estimate, interval, resamples, spearman
+from dtrak_jax.attribution import Kernels
+from dtrak_jax.evaluation.statistics import (
+    RESAMPLES,
+    Estimate,
+    interval,
+    resamples,
+    spearman,
+)
 from dtrak_jax.features import Features
 
-RESAMPLES = 1000
 MIN_SUBSETS = 8
-"""With fewer an interval says nothing."""
+"""The fewest subsets of which an interval says anything."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Truth:
+class RetrainedLosses:
     """The losses of queries under models that were retrained on subsets.
 
     Attributes:
@@ -37,9 +43,9 @@ class Truth:
     train_ids: np.ndarray
 
     def __post_init__(self):
-        wanted = (len(self.masks), len(self.train_ids), len(self.query_ids))
+        expected = (len(self.masks), len(self.train_ids), len(self.query_ids))
         shape = (len(self.outputs), self.masks.shape[1], self.outputs.shape[2])
-        if wanted != shape:
+        if expected != shape:
             raise ValueError(
                 f"outputs {self.outputs.shape} and masks {self.masks.shape} do not fit "
                 f"{len(self.train_ids)} training images and {len(self.query_ids)} "
@@ -56,9 +62,9 @@ class Truth:
 
     @functools.cached_property
     def target(self) -> np.ndarray:
-        """What a score must predict: minus the mean loss over seeds [subsets, queries].
+        """The target of a score: minus the mean loss over seeds [subsets, queries].
 
-        Minus, as a positive score means that the example lowers the loss.
+        The sign is minus, as a positive score means that the example lowers the loss.
         """
         return -self.outputs.mean(axis=1)
 
@@ -74,25 +80,29 @@ class Truth:
         return counts / len(self.query_ids)
 
     def predict(self, scores: np.ndarray) -> np.ndarray:
-        """The predictions of additive scores [queries, train], [subsets, queries].
+        """Returns what additive scores [queries, train] predict, [subsets, queries].
 
         g(q, S) = sum of tau(q, n) over n in S.
         """
         return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
 
 
-def lds(predictions: np.ndarray, truth: Truth) -> float:
-    """Mean over queries of Spearman's correlation over subsets (Park et al. 2023).
+def lds(predictions: np.ndarray, truth: RetrainedLosses) -> float:
+    """Returns the mean over queries of Spearman's correlation over subsets.
+
+    Park et al., "TRAK" (arXiv 2303.14186), section 3.
 
     Args:
-      predictions: [subsets, queries], see `Truth.predict`.
+      predictions: [subsets, queries], see `RetrainedLosses.predict`.
       truth: the ensemble.
     """
     return float(spearman(predictions, truth.target).mean())
 
 
-def bootstrap(predictions: np.ndarray, truth: Truth) -> tuple[Estimate, np.ndarray]:
-    """The score with its interval, and the samples that the interval is made of.
+def bootstrap(
+    predictions: np.ndarray, truth: RetrainedLosses
+) -> tuple[Estimate, np.ndarray]:
+    """Returns the score with its interval, and the samples behind the interval.
 
     Subsets and queries are drawn anew together: the interval is that of other subsets
     and of other queries. The samples [RESAMPLES] of two scores under one truth belong
@@ -103,56 +113,54 @@ def bootstrap(predictions: np.ndarray, truth: Truth) -> tuple[Estimate, np.ndarr
 
 
 def _resampled(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, truth: Truth
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray, truth: RetrainedLosses
 ) -> np.ndarray:
-    """Mean correlation of a and b [subsets, queries] in every resample [RESAMPLES]."""
+    """Returns the mean correlation of a and b [subsets, queries] in every resample."""
     return (spearman(a, b, weights) * truth.query_weights).sum(axis=1)
 
 
-def row(estimate: Estimate, rule: str | None, damping, transform: str) -> dict:
-    """What a row of the results says of a score, beside whose it is."""
-    described = {"damping_rule": rule, "damping": damping, "transform": transform}
-    return described | {
+def row(
+    estimate: Estimate, rule: str | None = None, damping=None, transform: str = "linear"
+) -> dict:
+    """Returns what a row of the results says of a score, beside whose it is."""
+    return {
+        "damping_rule": rule,
+        "damping": damping,
+        "transform": transform,
         "lds": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
     }
 
 
-def ceiling(truth: Truth) -> Estimate | None:
-    """The LDS that the true mean loss of each subset would have; None with one seed.
+def ceiling(truth: RetrainedLosses) -> Estimate | None:
+    """Returns the LDS that each subset's true mean loss would have; None with one seed.
 
     Two halves of h seeds each agree with correlation r (mean over queries and over
     all ways to halve); S seeds then have the reliability R = c r / (1 + (c - 1) r),
     c = S / h (Spearman and Brown), and their mean loss correlates with the truth by
-    sqrt(R). Correct for Pearson correlations, close for ranks.
+    sqrt(R). This is correct for Pearson correlations and close for ranks.
     """
     seeds = truth.outputs.shape[1]
-    half = seeds // 2
-    if half == 0:
+    size = seeds // 2
+    if size == 0:
         return None
-    halves = [
-        (first, second)
-        for first in itertools.combinations(range(seeds), half)
-        for second in itertools.combinations(range(seeds), half)
-        if first < second and not set(first) & set(second)
-    ]
+    choices = itertools.combinations(range(seeds), size)
+    halves = [p for p in itertools.combinations(choices, 2) if not {*p[0]} & {*p[1]}]
     values, samples = [], []
-    for first, second in halves:
-        a, b = (truth.outputs[:, list(s)].mean(axis=1) for s in (first, second))
+    for pair in halves:
+        a, b = (truth.outputs[:, list(half)].mean(axis=1) for half in pair)
         values.append(spearman(a, b).mean())
         samples.append(_resampled(a, b, truth.subset_weights, truth))
     agreement = interval(np.mean(values), np.mean(samples, axis=0))
-
-    def corrected(r: float) -> float:
-        c, r = seeds / half, max(r, 0.0)
-        return float(np.sqrt(c * r / (1 + (c - 1) * r)))
-
-    return Estimate(*map(corrected, agreement))
+    r, c = np.maximum(agreement, 0), seeds / size
+    return Estimate(*np.sqrt(c * r / (1 + (c - 1) * r)).tolist())
 
 
-def reference_interval(predictions: np.ndarray, truth: Truth) -> dict[str, float]:
-    """The interval of the D-TRAK paper's notebooks, to compare with its numbers.
+def reference_interval(
+    predictions: np.ndarray, truth: RetrainedLosses
+) -> dict[str, float]:
+    """Returns the interval of the D-TRAK paper's notebooks, to compare with its numbers.
 
     `scipy.stats.bootstrap` over subsets alone, 64 samples, BCa, seed 42; and the mean
     and standard deviation of the samples, which its tables print. It holds the
@@ -180,19 +188,19 @@ def reference_interval(predictions: np.ndarray, truth: Truth) -> dict[str, float
 
 
 def damping_path(
-    train: Features | np.ndarray,
+    train: Kernels | Features | np.ndarray,
     query: Features | np.ndarray,
     masks: np.ndarray,
     *,
     pooled: bool = False,
 ) -> tuple[list[float], np.ndarray]:
-    """Predictions at every damping of `GRID` that is above rounding errors.
+    """Predicts at every damping of `GRID` that is above rounding errors.
 
     Args:
-      train: features, as for `attribution.damping_path`.
-      query: features.
+      train: kernels or features, as `attribution.damping_path` takes them.
+      query: features of the queries.
       masks: subsets of the training set, bool [subsets, train].
-      pooled: see there.
+      pooled: whether all pairs share one kernel.
 
     Returns:
       The dampings, and the predictions [dampings, subsets, queries].
@@ -203,8 +211,10 @@ def damping_path(
     return grid, path[sound].swapaxes(1, 2)
 
 
-def cross_fitted(path: np.ndarray, truth: Truth) -> tuple[Estimate, list[int]]:
-    """The score with its damping chosen on the half of the subsets not reported on.
+def cross_fitted(
+    path: np.ndarray, truth: RetrainedLosses
+) -> tuple[Estimate, list[int]]:
+    """Returns the score with its damping chosen on the subsets that it is not scored on.
 
     The best value of the grid on one half of the subsets (even and odd ones) is scored
     on the other, and the two scores are averaged.
@@ -229,8 +239,8 @@ def cross_fitted(path: np.ndarray, truth: Truth) -> tuple[Estimate, list[int]]:
     return _over_halves(fit, truth), chosen
 
 
-def from_halves(function: Callable, truth: Truth) -> Estimate:
-    """The score of a method that learns from the ensemble itself.
+def from_halves(function: Callable, truth: RetrainedLosses) -> Estimate:
+    """Returns the score of a method that learns from the ensemble itself.
 
     It learns from one half of the subsets and is scored on the other, and the other
     way round; on the subsets that it has seen it would be scored for remembering them.
@@ -246,11 +256,13 @@ def from_halves(function: Callable, truth: Truth) -> Estimate:
     return _over_halves(fit, truth)
 
 
-def _over_halves(fit: Callable[[np.ndarray], np.ndarray], truth: Truth) -> Estimate:
-    """The mean score of predictions fitted on one half of the subsets, on the other.
+def _over_halves(
+    fit: Callable[[np.ndarray], np.ndarray], truth: RetrainedLosses
+) -> Estimate:
+    """Returns the mean score of predictions fitted on one half of the subsets, on the other.
 
     Args:
-      fit: of the subsets to learn from, bool [subsets], to predictions for all
+      fit: maps the subsets to learn from, bool [subsets], to predictions for all
         [subsets, queries].
       truth: the ensemble.
     """

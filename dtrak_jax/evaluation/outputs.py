@@ -1,7 +1,6 @@
-"""What retrained models make of the queries: the truth that scores must predict."""
+"""The losses of queries under retrained models: the truth that scores must predict."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +8,19 @@ import numpy as np
 
 from dtrak_jax import parallel
 from dtrak_jax.config import EnsembleConfig
-from dtrak_jax.diffusion.loss import denoising_loss
-from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.parallel import P
-from dtrak_jax.streams import fold_in, id_words, stream
+from dtrak_jax.diffusion import Schedule, denoising_loss
+from dtrak_jax.network import Apply, Params
+from dtrak_jax.parallel import P, Program
+from dtrak_jax.rng import fold_in, id_words, stream
 
 
 def timestep_grid(timesteps: int | tuple[int, ...], schedule: Schedule) -> np.ndarray:
-    """The timesteps themselves, or that many evenly spaced over all of the schedule.
+    """Returns the timesteps themselves, or that many evenly spaced over the schedule.
 
-    Of a number T the middles of T equal parts, so that no end counts more.
+    A number T stands for the middles of T equal parts, so that no end counts more.
 
     Raises:
-      ValueError: one of them, or their number, is out of range.
+      ValueError: a timestep, or their number, is out of range.
     """
     last = schedule.steps - 1
     if isinstance(timesteps, int):
@@ -41,63 +40,88 @@ def timestep_grid(timesteps: int | tuple[int, ...], schedule: Schedule) -> np.nd
 
 
 def measure(
-    apply: Callable,
+    apply: Apply,
     schedule: Schedule,
-    params,
+    params: Params,
     images: np.ndarray,
     ids: np.ndarray,
     settings: EnsembleConfig,
 ) -> np.ndarray:
-    """The mean denoising loss of every image under several models, [models, n].
+    """Returns the mean denoising loss of every image under several models, [models, n].
 
     F(x; theta) = mean over timesteps t and draws of (1/d) |prediction - target|^2, the
     "model output" of the D-TRAK paper. The noise is a function of (seed, id, t, draw):
     the same for all models, and drawn from another stream than that of the features.
 
     Args:
-      apply: the network, (params, x, t, cond) -> prediction, without dropout.
+      apply: the network without dropout.
       schedule: the noise schedule.
-      params: of the models, stacked along a first axis; at most as many models as
-        this process has devices, one on each.
+      params: the models' parameters, stacked along a first axis; at most as many models
+        as this process has devices, one on each.
       images: [n, H, W, C] in [-1, 1].
-      ids: their names [n].
-      settings: its timesteps (see `timestep_grid`), draws, seed and batch_size.
+      ids: the images' names [n].
+      settings: timesteps (see `timestep_grid`), draws, seed and batch_size.
     """
     models, n = len(jax.tree.leaves(params)[0]), len(images)
     mesh = parallel.mesh(jax.local_devices()[:models], models)
-    losses = _losses(apply, schedule, mesh)
-    params = parallel.place(params, mesh, P("member"))
-    words = id_words(ids)
-    total = np.zeros((models, n))
-    grid = timestep_grid(settings.timesteps, schedule)
-    pairs = [(t, d) for t in grid for d in range(settings.draws)]
+    losses = losses_function(apply, schedule, mesh)
+    params = parallel.put(params, mesh, P("member"))
+    words, total = id_words(ids), np.zeros((models, n))
+    pairs = [
+        (t, np.int32(draw))
+        for t in timestep_grid(settings.timesteps, schedule)
+        for draw in range(settings.draws)
+    ]
     seed, size = np.uint32(settings.seed), min(settings.batch_size, n)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
-        x, w = (parallel.pad(a[rows], size) for a in (images, words))
+        x, x_words = (parallel.pad(array[rows], size) for array in (images, words))
         # All are dispatched before the first is waited for.
-        values = [losses(params, x, w, t, np.int32(d), seed) for t, d in pairs]
+        values = [losses(params, x, x_words, t, draw, seed) for t, draw in pairs]
         for value in values:
             total[:, rows] += np.asarray(value)[:, : rows.stop - rows.start]
     return total / len(pairs)
 
 
 @functools.cache
-def _losses(apply: Callable, schedule: Schedule, mesh: jax.sharding.Mesh) -> Callable:
+def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
     """Compiles (params, x [B,...], words [B,2], t, draw, seed) -> losses [models, B]."""
 
-    def per_device(params, x, words, t, draw, seed):
-        own = jax.tree.map(lambda leaf: leaf[0], params)
+    def losses(params, x, words, t, draw, seed):
+        member_params = jax.tree.map(lambda leaf: leaf[0], params)
 
         def eps(word):
             key = fold_in(stream(seed, "outputs"), word[0], word[1], t, draw)
             return jax.random.normal(key, x.shape[1:])
 
         def predict(x_t, t):
-            return apply(own, x_t, t, None)
+            return apply(member_params, x_t, t, None)
 
         t_all = jnp.full(len(x), t)
         return denoising_loss(predict, schedule, x, t_all, jax.vmap(eps)(words))[None]
 
     specs = (P("member"), P(), P(), P(), P(), P())
-    return parallel.over_mesh(per_device, mesh, specs, P("member"))
+    return parallel.sharded(losses, mesh, specs, P("member"))
+
+
+def losses_program(
+    apply: Apply,
+    schedule: Schedule,
+    params: Params,
+    image_shape: tuple[int, ...],
+    queries: int,
+    settings: EnsembleConfig,
+    devices: list[jax.Device],
+) -> tuple[Program, int]:
+    """Returns the program that `measure` calls, and how often for a model on each device."""
+    mesh, shape = parallel.mesh(devices, len(devices)), jax.ShapeDtypeStruct
+    size = min(settings.batch_size, queries)
+    arguments = (
+        jax.tree.map(lambda p: shape((len(devices), *p.shape), p.dtype), params),
+        shape((size, *image_shape), np.float32),
+        shape((size, 2), np.uint32),
+        *(shape((), dtype) for dtype in (np.int32, np.int32, np.uint32)),
+    )
+    pairs = len(timestep_grid(settings.timesteps, schedule)) * settings.draws
+    program = Program(losses_function(apply, schedule, mesh), arguments, mesh)
+    return program, pairs * -(-queries // size)

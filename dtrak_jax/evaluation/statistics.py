@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+RESAMPLES = 1000
+"""Bootstrap samples behind every interval."""
+
 BLOCK = 2**25
 """Ranks, of all subsets and resamples, that are in memory at one time."""
 
@@ -22,7 +25,7 @@ class Estimate(NamedTuple):
 def spearman(
     a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Spearman's rank correlation of every column of a with the same one of b.
+    """Returns Spearman's rank correlation of every column of a with that column of b.
 
     Equal values share the mean of their ranks. With weights w, the correlation of the
     sample in which row i stands w_i times, without making it: the mean rank of row i
@@ -51,7 +54,7 @@ def spearman(
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The correlations of the columns of a and b [M, q]; 0 where one is constant."""
+    """Returns the correlations of the columns of a and b [M, q]; 0 for a constant one."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     product = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
     return np.divide(
@@ -60,9 +63,9 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _order(x: np.ndarray) -> np.ndarray:
-    """[x_j < x_i] + [x_j = x_i] / 2, float32 [q, i, j], of x [q, M].
+    """Returns [x_j < x_i] + [x_j = x_i] / 2, float32 [q, i, j], of x [q, M].
 
-    On the host, which compares in float64.
+    The host makes it, since it compares in float64.
     """
     i, j = x[:, :, None], x[:, None, :]
     return (j < i).astype(np.float32) + np.float32(0.5) * (j == i)
@@ -70,11 +73,11 @@ def _order(x: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.Array:
-    """[B, q] of `_order`s [q, M, M] and weights [B, M]."""
+    """Returns the correlations [B, q] of `_order`s [q, M, M] and weights [B, M]."""
     count = w.sum(axis=1)[None, :, None]
 
     def ranks(order):
-        """In [-1/2, 1/2] around their mean [q, B, M]."""
+        """Returns ranks in [-1/2, 1/2] around their mean [q, B, M]."""
         mean = jnp.einsum("qij,bj->qbi", order, w, precision="highest")
         return mean / count - 0.5
 
@@ -91,7 +94,7 @@ def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.A
 
 
 def resamples(n: int, count: int, seed: int) -> np.ndarray:
-    """How often each of n items is in each of `count` bootstrap samples, [count, n]."""
+    """Returns how often each of n items is in each bootstrap sample, [count, n]."""
     draws = np.random.default_rng(seed).integers(0, n, (count, n))
     counts = np.zeros((count, n), np.int64)
     np.add.at(counts, (np.arange(count)[:, None], draws), 1)
@@ -99,10 +102,26 @@ def resamples(n: int, count: int, seed: int) -> np.ndarray:
 
 
 def interval(value: float, samples: np.ndarray) -> Estimate:
-    """The value with the central 95% of its bootstrap samples, moved onto the value.
+    """Returns the value and the central 95% of its bootstrap samples, moved onto it.
 
     A bootstrap sample of rank correlations is biased low, since repeated rows are
     ties; without moving, the interval of a good score can lie below the score itself.
     """
     low, high = np.quantile(samples, [0.025, 0.975]) - samples.mean()
     return Estimate(float(value), float(value + low), float(value + high))
+
+
+def summarize(values: np.ndarray) -> dict[str, float]:
+    """Returns the median and mean over queries [Q], each with a 95% interval.
+
+    The interval is that of percentiles over `RESAMPLES` bootstrap samples of the
+    queries, the same samples whatever the values.
+    """
+    n = len(values)
+    samples = values[np.random.default_rng(0).integers(0, n, (RESAMPLES, n))]
+    summary = {}
+    for name, statistic in (("median", np.median), ("mean", np.mean)):
+        low, high = np.quantile(statistic(samples, axis=1), [0.025, 0.975])
+        summary[name] = float(statistic(values))
+        summary |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return summary

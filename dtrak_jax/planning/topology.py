@@ -9,14 +9,11 @@ from jax.experimental import topologies
 
 
 class Chip(NamedTuple):
-    """What one JAX device has."""
+    """The memory and the peak rates of a JAX device."""
 
-    memory: float
-    """Bytes."""
-    flops: float
-    """Of bfloat16 products a second, at most."""
-    bandwidth: float
-    """Bytes a second between its memory and its cores, at most."""
+    memory: float  # bytes
+    flops: float  # the most operations a second, of bfloat16 products
+    bandwidth: float  # the most bytes a second between its memory and its cores
 
 
 CHIPS = {
@@ -27,13 +24,13 @@ CHIPS = {
     "TPU v5": Chip(95 * 2**30, 459e12, 2765e9),
     "TPU v6 lite": Chip(32 * 2**30, 918e12, 1638e9),
 }
-"""By `jax.Device.device_kind`."""
+"""The chips that are known, by `jax.Device.device_kind`."""
 
 ALLOWED = (
     "v4:2x2x1 to 16x16x16, v5e:2x2 to 16x16, v5p:2x2x1 to 16x20x28, v6e:2x2 to 16x16"
 )
 AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
-"""Of the slices of a kind of chip."""
+"""The number of dimensions of a slice, by kind of chip."""
 
 COMPILER = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -42,44 +39,44 @@ COMPILER = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Environment of libtpu where there is no TPU, unless it is set."""
+"""Variables of the environment that libtpu gets where there is no TPU."""
 
 
 class Topology(NamedTuple):
-    """The devices of all processes."""
+    """The devices of all processes, and their name."""
 
     name: str
     devices: tuple[jax.Device, ...]
 
     @property
     def local(self) -> list[jax.Device]:
-        """Those of one process."""
+        """The devices of the first process."""
         first = self.devices[0].process_index
         return [d for d in self.devices if d.process_index == first]
 
     @property
     def processes(self) -> int:
-        """How many there are, each on a host of its own."""
+        """The number of processes, each on a host of its own."""
         return len({d.process_index for d in self.devices})
 
     @property
     def kind(self) -> str:
-        """The devices' name."""
+        """The name of the devices."""
         return self.devices[0].device_kind
 
     @property
-    def described(self) -> str:
-        """Such as "8 x TPU v4, 2 processes"."""
-        return f"{len(self.devices)} x {self.kind}, {self.processes} processes"
-
-    @property
     def chip(self) -> Chip | None:
-        """What a device has, where that is known."""
+        """The memory and rates of a device; None where they are not known."""
         return CHIPS.get(self.kind)
+
+    def __str__(self) -> str:
+        """Returns the devices in words, such as "v4:2x2x2: 8 x TPU v4, 2 processes"."""
+        size = f"{len(self.devices)} x {self.kind}, {self.processes} processes"
+        return f"{self.name}: {size}"
 
 
 def find(name: str | None) -> Topology:
-    """The slice of that name, such as "v5e:4x4"; the devices at hand if None.
+    """Returns the slice of that name, such as "v5e:4x4"; the devices at hand if None.
 
     Nothing can run on the devices of a slice that is not there, but XLA compiles for
     them.
@@ -91,8 +88,9 @@ def find(name: str | None) -> Topology:
     if name is None:
         return Topology("the devices at hand", tuple(jax.devices()))
     family, _, layout = name.partition(":")
+    wrong = f"--topology is {name!r}; it must be one of: {ALLOWED}"
     if layout.count("x") + 1 != AXES.get(family):
-        raise ValueError(f"--topology is {name!r}; it must be one of: {ALLOWED}.")
+        raise ValueError(f"{wrong}.")
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             f"--topology is {name!r}, and compiling for a TPU needs libtpu: run "
@@ -103,13 +101,10 @@ def find(name: str | None) -> Topology:
     jax.config.update("jax_platforms", "cpu")
     for variable, value in COMPILER.items():
         os.environ.setdefault(variable, value)
-    # Without it a v4 chip would be two devices, which it is not where JAX runs on it.
+    # Without this a v4 chip would be two devices; where JAX runs on it, it is one.
     options = {"chip_config_name": "megacore"} if family == "v4" else {}
     try:
-        found = topologies.get_topology_desc(name, platform="tpu", **options)
+        described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise ValueError(
-            f"--topology is {name!r}; it must be one of: {ALLOWED} ({said})."
-        ) from error
-    return Topology(name, tuple(found.devices))
+        raise ValueError(f"{wrong} ({str(error).splitlines()[0]}).") from error
+    return Topology(name, tuple(described.devices))

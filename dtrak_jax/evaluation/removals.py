@@ -1,0 +1,98 @@
+"""The models of counterfactuals: which examples each is trained without, and how long."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dtrak_jax import data, training
+from dtrak_jax.attribution import Scores
+from dtrak_jax.digests import short_digest
+
+RANDOM = "random"
+"""Removes random examples, as many as the methods do."""
+EVERYTHING = "everything"
+"""Removes nothing and keeps the seed: makes the same image but for rounding."""
+OTHER_SEED = "other-seed"
+"""Removes nothing and takes another seed: how far images move by retraining alone."""
+CONTROLS = (RANDOM, EVERYTHING, OTHER_SEED)
+
+
+class Choice(NamedTuple):
+    """The rule by which examples are removed."""
+
+    method: str
+    """A method, or one of `CONTROLS`."""
+    transform: str = "linear"
+    """"linear" removes the highest scores, "squared" the largest squares."""
+
+    @property
+    def name(self) -> str:
+        """The choice in names of files."""
+        return self.method + "-squared" * (self.transform == "squared")
+
+
+class Model(NamedTuple):
+    """A model to train, and the queries that it generates again."""
+
+    choice: Choice
+    queries: tuple[str, ...]
+    member: training.Member
+    steps: int
+
+
+def kept_rows(
+    scores: Mapping[Choice, Scores],
+    queries: Sequence[str],
+    train_ids: np.ndarray,
+    count: int,
+    seed: int,
+) -> dict[tuple[Choice, str], np.ndarray]:
+    """Returns the rows of the training set that are left, by (choice, query), ascending.
+
+    A method removes the `count` examples with the highest scores for the query, or with
+    the largest squares. A random choice removes the examples with the smallest hashes of
+    (seed, query, id), whichever other queries there are.
+    """
+    removed = {}
+    for choice, ranked in scores.items():
+        if choice.transform == "squared":
+            ranked = dataclasses.replace(ranked, scores=np.square(ranked.scores))
+        top, positions = ranked.top(count).index, ranked.query_ids.tolist()
+        for query in queries:
+            removed[choice, query] = top[positions.index(query)]
+    for query in queries:
+        removed[Choice(RANDOM), query] = data.choose(
+            train_ids, None, count, seed, f"{RANDOM}/{query}"
+        )
+    rows = np.arange(len(train_ids))
+    return {key: np.delete(rows, gone) for key, gone in removed.items()}
+
+
+def plan(
+    config: training.TrainConfig,
+    kept: Mapping[tuple[Choice, str], np.ndarray],
+    queries: Sequence[str],
+    n: int,
+) -> list[Model]:
+    """Returns the models to train: one for each removal, then the two controls.
+
+    A model of r of n rows takes round(steps * r / n) steps, at least 1: as many epochs
+    as the original had. Folders are named by a hash of the rows too, so that no model
+    of older scores is taken for a new one.
+    """
+
+    def model(choice, queries, name: str, rows: np.ndarray, seed: int) -> Model:
+        content = short_digest(rows.astype("<i8").tobytes())
+        member = training.Member(f"{name}-{content}", rows, seed)
+        steps = max(1, round(config.steps * len(rows) / n))
+        return Model(choice, tuple(queries), member, steps)
+
+    models = [
+        model(choice, [query], f"{choice.name}-{query}", rows, config.seed)
+        for (choice, query), rows in kept.items()
+    ]
+    for name, seed in ((EVERYTHING, config.seed), (OTHER_SEED, config.seed + 1)):
+        models.append(model(Choice(name), queries, name, np.arange(n), seed))
+    return models
