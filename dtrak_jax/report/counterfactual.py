@@ -1,15 +1,13 @@
-"""The section of the page about removal: what becomes of an image without its top k?"""
+"""Removal: what becomes of an image without its strongest training images?"""
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from etils import epath
+from markupsafe import Markup
 
-from dtrak_jax import files
-from dtrak_jax.report.charts import Look, Mark, dots, known
-from dtrak_jax.report.figures import INK, SUPPORT, captioned, data_uri
-from dtrak_jax.report.text import between, capitalized, method_name, number, table
+from dtrak_jax.report.charts import Style, interval_plot
+from dtrak_jax.report.figures import INK, SUPPORT
+from dtrak_jax.report.text import CONTROLS, SQUARED, method_name
 
 METRICS = {
     "loss_increase": "increase of the original’s loss",
@@ -17,121 +15,71 @@ METRICS = {
     "pixels_cosine": "cosine of pixels",
     "bottleneck_cosine": "cosine in the model’s bottleneck",
 }
+"""Labels of metrics; another one is called by its name."""
 
-CONTROLS = ("random", "everything", "other-seed")
-"""What the methods are compared with; they come last."""
-
-STATISTICS = {
-    "median": Look("median", "o", SUPPORT, filled=True),
-    "mean": Look("mean", "s", INK),
+STYLES = {
+    "median": Style("median", "o", SUPPORT, SUPPORT),
+    "mean": Style("mean", "s", INK),
 }
-
-ENDS = ("", "_low", "_high")
-"""Of the fields of a statistic: the value and its interval."""
+"""The look of points by their statistic."""
 
 
-def counterfactual_section(result: Mapping, workdir: epath.Path, count: int) -> str:
-    """Images before and after their top training images were removed.
+def counterfactual(
+    result: Mapping, images: Mapping[str, np.ndarray], count: int
+) -> dict:
+    """Returns images before and after removal, with charts and rows of the effect.
 
     Args:
-      result: what counterfactual.json holds.
-      workdir: the run directory.
-      count: queries shown.
+      result: the contents of counterfactual.json.
+      images: the contents of counterfactual/images.npz, {} without that file:
+        "query_ids" [Q], "original" [Q, H, W, C] and as many images for every removal,
+        named by its method, with "-squared" after it for squared scores.
+      count: how many queries are shown.
     """
-    settings = result["settings"]
-    path = workdir / "counterfactual" / "images.npz"
-    pictures = _pictures(result, files.read_npz(path), count) if path.exists() else ""
-    summary = result["summary"]
-    charts = "".join(
-        _chart(metric, [row for row in summary if row["metric"] == metric])
-        for metric in dict.fromkeys(row["metric"] for row in summary)
+    rows, summary, differences = (
+        [row | {"removal": _removal(row)} for row in result[part]]
+        for part in ("rows", "summary", "differences")
     )
-    tables = _table("Effect of removal over all queries", summary) + _table(
-        "The same, less the effect of random removal on the same query",
-        result["differences"],
-    )
-    return f"""<section id="counterfactual"><h2>Without the strongest images</h2>
-<p>For each of {len(settings["queries"]):,} generated images, the {settings["count"]:,}
-training images that a method puts highest were removed, a model was trained on the rest,
-and the same noise was turned into an image again. The more that image differs from the
-original, and the more the new model’s loss of the original exceeds the old one’s, the more
-the removed images did.</p>
-<p class="note">Controls: {settings["count"]:,} random images removed; nothing removed and
-the same seed, which should change nothing; nothing removed and another seed of training,
-which shows how much an image differs by chance.</p>
-{pictures}<div class="plots">{charts}</div>{tables}</section>"""
-
-
-def _order(methods: list[str]) -> list[str]:
-    """Methods as they came, then the controls."""
-    return [m for m in methods if m not in CONTROLS] + [
-        m for m in CONTROLS if m in methods
-    ]
-
-
-def _pictures(result: Mapping, images: Mapping[str, np.ndarray], count: int) -> str:
-    """A row of pictures for each query."""
-    methods = _order([m for m in images if m not in ("query_ids", "original")])
-    distances = {(r["query"], r["method"]): r["pixel_l2"] for r in result["rows"]}
-    ids = list(map(str, images["query_ids"]))[:count]
-    rows = ""
-    for i, query in enumerate(ids):
-        items = _picture(images["original"][i], "original", "", query)
-        for method in methods:
-            distance = number(distances.get((query, method)))
-            name = method_name(method)
-            items += _picture(images[method][i], name, distance, query)
-        rows += f'<article class="removed"><h3>{escape(query)}</h3><ol>{items}</ol></article>'
-    total = len(images["query_ids"])
-    shown = f"{len(ids):,} of {total:,}" if len(ids) < total else f"all {total:,}"
-    return (
-        f'<p class="note">Showing {shown}; below an image is its distance from the '
-        f"original (L2 of pixels in [−1, 1]).</p>{rows}"
-    )
-
-
-def _picture(image: np.ndarray, name: str, distance: str, query: str) -> str:
-    return (
-        f'<li><img src="{data_uri(image)}" alt="{escape(query)}, {escape(name)}">'
-        f"<b>{distance}</b><span>{escape(name)}</span></li>"
-    )
-
-
-def _chart(metric: str, summary: list[Mapping]) -> str:
-    """Median and mean of a metric, by method."""
-    by_method = {row["method"]: row for row in summary}
-    rows = {
-        method_name(method): [
-            Mark(look, *(known(by_method[method][f"{name}{end}"]) for end in ENDS))
-            for name, look in STATISTICS.items()
-        ]
-        for method in _order(list(by_method))
+    distances = {(row["query"], row["removal"]): row["pixel_l2"] for row in rows}
+    names = [name for name in images if name not in ("query_ids", "original")]
+    return {
+        **result,
+        "images": images,
+        "removals": _ordered(names),
+        "distances": distances,
+        "shown": min(count, len(images.get("query_ids", ()))),
+        "metrics": METRICS,
+        "charts": [
+            (metric, _chart([row for row in summary if row["metric"] == metric]))
+            for metric in dict.fromkeys(row["metric"] for row in summary)
+        ],
+        "summary": summary,
+        "differences": differences,
     }
-    name = METRICS.get(metric, metric)
-    # Distances grow with what was removed, and cosines shrink.
-    more = "lower" if metric.endswith("_cosine") else "higher"
-    return captioned(
-        dots(rows, name, f"Effect of removal, {name}", zero=False),
-        f"{escape(capitalized(name))}, with 95% intervals over queries; {more} is more "
-        "effect.",
-    )
 
 
-def _table(caption: str, summary: list[Mapping]) -> str:
-    def cells(row: Mapping) -> list[str]:
-        values = [
-            cell
-            for name in STATISTICS
-            for cell in (
-                number(row[name]),
-                between(row[f"{name}_low"], row[f"{name}_high"]),
-            )
+def _removal(row: Mapping) -> str:
+    """Returns the name of a removal: its method, with "-squared" for squared scores."""
+    squared = row.get("transform") == "squared"
+    return row["method"].removesuffix(SQUARED) + SQUARED if squared else row["method"]
+
+
+def _ordered(removals: Iterable[str]) -> list[str]:
+    """Returns methods in the order that they have, then the controls."""
+    places = {name: place for place, name in enumerate(CONTROLS)}
+    return sorted(removals, key=lambda name: places.get(name, -1))
+
+
+def _chart(rows: Sequence[Mapping]) -> Markup:
+    """Draws median and mean of a metric for every removal."""
+    by_removal = {row["removal"]: row for row in rows}
+    points = {
+        method_name(name): [
+            (style, row[key], row[f"{key}_low"], row[f"{key}_high"])
+            for key, style in STYLES.items()
         ]
-        return [
-            method_name(row["method"]),
-            METRICS.get(row["metric"], row["metric"]),
-            *values,
-        ]
-
-    head = ("removed by", "metric", "median", "95% interval", "mean", "95% interval")
-    return table(caption, head, map(cells, summary))
+        for name in _ordered(by_removal)
+        for row in [by_removal[name]]
+    }
+    label = METRICS.get(rows[0]["metric"], rows[0]["metric"])
+    return interval_plot(points, label, f"Effect of removal, {label}", zero=False)
