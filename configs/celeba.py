@@ -2,26 +2,26 @@
 
     dtrak-jax run configs/celeba.py --workdir runs/celeba
 
-Hardware and time: not run yet at full size. Planned for 16 chips of TPU v5e, not
-measured: at a chip's peak rates 0.06 hours of training, 0.05 of gradients, 1.8 of
-retraining 192 models and 5.6 of measuring 2,000 queries under them at 1,000 timesteps.
-It takes 10 of a chip's 16 GiB. On disk: checkpoints 5.7 GB, features 1.8 GB, the ensemble
-91 GB (821 GB more pass through while members are trained). More in the README, and for
-other slices:
+It has not been run at full size. On 16 chips of TPU v5e it is planned to take, at a
+chip's peak rates, 0.06 hours of training, 0.05 of gradients, 1.8 of retraining 192
+models and 5.6 of measuring 2,000 queries under them at 1,000 timesteps; and 10 of a
+chip's 16 GiB. Checkpoints take 5.7 GB on disk, features 1.8 GB and the ensemble 91 GB
+(821 GB more pass through while members are trained). This plans other slices:
 
     dtrak-jax plan configs/celeba.py --topology v5e:4x4
 
-The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients. A v5e has room for one measurement, in 12 of 16 GiB; leave out the last line
-elsewhere, where both take 19 to 20 GiB, of 32 on a v4 or v6e and of 95 on a v5p:
+The project's own features, with common noise, kept apart at ten timesteps, take a tenth
+of the gradients. A v5e has room for one measurement, in 12 of 16 GiB. The last line is
+to be left out elsewhere, where both take 19 to 20 GiB, of 32 on a v4 or v6e and of 95 on
+a v5p:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 8
     --features.measurements square --attribution.methods dtrak
 
-To expect, from the notebooks of github.com/sail-sg/D-TRAK: LDS in percent, as mean and
+The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
-best damping for each figure.
+best damping for each figure:
 
              validation    generated
     TRAK     20.02±0.49    14.71±0.70
@@ -30,20 +30,8 @@ best damping for each figure.
 `attribution.damping` is the paper's lambda=500 in this project's units, which is the
 best for D-TRAK.
 
-What differs from the paper's code:
-- Which images are drawn: a draw by this project's own hash. Subsets, initial
-  parameters, batches and noise come from other random numbers as well.
-- The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
-  (`--features.projection gaussian`) takes 33 times the arithmetic of CIFAR-2's
-  gradients, as planned for a TPU, nearly all for random numbers. The sketch keeps the
-  size of gradients, so lambda here is the paper's over k.
-- Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to
-  about lambda=100, so there this project's scores differ, and should be better.
-- Gradients and projections are float32, not rounded to float16, and do not depend on
-  the type of GPU.
-- The bugs of the published scripts and notebooks are not reproduced, but for one: with
-  `features.noise="reference"` images in the same slot of a batch share their noise,
-  which the published figures contain.
+`configs/README.md` lists what differs from the paper's code. Here the images are a draw
+by this project's own hash.
 """
 
 from dtrak_jax.config import (

@@ -2,24 +2,24 @@
 
     dtrak-jax run configs/cifar2.py --workdir runs/cifar2
 
-Hardware and time: not run yet at full size. Planned for 16 chips of TPU v5e, not
-measured: at a chip's peak rates 0.02 hours of training, 0.02 of gradients, 0.8 of
-retraining 192 models and 2.4 of measuring 2,000 queries under them at 1,000 timesteps.
-It takes 5 of a chip's 16 GiB. On disk: checkpoints 1.8 GB, features 1.8 GB, the ensemble
-29 GB (264 GB more pass through while members are trained). More in the README, and for
-other slices:
+It has not been run at full size. On 16 chips of TPU v5e it is planned to take, at a
+chip's peak rates, 0.02 hours of training, 0.02 of gradients, 0.8 of retraining 192
+models and 2.4 of measuring 2,000 queries under them at 1,000 timesteps; and 5 of a
+chip's 16 GiB. Checkpoints take 1.8 GB on disk, features 1.8 GB and the ensemble 29 GB
+(264 GB more pass through while members are trained). `launch/README.md` has the way
+there, `configs/results/plans/README.md` other slices, and this plans them:
 
     dtrak-jax plan configs/cifar2.py --topology v5e:4x4
 
-The project's own features, with common noise, kept apart at ten timesteps, a tenth of
-the gradients, in 12 GiB of a chip of any kind:
+The project's own features, with common noise, kept apart at ten timesteps, take a tenth
+of the gradients, and 12 GiB of a chip of any kind:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 16
 
-To expect, from the notebooks of github.com/sail-sg/D-TRAK: LDS in percent, as mean and
+The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
-best damping for each figure.
+best damping for each figure:
 
              validation    generated
     TRAK     23.59±0.46    15.87±0.39
@@ -28,20 +28,8 @@ best damping for each figure.
 `attribution.damping` is the paper's lambda=500 in this project's units. At that value
 D-TRAK has 33.1 and 25.6.
 
-What differs from the paper's code:
-- Which images are drawn: a stratified draw by this project's own hash. Subsets,
-  initial parameters, batches and noise come from other random numbers as well.
-- The projection to k=32,768 dimensions is a sketch: the paper's dense Gaussian one
-  (`--features.projection gaussian`) takes 33 times the arithmetic of CIFAR-2's
-  gradients, as planned for a TPU, nearly all for random numbers. The sketch keeps the
-  size of gradients, so lambda here is the paper's over k.
-- Kernels are solved in float64. The paper's float32 inverse fails for D-TRAK up to
-  about lambda=100, so there this project's scores differ, and should be better.
-- Gradients and projections are float32, not rounded to float16, and do not depend on
-  the type of GPU.
-- The bugs of the published scripts and notebooks are not reproduced, but for one: with
-  `features.noise="reference"` images in the same slot of a batch share their noise,
-  which the published figures contain.
+`configs/README.md` lists what differs from the paper's code. Here the images are a
+stratified draw by this project's own hash.
 """
 
 from dtrak_jax.config import (

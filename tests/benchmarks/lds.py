@@ -29,7 +29,9 @@ def measure(small: bool, repetitions: int) -> list[Row]:
 
     def our_interval():
         # A new ensemble: what it draws once for all scores counts here.
-        fresh = lds.Truth(truth.outputs, truth.masks, truth.query_ids, truth.train_ids)
+        fresh = lds.RetrainedLosses(
+            truth.outputs, truth.masks, truth.query_ids, truth.train_ids
+        )
         return lds.bootstrap(fresh.predict(scores), fresh)[0]
 
     def their_interval():
@@ -66,14 +68,16 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     ]
 
 
-def ensemble(subsets: int, queries: int, n: int) -> tuple[np.ndarray, lds.Truth]:
+def ensemble(
+    subsets: int, queries: int, n: int
+) -> tuple[np.ndarray, lds.RetrainedLosses]:
     """Scores [queries, n], and losses that they partly predict."""
     rng = np.random.default_rng(0)
     masks = rng.permuted(np.tile(np.arange(n) % 2 == 0, (subsets, 1)), axis=1)
     scores = rng.standard_normal((queries, n))
     signal = -(masks - 0.5) @ scores.T
     noise = rng.standard_normal((subsets, 3, queries)) * 2 * signal.std()
-    truth = lds.Truth(
+    truth = lds.RetrainedLosses(
         signal[:, None] + noise,
         masks,
         np.array([f"q{i}" for i in range(queries)]),
@@ -82,7 +86,7 @@ def ensemble(subsets: int, queries: int, n: int) -> tuple[np.ndarray, lds.Truth]
     return scores, truth
 
 
-def predict(scores: np.ndarray, truth: lds.Truth) -> np.ndarray:
+def predict(scores: np.ndarray, truth: lds.RetrainedLosses) -> np.ndarray:
     """Sums of scores over subsets [subsets, queries], in NumPy."""
     return truth.masks.astype(np.float64) @ scores.T
 

@@ -12,8 +12,10 @@ import numpy as np
 
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
-from dtrak_jax.features import gradients, project
-from dtrak_jax.streams import id_words
+from dtrak_jax.features import gradients
+from dtrak_jax.features.microbatches import Microbatch
+from dtrak_jax.features.projection import project_all
+from dtrak_jax.rng import id_words
 from tests.benchmarks import missing_peers
 from tests.benchmarks.rows import Row, in_turn
 from tests.benchmarks.workload import Workload, digits, task
@@ -90,8 +92,8 @@ def against_peers(given: list, k: int, settings: dict, repetitions: int) -> list
 
 def ours(kind: str, k: int, given: list[jax.Array]):
     """A function that projects the parts [n, p_i] of gradients to [n, k]."""
-    compiled = jax.jit(functools.partial(project, dtrak.Projection(kind, k)))
-    return functools.partial(compiled, given)
+    project = jax.jit(functools.partial(project_all, dtrak.Projection(kind, k)))
+    return lambda: project({"square": given})["square"]
 
 
 def gradient_step(work: Workload):
@@ -100,7 +102,7 @@ def gradient_step(work: Workload):
     n = len(work.images)
     mesh = parallel.mesh(jax.local_devices()[:1])
     step = gradients.gradient_function(one, mesh)
-    slots = gradients.Slots(
+    microbatch = Microbatch(
         x=work.images[:, None],
         words=id_words(map(str, range(n))),
         position=np.arange(n, dtype=np.int32),
@@ -108,7 +110,7 @@ def gradient_step(work: Workload):
         weight=np.ones((n, 1), np.float32),
         cond=None,
     )
-    return lambda: step(work.params, {}, slots)[0]["square"]
+    return lambda: step(work.params, None, {}, microbatch)[0]["square"]
 
 
 def distortion(given: list[jax.Array], projected: np.ndarray) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dtrak_jax import models, training
 from dtrak_jax.models import convert
-from dtrak_jax.streams import fold_in, stream
+from dtrak_jax.rng import fold_in, stream
 from dtrak_jax.training import Member, batch
 from tests.benchmarks import peers
 from tests.benchmarks.rows import Row, in_turn
@@ -71,15 +71,13 @@ def ours(work: Workload, members: list[Member]) -> Path:
     """Trains the members; returns the folder with their checkpoints."""
     model = models.build(work.config.model)
     folder = Path(tempfile.mkdtemp())
-    training.train_members(
+    recipe = training.Recipe(
         models.init_fn(model),
         models.train_apply_fn(model),
         work.schedule,
-        work.images,
-        members,
         work.config.train,
-        folder,
     )
+    training.train_members(recipe, work.images, members, folder)
     return folder
 
 
@@ -98,9 +96,8 @@ def step_error(work: Workload) -> float:
     """
     model = models.build(work.config.model)
     (member,) = subsets(work, 1)
-    trained = training.load_members(
-        models.init_fn(model), [member.name], work.config.train, ours(work, [member])
-    )
+    steps, folder = work.config.train.steps, ours(work, [member])
+    trained = training.load_members(models.init_fn(model), [member.name], steps, folder)
     start = models.init(model, stream(member.seed, "init"))
     folder = Path(tempfile.mkdtemp())
     models.to_diffusers(model, start, folder)

@@ -21,10 +21,9 @@ def measure(small: bool, repetitions: int) -> list[Row]:
         return diffusion.sample(
             work.apply,
             work.params,
-            work.schedule,
+            diffusion.Sampler(work.schedule, steps=steps),
             np.arange(count),
             work.images.shape[1:],
-            steps=steps,
         )
 
     return [
@@ -49,16 +48,15 @@ def pixel_error(work: Workload, pipeline) -> float:
     predictions are far off, and every step divides them by sqrt(alpha_bar) and clips.
     """
     steps = 10
+    sampler = diffusion.Sampler(work.schedule, steps=steps)
 
     @jax.jit
     def step(x, t, s):
         prediction = work.apply(work.params, x, jnp.full(len(x), t), None)
-        options = {"ancestral": False, "eta": 0.0, "clip": True}
-        return sampling_step(work.schedule, prediction, x, t, s, None, **options)[0]
+        return sampling_step(sampler, prediction, x, t, s, None)[0]
 
     x = jnp.asarray(peers.initial_noise(4, work.images.shape[1:]))
-    timesteps = diffusion.sampling_timesteps(work.schedule, steps)
-    for t in timesteps:
+    for t in diffusion.sampling_timesteps(work.schedule, steps):
         x = step(x, t, t - work.schedule.steps // steps)
     error = float(np.abs(np.clip(x / 2 + 0.5, 0, 1) - pipeline(4, steps)).max())
     assert error < 1e-3, f"the two sides' images differ by {error:.1e}"

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 
-from dtrak_jax.attribution import solver
+from dtrak_jax.attribution import factorize
+from dtrak_jax.attribution.influence import solution
 from tests.benchmarks import missing_peers
 from tests.benchmarks.rows import Row, in_turn
 
@@ -79,9 +80,8 @@ def our_path(
     phi: np.ndarray, query: np.ndarray, lambdas: np.ndarray
 ) -> list[np.ndarray]:
     """The scores [q, n] at every lambda."""
-    kernel = solver.factorize(phi)
-    tau = solver.solve(kernel, phi, query)
-    return [tau(damping) for damping in lambdas]
+    tau = solution(factorize(phi), phi, query)
+    return [tau.scores(damping) for damping in lambdas]
 
 
 def exact_path(phi: np.ndarray, query: np.ndarray) -> tuple[Callable, float]:

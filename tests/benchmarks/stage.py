@@ -98,7 +98,7 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
     every = np.repeat(t, x_t.shape[1])
 
     mesh = parallel.mesh(jax.local_devices())
-    params = parallel.place(work.params, mesh)
+    params = parallel.put(work.params, mesh)
 
     def per_device(params, x, t):
         def mean_square(params):
@@ -110,7 +110,7 @@ def batched_gradient(work: Workload, x_t: np.ndarray, t: np.ndarray):
 
         return jax.lax.pmean(jax.grad(mean_square)(params), "data")
 
-    gradient = parallel.over_mesh(per_device, mesh, (P(), P("data"), P("data")), P())
+    gradient = parallel.sharded(per_device, mesh, (P(), P("data"), P("data")), P())
 
     size = min(PLAIN_BATCH * mesh.size, len(x))
     starts = range(0, len(x) - len(x) % size, size)

@@ -1,0 +1,350 @@
+"""Writes the tables of the documents from the results that they show.
+
+    python configs/results/tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of
+`TABLES`. A test makes every table again and compares, so that no printed figure can
+differ from the committed result.
+"""
+
+import itertools
+import json
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+FOLDERS = (
+    ".",
+    "configs/results",
+    "configs/results/plans",
+    "launch",
+    "tests/benchmarks",
+)
+DOCUMENTS = [ROOT / folder / "README.md" for folder in FOLDERS]
+TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Lines = Sequence[Sequence[str]]
+"""A table: its first line has the heads of the columns."""
+
+METHODS = {
+    ("trak",): "kernel score of gradients of the loss, (1/d)\\|ε̂ − ε\\|²",
+    ("dtrak",): "kernel score of gradients of the output, (1/d)\\|ε̂\\|²",
+    ("trak-ensemble", "dtrak-ensemble"): "the mean of these over three models",
+    ("kernel-elbo", "kernel-l2", "kernel-l1", "kernel-mean", "kernel-linf"): (
+        "the same kernel score of other measurements"
+    ),
+    ("relative-influence", "renormalised-influence"): (
+        "`trak` over the size of its influence, or of the training gradient"
+    ),
+    ("journey-trak",): "`trak` along the path that generated the query",
+    ("tracin", "gas"): "dot products or cosines of gradients, mean over checkpoints",
+    ("gradient-dot", "gradient-cosine"): "the same at the last checkpoint",
+    ("pixel-dot", "pixel-cosine"): "pixels alone: what a method must beat",
+    ("empirical-influence", "datamodels"): "learnt from half of the retrained models",
+    ("random",): "chance",
+}
+"""The methods of the README's table, in its order, and what they are."""
+DATA = ("digits", "mnist")
+NOISES = ("common", "cyclic", "reference", "independent")
+KERNELS = ("apart", "pooled", "averaged", "cosine")
+MEASUREMENTS = {"loss": "TRAK", "square": "D-TRAK"}
+MEASURED = {"loss_increase": "loss increase", "pixel_l2": "distance"}
+MEASURED |= {"bottleneck_cosine": "cosine in the bottleneck"}
+REMOVED = {
+    "pixel-cosine": "pixel-cosine",
+    "dtrak": "dtrak",
+    "dtrak-squared": "dtrak, largest squares",
+    "trak": "trak",
+    "reference": "dtrak by the paper's recipe",
+    "random": "random images",
+    "other-seed": "nothing, another seed",
+    "everything": "nothing, the same seed",
+}
+
+
+def main() -> None:
+    """Rewrites every document."""
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))
+
+
+def filled(text: str) -> str:
+    """Returns a document with its tables made anew."""
+
+    def fill(found: re.Match) -> str:
+        before, name, after = found.groups()
+        return before + markdown(TABLES[name]()) + after
+
+    return TABLE.sub(fill, text)
+
+
+def markdown(lines: Lines) -> str:
+    """Returns a table of Markdown."""
+    head, *rest = lines
+    rows = [head, ["---"] * len(head), *rest]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def read(name: str) -> dict:
+    """Returns a result of this folder."""
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def number(value: float) -> str:
+    """Returns a figure with three significant digits or three decimals, as .605."""
+    text = f"{value:.3f}" if abs(value) < 0.9995 else f"{value:.2f}"
+    return re.sub(r"^(-?)0\.", r"\1.", text).replace("-.000", ".000").replace("-", "−")
+
+
+def interval(
+    row: dict, value: str = "lds", low: str = "low", high: str = "high"
+) -> str:
+    """Returns a figure with its interval, as .605 [.581, .628]."""
+    return "{} [{}, {}]".format(*(number(row[key]) for key in (value, low, high)))
+
+
+def pick(rows: list[dict], **wanted) -> dict:
+    """Returns the one row with these fields."""
+    (row,) = [row for row in rows if wanted.items() <= row.items()]
+    return row
+
+
+def lds_row(rows: list[dict], method: str, transform: str = "linear") -> dict | None:
+    """Returns the row of a method with the damping that was chosen without labels."""
+    found = [
+        row
+        for row in rows
+        if (row["method"], row["transform"]) == (method, transform)
+        and row["damping_rule"] in (None, "label-free", "halves")
+    ]
+    return found[0] if found else None
+
+
+def methods() -> Lines:
+    """The methods, with the LDS of each on held-out digits."""
+    validation = read("digits_lds")["queries"]["validation"]
+    ceiling = number(validation["ceiling"]["value"])
+    lines = [
+        ["method", "what it is", "LDS on digits"],
+        ["*noise ceiling*", "what the true mean losses would have", f"*{ceiling}*"],
+    ]
+    for names, said in METHODS.items():
+        rows = [lds_row(validation["rows"], name) for name in names]
+        figures = [number(row["lds"]) if row else "generated only" for row in rows]
+        lines.append([", ".join(f"`{n}`" for n in names), said, ", ".join(figures)])
+    return lines
+
+
+def lds(data: str) -> Lines:
+    """The LDS of every method of a data set, for both sets of queries."""
+    sets = read(f"{data}_lds")["queries"]
+    columns = [(q, t) for t in ("linear", "squared") for q in sets]
+    ceilings = [f"*{interval(one['ceiling'], 'value')}*" for one in sets.values()]
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in sets["generated"]["rows"]):
+        rows = [lds_row(sets[q]["rows"], name, t) for q, t in columns]
+        cells = [interval(row) if row else "" for row in rows]
+        lines.append((-rows[1]["lds"], [name, *cells]))
+    head = ["method", *(q if t == "linear" else f"{q}, squared" for q, t in columns)]
+    ceiling = ["*noise ceiling*", *ceilings, "", ""]
+    return [head, ceiling, *(line for _, line in sorted(lines))]
+
+
+def damping() -> Lines:
+    """The LDS on digits by the rule that chooses the damping."""
+    rows = read("digits_lds")["queries"]["validation"]["rows"]
+    rows = [row for row in rows if row["transform"] == "linear"]
+    chosen = ("label-free", "cross-fitted", "oracle")
+    lines = [["method", *chosen]]
+    for name in [row["method"] for row in rows if row["damping_rule"] == "oracle"]:
+        own = [pick(rows, damping_rule=rule, method=name) for rule in chosen]
+        lines.append([name, *map(interval, own)])
+    return lines
+
+
+def lds_differences() -> Lines:
+    """The paired differences of D-TRAK and other methods on digits."""
+    sets = read("digits_lds")["queries"]
+    lines = [["D-TRAK minus", *(f"{name} queries" for name in sets)]]
+    for other in ("trak", "gradient-cosine", "pixel-cosine"):
+        rows = [pick(one["differences"], b=other) for one in sets.values()]
+        lines.append([other, *(interval(row, "value") for row in rows)])
+    return lines
+
+
+def study(data: str, name: str, rule: str | None = "cross-fitted", **fields) -> list:
+    """Returns the rows of a study: held-out images, first seed, one rule for damping."""
+    wanted = {"name": name, "queries": "validation", "seed": 0, "transform": "linear"}
+    wanted |= fields
+    rows = read(f"{data}_ablations")["rows"]
+    rows = [row for row in rows if wanted.items() <= row.items()]
+    return [row for row in rows if row["damping_rule"] in (None, rule)]
+
+
+def both(rows: list[dict], **fields) -> list[str]:
+    """Returns the cells of TRAK and D-TRAK for the rows with these fields."""
+    return [interval(pick(rows, measurement=m, **fields)) for m in MEASUREMENTS]
+
+
+def headline() -> Lines:
+    """The LDS on digits by the noise of the gradients, where they are kept apart."""
+    rows = study("digits", "noise", kernel="apart")
+    said = {
+        "common": "shared by all images",
+        "independent": "drawn for every image",
+        "cyclic": "shared, but the queries' shifted by one draw",
+    }
+    lines = [[text, *both(rows, noise=name)] for name, text in said.items()]
+    return [["noise of the gradients", *MEASUREMENTS.values()], *lines]
+
+
+def noise() -> Lines:
+    """The LDS by noise and kernel, on two data sets."""
+    heads = [f"{d} {label}" for d in DATA for label in MEASUREMENTS.values()]
+    ceilings = []
+    for d in DATA:
+        ceiling = interval(read(f"{d}_ablations")["ceiling"]["validation"], "value")
+        ceilings += [f"*{ceiling}*", ""]
+    rows = [study(d, "noise") for d in DATA]
+    lines = [["noise", "kernel", *heads], ["*noise ceiling*", "", *ceilings]]
+    for name in NOISES:
+        for kernel in KERNELS:
+            cells = [both(one, noise=name, kernel=kernel) for one in rows]
+            lines.append([name, kernel, *itertools.chain(*cells)])
+    return lines
+
+
+def rules() -> Lines:
+    """The LDS with common noise by the rule for the damping, and of squared scores."""
+    columns = {
+        "label-free": {"rule": "label-free"},
+        "cross-fitted": {},
+        "oracle": {"rule": "oracle"},
+        "squared, label-free": {"rule": "label-free", "transform": "squared"},
+    }
+    lines = [["data", "kernel", "measurement", *columns]]
+    for d in DATA:
+        rows = [study(d, "noise", noise="common", **key) for key in columns.values()]
+        for kernel in ("apart", "pooled"):
+            cells = zip(*(both(one, kernel=kernel) for one in rows), strict=True)
+            for label, own in zip(MEASUREMENTS.values(), cells, strict=True):
+                lines.append([d, kernel, label, *own])
+    return lines
+
+
+def draws() -> Lines:
+    """The LDS against the number of draws at one timestep."""
+    rows = study("digits", "draws")
+    counts = sorted({row["draws"] for row in rows})
+    keys = dict.fromkeys((r["noise"], r["kernel"], r["measurement"]) for r in rows)
+    lines = [["noise", "kernel", "measurement", *map(str, counts)]]
+    for name, kernel, measurement in sorted(keys):
+        key = {"noise": name, "kernel": kernel, "measurement": measurement}
+        own = {r["draws"]: number(r["lds"]) for r in rows if key.items() <= r.items()}
+        cells = (own.get(count, "") for count in counts)
+        lines.append([name, kernel, MEASUREMENTS[measurement], *cells])
+    return lines
+
+
+def studies() -> Lines:
+    """The LDS by timesteps, projection and checkpoint, on digits with common noise."""
+    described = {
+        "timesteps": lambda row: ", ".join(map(str, row["timesteps"])),
+        "projection": lambda row: f"{row['projection']} of dimension {row['dim']}",
+        "checkpoint": lambda row: f"step {row['checkpoint']}",
+    }
+    lines = [["study", "choice", "kernel", *MEASUREMENTS.values()]]
+    for name, text in described.items():
+        rows = [row | {"choice": text(row)} for row in study("digits", name)]
+        choices = dict.fromkeys((row["choice"], row["kernel"]) for row in rows)
+        for choice, kernel in sorted(choices, key=lambda pair: in_order(pair[0])):
+            cells = both(rows, choice=choice, kernel=kernel)
+            lines.append([name, choice, kernel, *cells])
+    return lines
+
+
+def in_order(choice: str) -> list[int]:
+    """Returns the whole numbers in a choice, by which choices are sorted."""
+    return [int(text) for text in re.findall(r"\d+", choice)]
+
+
+def measurements() -> Lines:
+    """The LDS by measurement, on digits with common noise."""
+    rows = study("digits", "measurement")
+    kernels = ("apart", "averaged")
+    apart = [row for row in rows if row["kernel"] == "apart"]
+    lines = [["measurement", *kernels]]
+    for best in sorted(apart, key=lambda row: -row["lds"]):
+        name = best["measurement"]
+        own = [pick(rows, measurement=name, kernel=kernel) for kernel in kernels]
+        lines.append([name, *map(interval, own)])
+    return lines
+
+
+def removals(part: str) -> list[dict]:
+    """Returns "rows" or "summary" of both runs; the second one has "reference"."""
+    reference = [
+        row | {"method": "reference"}
+        for row in read("digits_reference_counterfactual")[part]
+        if row["method"] == "dtrak"
+    ]
+    return read("digits_counterfactual")[part] + reference
+
+
+def removal() -> Lines:
+    """What the removal of 200 training images did to generated digits."""
+    rows, lines = removals("summary"), [["removed", *MEASURED.values()]]
+    for name, text in REMOVED.items():
+        own = [pick(rows, method=name, metric=metric) for metric in MEASURED]
+        cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
+        lines.append([text, *cells])
+    return lines
+
+
+def removal_differences() -> Lines:
+    """How much more one removal did than another, image by image."""
+    rows, lines = removals("rows"), [["removed", "compared with", *MEASURED.values()]]
+    pairs = [("dtrak", name) for name in ("trak", "dtrak-squared", "reference")]
+    for pair in [*pairs, ("pixel-cosine", "dtrak")]:
+        ours, theirs = ([row for row in rows if row["method"] == m] for m in pair)
+        cells = []
+        for metric in MEASURED:
+            values = [(a[metric], b[metric]) for a, b in zip(ours, theirs, strict=True)]
+            cells.append(interval(paired(np.subtract(*np.transpose(values))), "value"))
+        lines.append([*(REMOVED[name] for name in pair), *cells])
+    return lines
+
+
+def paired(differences: np.ndarray) -> dict:
+    """Returns the mean and its 95% interval over 10,000 resamples."""
+    shape = (10_000, len(differences))
+    draws = np.random.default_rng(0).integers(len(differences), size=shape)
+    low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    return {"value": differences.mean(), "low": low, "high": high}
+
+
+TABLES: dict[str, Callable[[], Lines]] = {
+    "methods": methods,
+    "headline": headline,
+    "digits lds": lambda: lds("digits"),
+    "digits damping": damping,
+    "digits differences": lds_differences,
+    "mnist lds": lambda: lds("mnist"),
+    "noise": noise,
+    "rules": rules,
+    "draws": draws,
+    "studies": studies,
+    "measurements": measurements,
+    "removal": removal,
+    "removal differences": removal_differences,
+    **runpy.run_path(str(HERE / "plans" / "table.py"))["TABLES"],
+    **runpy.run_path(str(ROOT / "tests" / "benchmarks" / "table.py"))["TABLES"],
+}
+
+if __name__ == "__main__":
+    main()
