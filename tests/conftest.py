@@ -33,11 +33,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from dtrak_jax import files, models, pipeline
+from dtrak_jax import cli, files, models
 from dtrak_jax.config import ModelConfig
-from dtrak_jax.features import Features
+from dtrak_jax.run import Run
 
 TINY = ModelConfig(
     sample_size=8,
@@ -50,6 +51,10 @@ TINY = ModelConfig(
     norm_num_groups=2,
     dropout=0.0,
 )
+
+
+UNET_APPLY_FN = models.apply_fn
+"""The UNet's own, also where `use_simple_network` has replaced it."""
 
 
 def init(key):
@@ -65,9 +70,38 @@ def apply(params, x, t, cond):
     return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
 
 
-def train_apply(params, x, t, cond, key):
+def train_apply(params, x, t, cond, keys):
     """The same in training."""
     return apply(params, x, t, cond)
+
+
+def bottleneck(params, x, t):
+    """What stands for that network's lowest level."""
+    return jnp.asarray(x).reshape(len(x), -1)
+
+
+def use_two_devices(patch):
+    """Makes the first two devices the only ones: small work needs not be cut in eight."""
+    two = jax.local_devices()[:2]
+    patch.setattr(jax, "local_devices", lambda: two)
+    patch.setattr(jax, "devices", lambda: two)
+
+
+def use_simple_network(patch):
+    """Gives every run the network above instead of its UNet: it compiles fast."""
+    patch.setattr(models, "init_fn", lambda model: init)
+    patch.setattr(models, "apply_fn", lambda model: apply)
+    patch.setattr(models, "train_apply_fn", lambda model: train_apply)
+    patch.setattr(models, "bottleneck_fn", lambda model: bottleneck)
+
+
+def draw_nothing(patch):
+    """Leaves the reports' figures empty: drawing them takes longer than all the rest."""
+
+    def savefig(figure, file, **options):
+        file.write(b'<svg xmlns="http://www.w3.org/2000/svg" version="1.1"/>')
+
+    patch.setattr(Figure, "savefig", savefig)
 
 
 def free_port():
@@ -83,17 +117,23 @@ def losses(directory):
     return [(line["step"], line["loss"]) for line in lines]
 
 
-def run_arrays(config, workdir):
+def open_run(line):
+    """The run of a command line."""
+    _, config, options = cli.parse(line)
+    return Run.open(config, options.workdir)
+
+
+def run_arrays(run):
     """Every array that a run of all stages ends with."""
-    found = {"params": pipeline.load_params(config, workdir)}
-    for path in sorted(workdir.glob("*/*.npz")) + [workdir / "splits.npz"]:
-        found[path.name] = files.read_npz(path)
+    arrays = {"params": run.params()}
+    for path in [*sorted(run.workdir.glob("*/*.npz")), run.workdir / "splits.npz"]:
+        arrays[path.name] = files.read_npz(path)
     for name in ("train", "validation", "generated"):
         for measurement in ("square", "loss"):
-            features = Features.load(workdir / "features" / name, measurement)
-            found[name, measurement] = np.asarray(features)
-            found[name, measurement, "norms"] = features.squared_norms
-    return found | {"losses": losses(workdir)}
+            features = run.features(name, measurement)
+            arrays[name, measurement] = np.asarray(features)
+            arrays[name, measurement, "norms"] = features.squared_norms
+    return arrays | {"losses": losses(run.workdir)}
 
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
@@ -121,7 +161,7 @@ def forget_compiled():
 def tiny():
     """(apply, params) of a UNet with every kind of layer."""
     model = models.build(TINY)
-    return models.apply_fn(model), models.init(model, jax.random.key(0))
+    return UNET_APPLY_FN(model), models.init(model, jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

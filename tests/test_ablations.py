@@ -7,37 +7,53 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from dtrak_jax.evaluation import ablations, lds
-from dtrak_jax.evaluation.lds import Truth
+from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation.ablations import arm_rows
+from dtrak_jax.evaluation.arms import KERNELS, STUDIES, arms
+from dtrak_jax.evaluation.lds import RetrainedLosses
 
 CONFIG = runpy.run_path(str(DIGITS))["get_config"]()
-STUDIES = ablations.studies(CONFIG)
+ARMS = arms(CONFIG)
+
+
+def study(name):
+    """The arms of one study."""
+    return [arm for arm in ARMS if arm.study == name]
 
 
 def test_noises_and_kernels_are_compared_at_equal_cost():
-    arms = STUDIES["noise"]
-    assert {len(arm.pairs) for arm in arms} == {10}
-    cells = {(a.source.noise, a.kernel, a.measurement, a.source.seed) for a in arms}
-    assert len(cells) == len(arms) == 4 * 4 * 2 * CONFIG.ablation.noise_seeds
-    # But for the noise and its seed they have one source.
-    assert len({dataclasses.replace(a.source, noise="", seed=0) for a in arms}) == 1
+    noise = study("noise")
+    assert {len(arm.pairs) for arm in noise} == {10}
+    cells = {(a.spec.noise, a.kernel, a.measurement, a.spec.seed) for a in noise}
+    assert len(cells) == len(noise) == 4 * 4 * 2 * CONFIG.ablation.noise_seeds
+    # But for the noise and its seed they have one spec.
+    assert len({dataclasses.replace(a.spec, noise="", seed=0) for a in noise}) == 1
 
 
-def test_few_sources_serve_all_arms():
-    for name, arms in STUDIES.items():
-        assert len({a.key for a in arms}) == len(arms), name
-        assert len({a.source.name for a in arms}) <= len(arms) / 2
-        for arm in arms:
-            assert arm.study == name
-            assert max(arm.pairs) < len(arm.source.timesteps) * arm.source.draws
+def test_few_stores_serve_all_arms():
+    assert {arm.study for arm in ARMS} == STUDIES.keys() == set(CONFIG.ablation.studies)
+    assert len({arm.key for arm in ARMS}) == len(ARMS)
+    for name in STUDIES:
+        specs = {arm.spec for arm in study(name)}
+        assert len({spec.name for spec in specs}) == len(specs)
+        assert len(specs) <= len(study(name)) / 2
+    for arm in ARMS:
+        assert max(arm.pairs) < len(arm.spec.timesteps) * arm.spec.draws
+
+
+def test_pairs_are_those_of_the_arms_timesteps_and_draws():
+    arm = next(a for a in ARMS if a.study == "draws" and a.draws == 2)
+    spec = dataclasses.replace(arm.spec, timesteps=(100, 200, 300), draws=4)
+    chosen = dataclasses.replace(arm, spec=spec, timesteps=(300, 100), draws=2)
+    assert chosen.pairs == [8, 9, 0, 1]
 
 
 def test_draws_are_doubled_and_share_what_they_can():
-    arms = [a for a in STUDIES["draws"] if a.source.noise == "independent"]
-    assert sorted({a.draws for a in arms}) == [1, 2, 4, 8, 16, 32, 64]
-    assert len({a.source for a in arms}) == 1
-    two = next(a for a in arms if a.draws == 2)
-    four = next(a for a in arms if a.draws == 4)
+    draws = [arm for arm in study("draws") if arm.spec.noise == "independent"]
+    assert sorted({arm.draws for arm in draws}) == [1, 2, 4, 8, 16, 32, 64]
+    assert len({arm.spec for arm in draws}) == 1
+    two = next(arm for arm in draws if arm.draws == 2)
+    four = next(arm for arm in draws if arm.draws == 4)
     assert two.pairs == four.pairs[:2]
 
 
@@ -50,16 +66,16 @@ def made():
     scores = np.einsum("tqk,tnk->qn", query, train)
     losses = -(masks @ scores.T) + 10 * rng.normal(size=(40, 6))
     ids = np.arange(6).astype(str), np.arange(30).astype(str)
-    return train, query, Truth(losses[:, None], masks, *ids)
+    return train, query, RetrainedLosses(losses[:, None], masks, *ids)
 
 
-@pytest.mark.parametrize("kernel", ablations.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_of_a_kernel(made, kernel):
     train, query, truth = made
-    arm = next(a for a in STUDIES["noise"] if a.kernel == kernel)
+    arm = next(a for a in study("noise") if a.kernel == kernel)
     other = dataclasses.replace(truth, outputs=truth.outputs[..., ::-1])
     both = np.concatenate([query, query], axis=1)
-    rows = ablations.rows(arm, train, both, {"one": truth, "other": other})
+    rows = list(arm_rows(arm, train, both, {"one": truth, "other": other}))
     assert [row["queries"] for row in rows][:: len(rows) // 2] == ["one", "other"]
     rows = rows[: len(rows) // 2]
     by_rule = {(row["damping_rule"], row["transform"]): row["lds"] for row in rows}

@@ -1,15 +1,21 @@
 """The solver against float64 closed forms, and attribution against known answers."""
 
 import dataclasses
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from sklearn.linear_model import Ridge
 
 import dtrak_jax as dtrak
-from dtrak_jax.attribution import Damping, factorize, solver
+from dtrak_jax import attribution
+from dtrak_jax.attribution import GRID, Damping, Kernels, factorize, kernel, linalg
+from dtrak_jax.attribution.influence import solution
+from dtrak_jax.attribution.kernel import driver_for
 
 SCHEDULE = dtrak.linear_schedule()
 
@@ -32,18 +38,19 @@ def features(n, k, q=7, seed=0):
 def test_scores_equal_the_float64_ridge(n, k, value):
     """Dual where n <= k, primal where n > k."""
     phi, query = features(n, k)
-    kernel = factorize(phi)
-    assert kernel.dual == (n <= k)
+    made = factorize(phi)
+    assert made.dual == (n <= k)
     scores = dtrak.attribute(phi, query, damping=dtrak.absolute(value)).scores
     expected = ridge(phi, query, value)
     # The Gram matrix is rounded to float32, and lambda magnifies what that changed.
-    rounding = 4 * kernel.floor / (kernel.eigenvalues[0] + value)
+    rounding = 4 * np.finfo(np.float32).eps * made.eigenvalues[-1]
+    rounding /= made.eigenvalues[0] + value
     tolerance = max(1e-5, rounding) * np.abs(expected).max()
     np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance)
 
 
 def test_dual_equals_primal():
-    """The same features padded by empty columns, which force the other form."""
+    """Empty columns force the other form on the same features."""
     phi, query = features(40, 30)
     wide = np.pad(phi, ((0, 0), (0, 20))), np.pad(query, ((0, 0), (0, 20)))
     assert not factorize(phi).dual
@@ -98,36 +105,194 @@ def test_relative_damping_is_free_of_scale():
     )
 
 
-def test_the_path_agrees_with_single_values_and_factorises_once(monkeypatch):
+def test_the_path_agrees_with_single_values():
     phi, query = features(12, 30)
-    calls = []
-    monkeypatch.setattr(
-        "dtrak_jax.attribution.methods.factorize",
-        lambda p: (calls.append(1), factorize(p))[1],
-    )
     path = dtrak.damping_path(phi, query)
-    assert path.shape == (len(solver.GRID), 7, 12)
-    assert len(calls) == 1
-    for value, scores in zip(solver.GRID, path, strict=True):
-        one = dtrak.attribute(phi, query, damping=value).scores
-        np.testing.assert_allclose(one, scores, atol=1e-5)
+    assert path.shape == (len(GRID), 7, 12)
+    for value, scores in zip(GRID, path, strict=True):
+        single = dtrak.attribute(phi, query, damping=value).scores
+        np.testing.assert_allclose(single, scores, atol=1e-5)
 
 
 def test_gram_matrices_do_not_depend_on_blocks_or_devices(monkeypatch, one_device):
     phi, _ = features(13, 1001)
     expected = phi.astype(np.float64) @ phi.T.astype(np.float64)
-    np.testing.assert_allclose(solver.gram_matrix(phi), expected, atol=1e-3)
+    np.testing.assert_allclose(linalg.gram_matrix(phi), expected, atol=1e-3)
     monkeypatch.undo()
     assert len(jax.local_devices()) == 8
-    monkeypatch.setattr(solver, "BLOCK", 13 * 100)
-    np.testing.assert_allclose(solver.gram_matrix(phi), expected, atol=1e-3)
+    monkeypatch.setattr(linalg, "BLOCK", 13 * 100)
+    np.testing.assert_allclose(linalg.gram_matrix(phi), expected, atol=1e-3)
+
+
+# Eigendecompositions, each made once
+
+
+def test_the_driver_is_one_whose_workspace_has_a_size():
+    """1 + 6 m + 2 m^2 numbers of evd are more than 2^31 - 1 from 32,767 on."""
+    assert {m: driver_for(m) for m in (2, 5000, 32766, 32767, 32768, 65536)} == {
+        **dict.fromkeys((2, 5000, 32766), "evd"),
+        **dict.fromkeys((32767, 32768, 65536), "evr"),
+    }
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 90), (90, 40)])
+def test_both_drivers_give_one_decomposition(n, k, monkeypatch):
+    phi, query = features(n, k)
+    divided, scores = factorize(phi), dtrak.attribute(phi, query).scores
+    monkeypatch.setattr(kernel, "driver_for", lambda m: "evr")
+    robust, again = factorize(phi), dtrak.attribute(phi, query).scores
+    values = divided.eigenvalues
+    assert (np.diff(values) >= 0).all()
+    atol = 1e-13 * values[-1]
+    np.testing.assert_allclose(robust.eigenvalues, values, rtol=0, atol=atol)
+    gram_matrix = linalg.gram_matrix(phi if n <= k else phi.T)
+    for made in (divided, robust):
+        product = (made.eigenvectors.T * values) @ made.eigenvectors
+        np.testing.assert_allclose(product, gram_matrix, rtol=0, atol=10 * atol)
+    np.testing.assert_allclose(again, scores, rtol=0, atol=1e-6 * np.abs(scores).max())
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """The shapes of all features whose kernel was decomposed."""
+    shapes = []
+
+    def counted(phi):
+        shapes.append(phi.shape)
+        return factorize(phi)
+
+    monkeypatch.setattr(kernel, "factorize", counted)
+    return shapes
+
+
+def as_features(array, **fingerprint):
+    """Gradients of the loss in memory, as `featurize` returns them."""
+    made = {"noise": "common", "timesteps": [5, 500], "draws": 1} | fingerprint
+    ids = tuple(f"i{i}" for i in range(array.shape[-2]))
+    return dtrak.Features("loss", ids, ts.array(array), None, None, made)
+
+
+def use_all(kernels, query):
+    """Everything that is made from the kernels of one model's loss."""
+    journey = np.asarray(query)[:, ::-1]
+    return [
+        dtrak.attribute(kernels, query, method="trak").scores,
+        dtrak.attribute(kernels, {"a": query, "b": query}, method="trak")["b"].scores,
+        dtrak.attribute(kernels, query, method="relative-influence").scores,
+        dtrak.attribute(kernels, query, method="renormalised-influence").scores,
+        dtrak.attribute(kernels, journey, method="trak", damping=0.5).scores,
+        dtrak.damping_path(kernels, query),
+        dtrak.damping_path(kernels, query, subsets=np.ones((2, 12), bool)),
+    ]
+
+
+@pytest.mark.parametrize("k", [30, 7])
+def test_all_methods_and_dampings_share_a_decomposition(k, tmp_path, decomposed):
+    """One for each pair, in this process and, read from the disk, in all later ones."""
+    pairs = [features(12, k, seed=1), features(12, k, seed=2)]
+    train, query = map(as_features, map(np.stack, zip(*pairs, strict=True)))
+    plain = use_all(train, query)
+    assert len(decomposed) == 2 * len(plain)
+    decomposed.clear()
+    first = use_all(Kernels(train, tmp_path / "kernels"), query)
+    assert decomposed == [(12, k), (12, k)]
+    later = use_all(Kernels(train, tmp_path / "kernels"), query)
+    assert len(decomposed) == 2
+    for scores in zip(plain, first, later, strict=True):
+        np.testing.assert_array_equal(scores[0], scores[1])
+        np.testing.assert_array_equal(scores[0], scores[2])
+    # Eigenvectors of other features are of no use.
+    changed = dataclasses.replace(train, fingerprint=train.fingerprint | {"params": 1})
+    dtrak.attribute(Kernels(changed, tmp_path / "kernels"), np.asarray(query))
+    assert len(decomposed) == 4
+
+
+def test_kernels_too_large_to_keep_are_made_anew(tmp_path, decomposed, monkeypatch):
+    monkeypatch.setattr(kernel, "KEPT_IN_MEMORY", 12 * 12 * 8)
+    monkeypatch.setattr(kernel, "KEPT_ON_DISK", 2 * 12 * 12 * 8 - 1)
+    pairs = [features(12, 30, seed=1), features(12, 30, seed=2)]
+    train, query = map(as_features, map(np.stack, zip(*pairs, strict=True)))
+    kernels = Kernels(train, tmp_path / "kernels")
+    first = dtrak.attribute(kernels, query)
+    again = dtrak.attribute(kernels, query)
+    # The first is in memory; the spectra of both are known.
+    assert len(decomposed) == 3
+    assert not (tmp_path / "kernels").exists()
+    np.testing.assert_array_equal(first.scores, again.scores)
+    np.testing.assert_array_equal(first.eigenvalues, again.eigenvalues)
+
+
+def test_the_pooled_kernel_is_made_once(decomposed):
+    kernels = Kernels(np.stack([features(12, 30)[0], features(12, 30, seed=1)[0]]))
+    query = np.stack([features(12, 30)[1], features(12, 30, seed=1)[1]])
+    for dampings in ((0.1,), GRID):
+        dtrak.damping_path(kernels, query, dampings, pooled=True)
+    assert decomposed == [(24, 30)]
+
+
+def test_a_damaged_decomposition_is_named(tmp_path):
+    phi, query = features(5, 8)
+    train = as_features(phi[None])
+    dtrak.attribute(Kernels(train, tmp_path), query[None])
+    path = tmp_path / "0.npz"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"0\.npz is damaged"):
+        dtrak.attribute(Kernels(train, tmp_path), query[None])
+
+
+# The float64 program
+
+
+@pytest.mark.parametrize(("n", "k"), [(60, 101), (101, 60)])
+def test_the_program_is_as_accurate_as_numpy(n, k, monkeypatch):
+    """Scores, sums over subsets and norms agree to 1e-12, in several blocks."""
+    phi, query = features(n, k)
+    dual, _, values, vectors = made = factorize(phi)
+    wide, subsets = phi.astype(np.float64), np.arange(3 * n).reshape(3, n) % 5 == 0
+    left = (query.astype(np.float64) @ wide.T if dual else query) @ vectors.T
+    right = vectors if dual else vectors @ wide.T
+    monkeypatch.setattr(linalg, "BLOCK", 7 * k)
+    ours = solution(made, phi, query)
+    sums = solution(made, phi, query, subsets=subsets)
+    for value in (1e-3, 10.0):
+        inverse = 1 / (values + value)
+        expected = (left * inverse) @ right
+        factors = (values if dual else 1) * inverse**2
+        for made_of, exact in (
+            (ours.scores(value), expected),
+            (sums.scores(value), expected @ subsets.T),
+            (ours.inverse_norms(value), np.sqrt(factors @ right**2)),
+        ):
+            assert made_of.dtype == np.float64
+            tolerance = 1e-12 * np.abs(exact).max()
+            np.testing.assert_allclose(made_of, exact, rtol=0, atol=tolerance)
+
+
+def test_without_a_cpu_device_numpy_solves_and_says_so_once(monkeypatch):
+    phi, query = features(12, 30)
+    compiled = dtrak.damping_path(phi, query)
+
+    def no_cpu(backend):
+        raise RuntimeError(f"Unknown backend: {backend!r} requested")
+
+    monkeypatch.setattr(jax, "local_device_count", no_cpu)
+    linalg.has_cpu.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no CPU device here, so NumPy"):
+            plain = dtrak.damping_path(phi, query)
+        with warnings.catch_warnings(action="error"):
+            influence = attribution.relative_influence(phi.T, query[:, :12].copy())
+    finally:
+        linalg.has_cpu.cache_clear()
+    assert np.isfinite(influence).all()
+    np.testing.assert_allclose(plain, compiled, rtol=0, atol=1e-12 * plain.max())
 
 
 # Known answers
 
 
 def test_a_linear_models_scores_are_the_closed_form_ridge_influence():
-    """How a ridge prediction moves with one training label, by scikit-learn.
+    """Scikit-learn tells how a ridge prediction moves with one training label.
 
     The network predicts params . x_t, so its gradient is x_t, and the score is
     d prediction(query) / d label(n) of a ridge regression on x_t.
@@ -155,9 +320,9 @@ def test_a_linear_models_scores_are_the_closed_form_ridge_influence():
         x = (np.sqrt(scale) * images + np.sqrt(1 - scale) * eps).reshape(12, 9)
         model = Ridge(alpha=value, fit_intercept=False)
         labels = rng.normal(size=9)
-        before = model.fit(x[:9], labels).predict(x[9:])
+        unmoved = model.fit(x[:9], labels).predict(x[9:])
         moved = [
-            model.fit(x[:9], labels + np.eye(9)[n]).predict(x[9:]) - before
+            model.fit(x[:9], labels + np.eye(9)[n]).predict(x[9:]) - unmoved
             for n in range(9)
         ]
         expected = expected + np.array(moved).T
@@ -179,11 +344,8 @@ def mlp_params(seed=0):
     }
 
 
-@pytest.mark.parametrize(
-    ("method", "measurement"), [("dtrak", "square"), ("trak", "loss")]
-)
 @pytest.mark.parametrize("per_timestep", [True, False])
-def test_planted_duplicates_rank_first(method, measurement, per_timestep):
+def test_planted_duplicates_rank_first(per_timestep):
     """Exact copies of each query among the training images."""
     rng = np.random.default_rng(1)
     images = rng.uniform(-1, 1, (60, 4, 4, 1)).astype(np.float32)
@@ -194,25 +356,27 @@ def test_planted_duplicates_rank_first(method, measurement, per_timestep):
     task = dtrak.Task(
         mlp,
         SCHEDULE,
-        measurement=measurement,
+        measurement=("square", "loss"),
         timesteps=(100, 300, 500),
         per_timestep=per_timestep,
     )
     projection = dtrak.Projection(dim=256)
     train = dtrak.featurize(task, mlp_params(), images, projection)
     query = dtrak.featurize(task, mlp_params(), queries, projection)
-    top = dtrak.attribute(train, query, method=method).top(2)
-    for q, rows in planted.items():
-        assert set(top.index[q]) == set(rows)
+    for measurement, method in (("square", "dtrak"), ("loss", "trak")):
+        scores = dtrak.attribute(train[measurement], query[measurement], method=method)
+        top = scores.top(2)
+        for q, rows in planted.items():
+            assert set(top.index[q]) == set(rows)
 
 
 # Scores
 
 
-def scores():
+def scores(method=None):
     rng = np.random.default_rng(0)
     train, query = rng.normal(size=(2, 6, 4)).astype(np.float32)
-    return dtrak.attribute(train, query[:3])
+    return dtrak.attribute(train, query[:3], method=method)
 
 
 def test_top_is_sorted_and_opposing_is_the_other_end():
@@ -227,9 +391,12 @@ def test_top_is_sorted_and_opposing_is_the_other_end():
             result.top(count)
 
 
-def test_scores_survive_saving(tmp_path):
-    result = scores()
+@pytest.mark.parametrize("method", ["trak", "gradient-dot"])
+def test_scores_survive_saving(method, tmp_path):
+    """With the kernels' fields, and without."""
+    result = scores(method)
     result.save(tmp_path / "s.npz")
+    assert (result.eigenvalues is None) == (method == "gradient-dot")
     loaded = dtrak.Scores.load(tmp_path / "s.npz")
     for field in dataclasses.fields(result):
         saved, read = (getattr(s, field.name) for s in (result, loaded))
@@ -288,8 +455,8 @@ def test_cyclic_queries_are_a_control_not_an_error(pair_of):
 
 
 def test_wrong_methods(pair_of):
-    with pytest.raises(ValueError, match="'dtrak', 'trak'"):
-        dtrak.attribute(pair_of(), pair_of(), method="tracin")
+    with pytest.raises(ValueError, match="'bert'; it must be one of: 'dtrak', 'trak'"):
+        dtrak.attribute(pair_of(), pair_of(), method="bert")
     with pytest.raises(ValueError, match="needs features of the measurement 'loss'"):
         dtrak.attribute(pair_of(), pair_of(), method="trak")
     assert dtrak.attribute(pair_of(), pair_of()).method == "dtrak"
@@ -303,7 +470,7 @@ def test_wrong_dampings():
     repeated = np.concatenate([phi, phi])
     with pytest.raises(ValueError, match="rounding errors"):
         dtrak.attribute(repeated, query, damping=1e-9)
-    assert solver.factorize(repeated).damping(Damping(1e-3)) > 0
+    assert factorize(repeated).lambda_of(Damping(1e-3)) > 0
 
 
 def test_wrong_arrays():
@@ -314,11 +481,29 @@ def test_wrong_arrays():
         dtrak.attribute(phi[0], query)
     with pytest.raises(ValueError, match="not finite"):
         dtrak.attribute(phi * np.nan, query)
+    with pytest.raises(ValueError, match="one set of queries or more"):
+        dtrak.attribute(phi, {})
     with pytest.raises(ValueError, match="all features of the training set are 0"):
         dtrak.attribute(0 * phi, query)
+    silent = np.stack([phi, 0 * phi]), np.stack([query, query])
+    with pytest.raises(ValueError, match="set are 0 in pair 1"):
+        dtrak.attribute(*silent)
+    with pytest.raises(ValueError, match="set are 0 at timestep 500, draw 0"):
+        dtrak.attribute(*map(as_features, silent))
 
 
 def test_too_large_for_the_host(monkeypatch):
+    """The largest that it names is the largest that fits, by either driver."""
     monkeypatch.setattr("os.sysconf", lambda name: 16)
     with pytest.raises(MemoryError, match="smaller projection dim, or solver .cg."):
         dtrak.attribute(*features(5, 8))
+    for gigabytes in (8, 24, 30, 200):
+        monkeypatch.setattr(
+            "os.sysconf", lambda name, g=gigabytes: g**0.5 * 1e4 * 10**0.5
+        )
+        with pytest.raises(MemoryError) as error:
+            kernel.check_memory(10**6)
+        largest = int(re.search(r"at most (\d+)", str(error.value))[1])
+        kernel.check_memory(largest)
+        with pytest.raises(MemoryError):
+            kernel.check_memory(largest + 1)

@@ -9,345 +9,387 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import TINY, apply, init, train_apply
+from conftest import TINY, init, train_apply, use_simple_network, use_two_devices
 
-from dtrak_jax import diffusion, files, models, training
+from dtrak_jax import data, diffusion, files, models, pipeline, training
 from dtrak_jax.attribution import Scores
-from dtrak_jax.config import TrainConfig
-from dtrak_jax.evaluation import counterfactual as cf
+from dtrak_jax.config import (
+    AttributionConfig,
+    Config,
+    CounterfactualConfig,
+    DataConfig,
+    EnsembleConfig,
+    QueriesConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from dtrak_jax.evaluation.counterfactual import FOLDER, counterfactual
+from dtrak_jax.evaluation.distances import bottleneck, distances
+from dtrak_jax.evaluation.outputs import measure
+from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
+from dtrak_jax.evaluation.statistics import summarize
+from dtrak_jax.models.functions import bottleneck_fn
+from dtrak_jax.run import Run
 from dtrak_jax.training import ensemble
 
-SCHEDULE = diffusion.linear_schedule()
-CONFIG = TrainConfig(steps=12, batch_size=5, learning_rate=5e-2, save_every=4)
-TRAIN_IDS = np.array([f"train-{i}" for i in range(12)])
-IDS = np.array([f"generated-{i:05d}" for i in range(4)])
-SEEDS = 7000 + np.arange(4)
-QUERIES = ["generated-00002", "generated-00000"]
 COUNT = 4
+CONFIG = Config(
+    data=DataConfig(source="digits", train=12, validation=0),
+    model=TINY,
+    train=TrainConfig(steps=12, batch_size=5, learning_rate=5e-2, save_every=4),
+    sample=SampleConfig(count=4, steps=3, seed=7),
+    attribution=AttributionConfig(methods=("pixel-dot",)),
+    ensemble=EnsembleConfig(timesteps=2, draws=1),
+    counterfactual=CounterfactualConfig(
+        queries=2, count=COUNT, squared=("pixel-cosine",)
+    ),
+)
+CHOICES = ["pixel-dot", "pixel-cosine-squared", "random", "everything", "other-seed"]
+REMOVALS, CONTROLS = CHOICES[:3], CHOICES[3:]
+METRICS = ["pixel_l2", "pixels_cosine", "bottleneck_cosine", "loss_increase"]
+PIXEL = 1.01 / 127.5
+"""Rounding of the network may move a pixel to the next of its 256 values."""
 
 
-def generate(params, seeds):
-    return diffusion.sample(apply, params, SCHEDULE, seeds, (8, 8, 1), steps=3)
-
-
-def measure(params, images, ids):
-    """A loss without noise: enough to see whose parameters and whose images it is of."""
-    assert len(images) == len(ids)
-    out = apply(params, images, np.full(len(images), 10), None)
-    return np.square(np.asarray(out)).mean(axis=(1, 2, 3))
-
-
-def make_scores(values, **changes):
-    fields = {
-        "scores": np.asarray(values, np.float32),
-        "train_ids": TRAIN_IDS,
-        "query_ids": IDS,
-        "method": "dtrak",
-        "damping": (0.1, False),
-        "lambdas": np.ones(1),
-        "eigenvalues": np.ones((1, 1)),
-    }
-    return Scores(**fields | changes)
-
-
-@pytest.fixture(scope="module")
-def scores():
-    return make_scores(np.random.default_rng(1).normal(size=(4, 12)))
-
-
-def eight_bits(images):
-    return (
-        np.clip(np.round(images * 127.5 + 127.5), 0, 255).astype(np.float32) / 127.5 - 1
-    )
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """Two of the devices, and the network that compiles fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_two_devices(patch)
+        use_simple_network(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
-def originals(images, tmp_path_factory):
-    """The images of two models that were trained on everything, with two seeds."""
-    folder = tmp_path_factory.mktemp("originals")
-    seeds = (CONFIG.seed, CONFIG.seed + 1)
-    members = [training.Member(str(seed), np.arange(12), seed) for seed in seeds]
-    training.train_members(init, train_apply, SCHEDULE, images, members, CONFIG, folder)
-    params = training.load_members(init, [m.name for m in members], CONFIG, folder)
-    made = [
-        generate(jax.tree.map(lambda leaf, i=i: leaf[i], params), SEEDS) for i in (0, 1)
-    ]
-    return [cf.Generated(eight_bits(one), IDS, SEEDS) for one in made]
-
-
-def run(images, scores, generated, workdir, **changes):
-    options = {
-        "queries": QUERIES,
-        "count": COUNT,
-        "params": init(jax.random.key(0)),
-        "measure": measure,
-        "measured": "denoised at t = 10",
-        "embeddings": {"pixels": cf.pixels},
-    }
-    options |= changes
-    return cf.counterfactual(
-        init,
-        train_apply,
-        SCHEDULE,
-        options.pop("generate", generate),
-        images,
-        TRAIN_IDS,
-        {"dtrak": scores},
-        generated,
-        CONFIG,
-        workdir,
-        **options,
-    )
+def finished(two_devices, tmp_path_factory):
+    """A run in which everything up to the counterfactuals was made."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    return pipeline.run("counterfactual", CONFIG, workdir)
 
 
 @pytest.fixture(scope="module")
-def finished(images, scores, originals, tmp_path_factory):
-    """(result, workdir) of a whole evaluation."""
-    workdir = tmp_path_factory.mktemp("run")
-    return run(images, scores, originals[0], workdir), workdir
+def queries(finished):
+    """The ids of the two queries."""
+    return finished.json("counterfactual")["settings"]["queries"]
 
 
-def test_the_controls_are_retrainings_on_everything(finished, originals):
-    """One makes the original images again, the other those of the other seed."""
-    _, workdir = finished
-    saved = files.read_npz(workdir / "counterfactual" / "images.npz")
-    assert saved["query_ids"].tolist() == QUERIES
-    first, second = (one.images[[2, 0]] for one in originals)
-    np.testing.assert_array_equal(saved["original"], first)
-    # Rounding of the network may move a pixel to the next of its 256 values.
-    step = 1.01 / 127.5
-    np.testing.assert_allclose(saved["everything"], first, atol=step)
-    np.testing.assert_allclose(saved["other-seed"], second, atol=step)
-    for method in ("dtrak", "random", "other-seed"):
-        distance = np.abs(saved[method] - first).max(axis=(1, 2, 3))
-        assert (distance > 0.05).all(), method
-
-
-def test_a_removal_is_what_training_by_hand_on_the_rest_gives(
-    finished, images, scores, tmp_path
-):
-    """Without the top four of twelve, 8 of 12 steps; then sampled with its own seed."""
-    result, workdir = finished
-    rows = np.sort(np.argsort(scores.scores[2])[:-COUNT])
-    member = training.Member("by hand", rows, CONFIG.seed)
-    config = dataclasses.replace(CONFIG, steps=8)
-    training.train_members(
-        init, train_apply, SCHEDULE, images, [member], config, tmp_path
-    )
-    params = training.load_members(init, [member.name], config, tmp_path)
-    params = jax.tree.map(lambda leaf: leaf[0], params)
-    image = generate(params, SEEDS[2:3])
-    saved = files.read_npz(workdir / "counterfactual" / "images.npz")
-    np.testing.assert_allclose(saved["dtrak"][:1], eight_bits(image), atol=1.01 / 127.5)
-    original = saved["original"][:1]
-    losses = [
-        measure(p, original, QUERIES[:1])[0] for p in (params, init(jax.random.key(0)))
-    ]
-    increase = result["rows"][0]["loss_increase"]
-    assert math.isclose(increase, losses[0] - losses[1], rel_tol=1e-4)
-
-
-def test_the_results(finished):
-    result, workdir = finished
-    assert json.loads((workdir / "counterfactual.json").read_text()) == result
-    assert result["settings"] == {
-        "count": COUNT,
-        "queries": QUERIES,
-        "seed": 0,
-        "steps": 8,
-    }
-    methods = ["dtrak", "random", "everything", "other-seed"]
-    rows = [(row["method"], row["query"]) for row in result["rows"]]
-    assert rows == [(method, query) for method in methods for query in QUERIES]
-    saved = files.read_npz(workdir / "counterfactual" / "images.npz")
-    for row in result["rows"]:
-        i = QUERIES.index(row["query"])
-        a, b = saved["original"][i].ravel(), saved[row["method"]][i].ravel()
-        metrics = {"pixel_l2", "pixels_cosine", "loss_increase"}
-        assert set(row) == {"method", "query", *metrics}
-        assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
-        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
-    metrics = ["pixel_l2", "pixels_cosine", "loss_increase"]
-    for one in result["summary"]:
-        values = [
-            r[one["metric"]] for r in result["rows"] if r["method"] == one["method"]
-        ]
-        assert math.isclose(one["mean"], np.mean(values))
-    for one in result["differences"]:
-        assert one["method"] == "dtrak"
-        own, random = (
-            [r[one["metric"]] for r in result["rows"] if r["method"] == method]
-            for method in ("dtrak", "random")
-        )
-        assert math.isclose(one["median"], np.median(np.subtract(own, random)))
-    assert [one["metric"] for one in result["differences"]] == metrics
-    summarized = [(one["method"], one["metric"]) for one in result["summary"]]
-    assert summarized == [(method, metric) for method in methods for metric in metrics]
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of that run's directory, which a test may change."""
+    return shutil.copytree(finished.workdir, tmp_path / "run")
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Names of the members that training began or continued."""
-    names, train = [], ensemble._Trainer.train
+    """The names of the models that training began or continued, group by group."""
+    groups, train_group = [], ensemble.train_group
 
-    def record(self, group, *arguments):
-        names.extend(member.name for member in group)
-        return train(self, group, *arguments)
+    def record(recipe, group, *arguments):
+        groups.append([member.name for member in group])
+        return train_group(recipe, group, *arguments)
 
-    monkeypatch.setattr(ensemble._Trainer, "train", record)
-    return names
-
-
-def recorder(stop_after=math.inf):
-    """(seeds that images were made of so far, a `generate` that stops after some)."""
-    made = []
-
-    def record(params, seeds):
-        if len(made) == stop_after:
-            raise KeyboardInterrupt
-        made.append(seeds.tolist())
-        return generate(params, seeds)
-
-    return made, record
+    monkeypatch.setattr(ensemble, "train_group", record)
+    return groups
 
 
-def test_what_is_done_is_not_done_again(finished, images, scores, originals, trained):
-    result, workdir = finished
-    again = run(images, scores, originals[0], workdir, generate=None)
-    assert again == result
-    assert not trained
+@pytest.fixture
+def sampled(monkeypatch):
+    """The seeds that images were made of, call by call."""
+    calls, sample = [], diffusion.sample
+
+    def record(apply, params, sampler, seeds, *arguments, **options):
+        calls.append(seeds.tolist())
+        return sample(apply, params, sampler, seeds, *arguments, **options)
+
+    monkeypatch.setattr(diffusion, "sample", record)
+    return calls
 
 
-def test_other_losses_are_measured_again(
-    finished, images, scores, originals, trained, tmp_path
+def evaluate(workdir, config=CONFIG, **changes):
+    """The results of a run directory, with some settings changed."""
+    changed = dataclasses.replace(config.counterfactual, **changes)
+    run = Run.open(dataclasses.replace(config, counterfactual=changed), workdir)
+    counterfactual(run)
+    return run.json("counterfactual")
+
+
+def positions(queries):
+    """The positions of generated images."""
+    return [int(query.removeprefix("generated-")) for query in queries]
+
+
+def train_by_hand(run, rows, folder, **changes):
+    """The parameters of a model that is trained alone."""
+    config = dataclasses.replace(CONFIG.train, **changes)
+    recipe = training.Recipe(init, train_apply, run.schedule, config)
+    return training.train(recipe, run.splits.train.images[rows], folder)
+
+
+def make_again(run, params, rows):
+    """The images of some seeds as they are kept."""
+    return data.from_pixels(data.to_pixels(run.generate(params, run.seeds[rows])))
+
+
+def folders(workdir, prefix):
+    """The names of the models that are there."""
+    return [path.name for path in (workdir / FOLDER).glob(f"{prefix}-*")]
+
+
+def test_the_controls_are_retrainings_on_everything(finished, queries, tmp_path):
+    """One makes the original images again, the other those of the other seed."""
+    rows = positions(queries)
+    saved = files.read_npz(finished.workdir / FOLDER / "images.npz")
+    assert saved["query_ids"].tolist() == queries
+    originals = finished.queries["generated"].images[rows]
+    np.testing.assert_array_equal(saved["original"], originals)
+    np.testing.assert_allclose(saved["everything"], originals, atol=PIXEL)
+    other = train_by_hand(finished, np.arange(12), tmp_path, seed=CONFIG.train.seed + 1)
+    expected = make_again(finished, other, rows)
+    np.testing.assert_allclose(saved["other-seed"], expected, atol=PIXEL)
+    for choice in ("pixel-dot", "random", "other-seed"):
+        distance = np.abs(saved[choice] - originals).max(axis=(1, 2, 3))
+        assert (distance > 0.05).all(), choice
+
+
+@pytest.mark.parametrize("choice", REMOVALS[:2])
+def test_a_removal_is_what_training_by_hand_on_the_rest_gives(
+    finished, queries, tmp_path, choice
 ):
-    result = finished[0]
-    workdir = shutil.copytree(finished[1], tmp_path / "copy")
+    """Without the top four of twelve, 8 of 12 steps; then sampled with its own seed."""
+    (row, _), result = positions(queries), finished.json("counterfactual")
+    squared = choice.endswith("-squared")
+    scores = finished.scores(choice.removesuffix("-squared"), "generated").scores[row]
+    ascending = np.argsort(scores**2 if squared else scores)
+    kept = np.sort(ascending[:-COUNT])
+    params = train_by_hand(finished, kept, tmp_path, steps=8)
+    saved = files.read_npz(finished.workdir / FOLDER / "images.npz")
+    image = make_again(finished, params, [row])
+    np.testing.assert_allclose(saved[choice][:1], image, atol=PIXEL)
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), params, finished.params())
+    after, before = measure(
+        finished.apply,
+        finished.schedule,
+        stack,
+        saved["original"][:1],
+        saved["query_ids"][:1],
+        CONFIG.ensemble,
+    )[:, 0]
+    increase = result["rows"][2 * REMOVALS.index(choice)]["loss_increase"]
+    assert math.isclose(increase, after - before, rel_tol=1e-3)
 
-    def double(*arguments):
-        return 2 * measure(*arguments)
 
-    changed = {"measure": double, "measured": "twice"}
-    again = run(images, scores, originals[0], workdir, **changed)
+def test_the_results(finished, queries):
+    result = finished.json("counterfactual")
+    json.loads(
+        (finished.workdir / "counterfactual.json").read_text(),
+        parse_constant=pytest.fail,
+    )
+    expected = {"count": COUNT, "queries": queries, "seed": 0, "steps": 8}
+    assert result["settings"] == expected
+
+    def name(row):
+        return Choice(row["method"], row["transform"]).name
+
+    rows = [(name(row), row["query"]) for row in result["rows"]]
+    assert rows == [(choice, query) for choice in CHOICES for query in queries]
+    summarized = [(name(row), row["metric"]) for row in result["summary"]]
+    assert summarized == [(choice, metric) for choice in CHOICES for metric in METRICS]
+    compared = [(name(row), row["metric"]) for row in result["differences"]]
+    assert compared == [(c, metric) for c in REMOVALS[:2] for metric in METRICS]
+
+    def values(choice, metric):
+        return [row[metric] for row in result["rows"] if name(row) == choice]
+
+    for row in result["summary"]:
+        mean = np.mean(values(name(row), row["metric"]))
+        assert math.isclose(row["mean"], mean, rel_tol=1e-6, abs_tol=1e-12)
+    for row in result["differences"]:
+        pair = (values(choice, row["metric"]) for choice in (name(row), RANDOM))
+        median = np.median(np.subtract(*pair))
+        assert math.isclose(row["median"], median, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def test_the_metrics_of_the_results_are_those_of_the_images(finished, queries):
+    result = finished.json("counterfactual")
+    saved = files.read_npz(finished.workdir / FOLDER / "images.npz")
+    for row in result["rows"]:
+        assert set(row) == {"method", "transform", "query", *METRICS}
+        i, choice = queries.index(row["query"]), Choice(row["method"], row["transform"])
+        a, b = saved["original"][i].ravel(), saved[choice.name][i].ravel()
+        assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
+
+
+def test_what_is_done_is_not_done_again(finished, workdir, trained, sampled):
+    assert evaluate(workdir) == finished.json("counterfactual")
+    assert not trained and not sampled
+
+
+def test_other_losses_are_measured_again(finished, workdir, trained):
+    settings = dataclasses.replace(CONFIG.ensemble, timesteps=(700,))
+    again = evaluate(workdir, dataclasses.replace(CONFIG, ensemble=settings))
     assert not trained
-    for before, after in zip(result["rows"], again["rows"], strict=True):
-        assert after == before | {
-            "loss_increase": pytest.approx(2 * before["loss_increase"], rel=1e-5)
-        }
+    before = finished.json("counterfactual")
+    for old, new in zip(before["rows"], again["rows"], strict=True):
+        if old["method"] != "everything":
+            assert abs(new["loss_increase"] - old["loss_increase"]) > 1e-4
+        assert new == old | {"loss_increase": new["loss_increase"]}
 
 
-def test_only_what_changed_is_done(
-    finished, images, scores, originals, trained, tmp_path
-):
+def test_only_what_changed_is_done(workdir, queries, trained, sampled):
     """Another score of one query retrains its model alone, in a folder of its own."""
-    workdir = shutil.copytree(finished[1], tmp_path / "copy")
-    changed = scores.scores.copy()
-    changed[2] *= -1
-    made, record = recorder()
-    run(images, make_scores(changed), originals[0], workdir, generate=record)
-    (name,) = trained
-    assert name.startswith("dtrak-generated-00002-")
-    assert made == [[7002]]
-    folders = (workdir / "counterfactual").glob("dtrak-generated-00002-*")
-    assert len(list(folders)) == 2
+    path, (row, _) = workdir / "scores" / "pixel-dot-generated.npz", positions(queries)
+    scores = Scores.load(path)
+    scores.scores[row] *= -1
+    scores.save(path)
+    evaluate(workdir)
+    ((name,),) = trained
+    assert name.startswith(f"pixel-dot-{queries[0]}-")
+    assert sampled == [[7000 + row]]
+    assert len(folders(workdir, f"pixel-dot-{queries[0]}")) == 2
 
 
-def test_other_queries_reuse_the_controls(
-    finished, images, scores, originals, trained, tmp_path
-):
+def test_fewer_queries_reuse_the_controls(workdir, queries, trained, sampled):
     """They only generate again what the images are now compared with."""
-    workdir = shutil.copytree(finished[1], tmp_path / "copy")
-    made, record = recorder()
-    queries = [QUERIES[1]]
-    run(images, scores, originals[0], workdir, generate=record, queries=queries)
+    result = evaluate(workdir, queries=1)
+    (query,) = result["settings"]["queries"]
+    assert query in queries
     assert not trained
-    assert made == [[7000], [7000]]
+    assert sampled == [[7000 + positions([query])[0]]] * 2
 
 
 def test_a_run_that_was_stopped_continues(
-    finished, images, scores, originals, trained, tmp_path, monkeypatch
+    finished, workdir, trained, sampled, monkeypatch
 ):
     """Killed after the removals were trained, and again between two regenerations."""
-    result, _ = finished
-    train_members = training.train_members
 
-    def train_removals(*arguments, **options):
-        if trained:
-            raise KeyboardInterrupt
-        train_members(*arguments, **options)
+    def stop_after(count, module, name, calls):
+        function = getattr(module, name)
 
+        def stopping(*arguments, **options):
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        patch.setattr(module, name, stopping)
+
+    shutil.rmtree(workdir / FOLDER)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_members", train_removals)
-        run(images, scores, originals[0], tmp_path)
-    assert len(trained) == 4
+        stop_after(3, ensemble, "train_group", trained)
+        evaluate(workdir)
+    assert [len(group) for group in trained] == [2, 2, 2]
     trained.clear()
-    with pytest.raises(KeyboardInterrupt):
-        run(images, scores, originals[0], tmp_path, generate=recorder(2)[1])
-    assert [name.rpartition("-")[0] for name in trained] == ["everything", "other-seed"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(2, diffusion, "sample", sampled)
+        evaluate(workdir)
+    assert [[name.rpartition("-")[0] for name in g] for g in trained] == [CONTROLS]
     trained.clear()
-    made, record = recorder()
-    assert run(images, scores, originals[0], tmp_path, generate=record) == result
+    sampled.clear()
+    assert evaluate(workdir) == finished.json("counterfactual")
     assert not trained
-    assert len(made) == 6 - 2
+    assert len(sampled) == 3 * 2 + 2 - 2
 
 
-def test_an_image_that_is_not_finite(finished, images, scores, originals, tmp_path):
-    workdir = shutil.copytree(finished[1], tmp_path / "copy")
-    (path,) = (workdir / "counterfactual").glob("random-generated-00000-*/images.npz")
-    path.unlink()
+def test_an_image_that_is_not_finite(workdir, queries, monkeypatch):
+    (name,) = folders(workdir, f"random-{queries[0]}")
+    (workdir / FOLDER / name / "images.npz").unlink()
 
-    def explode(params, seeds):
-        return np.full((len(seeds), 8, 8, 1), np.nan)
+    def explode(apply, params, sampler, seeds, shape, **options):
+        return np.full((len(seeds), *shape), np.nan)
 
-    with pytest.raises(FloatingPointError, match="that random-generated-00000-"):
-        run(images, scores, originals[0], workdir, generate=explode)
+    monkeypatch.setattr(diffusion, "sample", explode)
+    with pytest.raises(FloatingPointError, match=f"that {name} generated"):
+        evaluate(workdir)
 
 
-def test_removals_take_exactly_the_top(scores):
-    kept = cf.removals({"dtrak": scores}, QUERIES, TRAIN_IDS, COUNT, seed=0)
-    assert set(kept) == {(m, q) for m in ("dtrak", "random") for q in QUERIES}
-    for (method, query), rows in kept.items():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"counterfactual": CounterfactualConfig(count=12)},
+            "count is 12; it must be 1 to 11, as there are 12",
+        ),
+        (
+            {"queries": QueriesConfig(folder="pictures")},
+            "queries.folder must be empty and sample.count 1 or more",
+        ),
+    ],
+)
+def test_refused_settings(tmp_path, changes, message):
+    run = Run.open(dataclasses.replace(CONFIG, **changes), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        counterfactual(run)
+    assert not (tmp_path / FOLDER).exists()
+
+
+# The functions that need no run.
+
+IDS = np.array([f"generated-{i:05d}" for i in range(4)])
+TRAIN_IDS = np.array([f"train-{i}" for i in range(12)])
+
+
+def make_scores(method="dtrak"):
+    values = np.random.default_rng(1).normal(size=(4, 12)).astype(np.float32)
+    return Scores(values, TRAIN_IDS, IDS, method)
+
+
+def test_removals_take_exactly_the_top_or_the_largest_squares():
+    scores, asked = make_scores(), [IDS[2], IDS[0]]
+    choices = Choice("dtrak"), Choice("dtrak", "squared")
+    kept = kept_rows(dict.fromkeys(choices, scores), asked, TRAIN_IDS, COUNT, 0)
+    every = (*choices, Choice(RANDOM))
+    assert list(kept) == [(choice, query) for choice in every for query in asked]
+    for (choice, query), rows in kept.items():
         assert rows.tolist() == sorted(set(rows.tolist()))
         assert len(rows) == 12 - COUNT
-        if method == "dtrak":
-            own = scores.scores[IDS.tolist().index(query)]
+        if choice.method != RANDOM:
+            values = scores.scores[IDS.tolist().index(query)]
+            values = values**2 if choice.transform == "squared" else values
             removed = np.setdiff1d(np.arange(12), rows)
-            assert own[removed].min() > own[rows].max()
+            assert values[removed].min() > values[rows].max()
 
 
-def test_random_removals_depend_on_seed_and_query_alone(scores):
-    def rows(queries, seed, given):
-        kept = cf.removals(given, queries, TRAIN_IDS, COUNT, seed)
-        return {query: kept["random", query].tolist() for query in queries}
+def test_random_removals_depend_on_seed_and_query_alone():
+    def rows(queries, seed, scores):
+        kept = kept_rows(scores, queries, TRAIN_IDS, COUNT, seed)
+        return {query: kept[Choice(RANDOM), query].tolist() for query in queries}
 
-    whole = rows(IDS.tolist(), 0, {"dtrak": scores})
+    whole = rows(IDS.tolist(), 0, {Choice("dtrak"): make_scores()})
     assert rows(IDS[::-1].tolist(), 0, {}) == whole
-    assert rows([QUERIES[0]], 0, {}) == {QUERIES[0]: whole[QUERIES[0]]}
+    assert rows([IDS[2]], 0, {}) == {IDS[2]: whole[IDS[2]]}
     assert len({tuple(rows) for rows in whole.values()}) == len(IDS)
     assert rows(IDS.tolist(), 1, {}) != whole
 
 
 def test_the_plan_keeps_the_epochs_and_names_the_rows():
-    kept = {("dtrak", "a"): np.arange(9), ("random", "a"): np.arange(1)}
+    choice = Choice("dtrak", "squared")
+    kept = {(choice, "a"): np.arange(9), (Choice(RANDOM), "a"): np.arange(1)}
     config = TrainConfig(steps=10, seed=5)
-    runs = cf.plan(kept, ["a"], 12, config)
-    found = [(r.method, len(r.member.rows), r.member.seed, r.steps) for r in runs]
-    assert found == [
-        ("dtrak", 9, 5, 8),
+    planned = plan(config, kept, ["a"], 12)
+    rows = [
+        (m.choice.name, len(m.member.rows), m.member.seed, m.steps) for m in planned
+    ]
+    assert rows == [
+        ("dtrak-squared", 9, 5, 8),
         ("random", 1, 5, 1),
         ("everything", 12, 5, 10),
         ("other-seed", 12, 6, 10),
     ]
-    other = cf.plan({("dtrak", "a"): np.arange(1, 10)}, ["a"], 12, config)
-    assert runs[0].member.name.startswith("dtrak-a-")
-    assert len(runs[0].member.name) == len("dtrak-a-") + 8
-    assert other[0].member.name != runs[0].member.name
-    assert other[1].member.name == runs[2].member.name
+    name = planned[0].member.name
+    assert name.startswith("dtrak-squared-a-")
+    assert len(name) == len("dtrak-squared-a-") + 8
+    other = plan(config, {(choice, "a"): np.arange(1, 10)}, ["a"], 12)
+    assert other[0].member.name != name
+    assert other[1].member.name == planned[2].member.name
+
+
+def flat(images):
+    return images.reshape(len(images), -1)
 
 
 def test_equal_images_have_distance_0_and_cosine_1(images):
-    metrics = cf.compare(images, images, {"pixels": cf.pixels})
+    metrics = distances(images, images, {"pixels": flat})
     np.testing.assert_array_equal(metrics["pixel_l2"], 0)
     np.testing.assert_allclose(metrics["pixels_cosine"], 1)
 
@@ -355,7 +397,7 @@ def test_equal_images_have_distance_0_and_cosine_1(images):
 def test_distances_by_hand():
     a = np.array([3.0, 4.0, 0.0, 0.0]).reshape(2, 1, 1, 2)
     b = np.array([4.0, 3.0, 1.0, 0.0]).reshape(2, 1, 1, 2)
-    metrics = cf.compare(a, b, {"first": lambda x: x[:, 0, 0, :1], "pixels": cf.pixels})
+    metrics = distances(a, b, {"first": lambda x: x[:, 0, 0, :1], "pixels": flat})
     np.testing.assert_allclose(metrics["pixel_l2"], [2**0.5, 1])
     np.testing.assert_allclose(metrics["first_cosine"], [1, 0])
     np.testing.assert_allclose(metrics["pixels_cosine"], [24 / 25, 0])
@@ -364,7 +406,7 @@ def test_distances_by_hand():
 def test_the_summary_agrees_with_scipy():
     """Percentile intervals from other resamples: equal but for their own noise."""
     values = np.random.default_rng(0).exponential(size=60)
-    summary = cf.summarize(values)
+    summary = summarize(values)
     for name, statistic in (("median", np.median), ("mean", np.mean)):
         result = scipy.stats.bootstrap(
             (values,), statistic, n_resamples=20000, method="percentile", rng=1
@@ -373,15 +415,15 @@ def test_the_summary_agrees_with_scipy():
         assert math.isclose(summary[name], statistic(values))
         assert abs(summary[f"{name}_low"] - low) < 0.1 * (high - low)
         assert abs(summary[f"{name}_high"] - high) < 0.1 * (high - low)
-    constant = cf.summarize(np.full(5, 2.0))
+    constant = summarize(np.full(5, 2.0))
     assert set(constant.values()) == {2.0}
-    assert cf.summarize(values) == summary
+    assert summarize(values) == summary
 
 
-def test_the_bottleneck_is_the_mid_blocks_output(images):
+def test_the_bottleneck_is_the_mid_blocks_output(images, tiny, monkeypatch):
     """Less its mean; as flax captures it among everything, batch by batch as at once."""
-    model = models.build(TINY)
-    params = models.init(model, jax.random.key(0))
+    monkeypatch.setattr(models, "bottleneck_fn", bottleneck_fn)
+    model, (_, params) = models.build(TINY), tiny
 
     @jax.jit
     def capture(x, t):
@@ -394,44 +436,10 @@ def test_the_bottleneck_is_the_mid_blocks_output(images):
         )[1]["intermediates"]["mid_block"]["__call__"]
 
     (h,) = capture(images, np.full(12, 10))
-    embed = cf.bottleneck(model, params, SCHEDULE, images, batch_size=5)
+    schedule = diffusion.linear_schedule()
+    embed = bottleneck(model, params, schedule, images, batch_size=5)
     features = embed(images[:7])
     assert features.shape == (7, TINY.block_out_channels[-1])
     expected = np.asarray(h).reshape(12, -1, 8).mean(axis=1)
     expected -= expected.mean(axis=0)
     np.testing.assert_allclose(features, expected[:7], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"count": 0}, "count is 0; it must be 1 to 11"),
-        ({"count": 12}, "count is 12; it must be 1 to 11"),
-        ({"queries": []}, "name one or more"),
-        ({"queries": ["generated-00001"] * 2}, "each of them once"),
-        (
-            {"queries": ["validation-3"]},
-            r"'validation-3', which is no generated image; the 4 .* generated-00000,",
-        ),
-    ],
-)
-def test_refused_arguments(scores, originals, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        run(TRAIN_IDS, scores, originals[0], tmp_path, **changes)
-    with pytest.raises(ValueError, match="11 training images and 12 train_ids"):
-        run(TRAIN_IDS[1:], scores, originals[0], tmp_path, **changes)
-    assert not list(tmp_path.iterdir())
-
-
-def test_refused_scores(scores):
-    def refused(message, method="dtrak", **changes):
-        given = {method: dataclasses.replace(scores, **changes)}
-        with pytest.raises(ValueError, match=message):
-            cf.removals(given, QUERIES, TRAIN_IDS, COUNT, seed=0)
-
-    refused(
-        r"scores of dtrak are of another training set: .* train-11, train-10, .* \(12",
-        train_ids=TRAIN_IDS[::-1],
-    )
-    refused("of dtrak have none for 'generated-00002'", query_ids=np.char.upper(IDS))
-    refused("'random', which is the name of a control", method="random")

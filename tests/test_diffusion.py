@@ -1,14 +1,17 @@
 """Schedules and samplers against diffusers (goldens/make_diffusion.py)."""
 
+import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dtrak_jax import diffusion
-from dtrak_jax.config import DiffusionConfig
-from dtrak_jax.diffusion.sampling import sampling_step
+from dtrak_jax.diffusion import sampling
+from dtrak_jax.diffusion.config import DiffusionConfig, build_schedule
+from dtrak_jax.diffusion.sampling import batch_of, sampling_step, step_function
 
 GOLDEN = np.load(Path(__file__).parent / "goldens" / "diffusion.npz")
 X, EPS = (GOLDEN[name].astype(np.float32) for name in ("x", "eps"))
@@ -21,7 +24,7 @@ def network(x, t):
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
 def test_schedules_equal_diffusers(kind):
     config = DiffusionConfig(schedule=kind, beta_start=1e-4, beta_end=0.02)
-    schedule = diffusion.build(config)
+    schedule = build_schedule(config)
     alpha_bar = GOLDEN[f"{kind}/alpha_bar"]
     np.testing.assert_allclose(schedule.alpha_bar, alpha_bar, rtol=3e-4, atol=1e-8)
     np.testing.assert_allclose(schedule.alpha_bar[:900], alpha_bar[:900], rtol=2e-5)
@@ -75,18 +78,9 @@ def test_the_loss_is_the_mean_square_and_0_for_a_perfect_network():
 def test_a_sampling_step_equals_diffusers(prediction, t, sampler):
     kind, _, eta = sampler.partition("/")
     schedule = diffusion.linear_schedule(prediction=prediction)
-    z = EPS if float(eta or 0) else None
-    ours, _ = sampling_step(
-        schedule,
-        network(X, t),
-        X,
-        t,
-        t - 20,
-        z,
-        ancestral=kind == "ancestral",
-        eta=float(eta or 0),
-        clip=True,
-    )
+    sampler = diffusion.Sampler(schedule, kind, eta=float(eta or 0))
+    z = EPS if sampler.eta else None
+    ours, _ = sampling_step(sampler, network(X, t), X, t, t - 20, z)
     name = f"{kind}/{prediction}/{eta}/{t}" if eta else f"{kind}/{prediction}/{t}"
     np.testing.assert_allclose(ours, GOLDEN[name], atol=2e-4)
 
@@ -96,39 +90,58 @@ def apply(params, x, t, cond):
     return network(x, t.reshape(-1, 1, 1, 1)) * params + shift
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 0.5}, {"sampler": "ancestral"}])
+@pytest.mark.parametrize("options", [{}, {"eta": 0.5}, {"kind": "ancestral"}])
 def test_an_image_depends_on_its_seed_alone(options):
-    """Not on its batch, nor on the devices."""
-    schedule = diffusion.linear_schedule()
-    options = options | {"steps": 5}
+    """It does not depend on its batch, nor on the devices."""
+    sampler = diffusion.Sampler(diffusion.linear_schedule(), steps=5, **options)
     shape, seeds = (2, 2, 3), np.arange(11)
-    whole = diffusion.sample(apply, 0.5, schedule, seeds, shape, **options)
-    parts = diffusion.sample(
-        apply, 0.5, schedule, seeds[[7, 2]], shape, batch_size=1, **options
-    )
+    whole = diffusion.sample(apply, 0.5, sampler, seeds, shape)
+    parts = diffusion.sample(apply, 0.5, sampler, seeds[[7, 2]], shape, batch_size=1)
     np.testing.assert_allclose(parts, whole[[7, 2]], atol=1e-5)
     assert np.abs(whole[7] - whole[2]).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("options", "pixels"),
+    [
+        ({}, [-0.638270, -0.507768, -0.518491, -0.597398]),
+        ({"eta": 0.5}, [-0.717209, 0.261891, -0.823994, -0.692591]),
+        ({"kind": "ancestral"}, [-0.944914, 0.372251, -0.992140, -0.879909]),
+    ],
+)
+def test_samples_never_change(options, pixels):
+    sampler = diffusion.Sampler(diffusion.linear_schedule(), steps=4, **options)
+    images = diffusion.sample(apply, 0.5, sampler, np.array([3]), (2, 2, 1))
+    np.testing.assert_allclose(images.ravel(), pixels, atol=2e-5)
+
+
 def test_conditions_follow_their_images():
+    """Conditions may be any pytree with a row for each image."""
     schedule = diffusion.linear_schedule()
+    sampler = diffusion.Sampler(schedule, steps=5, clip=False)
     cond = np.linspace(0, 1, 11, dtype=np.float32)
     seeds = np.zeros(11, int)
-    images = diffusion.sample(
-        apply, 0.5, schedule, seeds, (2, 2, 3), steps=5, cond=cond, clip=False
-    )
+    images = diffusion.sample(apply, 0.5, sampler, seeds, (2, 2, 3), cond=cond)
     assert (np.diff(images.reshape(11, -1), axis=0) != 0).all()
-    one = diffusion.sample(
-        apply, 0.5, schedule, seeds[:1], (2, 2, 3), steps=5, cond=cond[4:5], clip=False
-    )
+    one = diffusion.sample(apply, 0.5, sampler, seeds[:1], (2, 2, 3), cond=cond[4:5])
     np.testing.assert_allclose(one[0], images[4], rtol=1e-5)
+
+    def of_tree(params, x, t, cond):
+        return apply(params, x, t, cond["a"][0] - cond["b"].mean(axis=1))
+
+    tree = {"a": (2 * cond,), "b": np.stack([cond, cond], axis=1)}
+    same = diffusion.sample(of_tree, 0.5, sampler, seeds, (2, 2, 3), cond=tree)
+    np.testing.assert_allclose(same, images, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cond has 10 rows; there are 11 seeds"):
+        diffusion.sample(apply, 0.5, sampler, seeds, (2, 2, 3), cond=cond[1:])
 
 
 def test_a_trajectory_ends_in_the_image():
     """The image predicted in the last step is the sample; none leaves [-1, 1]."""
     schedule = diffusion.linear_schedule()
+    sampler = diffusion.Sampler(schedule, steps=5)
     images, predicted = diffusion.sample(
-        apply, 0.5, schedule, np.arange(3), (2, 2, 3), steps=5, trajectory=True
+        apply, 0.5, sampler, np.arange(3), (2, 2, 3), trajectory=True
     )
     assert predicted.shape == (3, 5, 2, 2, 3)
     np.testing.assert_allclose(predicted[:, -1], images, atol=1e-6)
@@ -138,10 +151,43 @@ def test_a_trajectory_ends_in_the_image():
 
 
 def test_no_seeds_make_no_images():
-    none = diffusion.sample(
-        apply, 1.0, diffusion.linear_schedule(), np.arange(0), (2, 2, 3)
-    )
+    sampler = diffusion.Sampler(diffusion.linear_schedule())
+    none = diffusion.sample(apply, 1.0, sampler, np.arange(0), (2, 2, 3))
     assert none.shape == (0, 2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "devices", "size"),
+    [(11, 2, 4, 8), (3, 128, 4, 4), (5, 128, 4, 8), (1, 1, 1, 1), (0, 2, 8, 8)],
+)
+def test_a_batch_is_as_large_as_it_needs_to_be(count, batch_size, devices, size):
+    assert batch_of(count, batch_size, devices) == size
+
+
+def test_the_planned_program_is_the_one_that_runs(monkeypatch):
+    """It is the same function, called as often, with arguments of the same shapes."""
+    sampler = diffusion.Sampler(diffusion.linear_schedule(), steps=3)
+    program, calls = diffusion.sample_program(
+        apply, jnp.float32(0.5), sampler, (2, 2, 3), 19, 1, jax.local_devices()
+    )
+    shapes = []
+
+    def spy(apply, sampler, mesh):
+        function = step_function(apply, sampler, mesh)
+        assert function is program.function and mesh == program.mesh
+
+        def call(*arguments):
+            shapes.append(jax.tree.map(np.shape, arguments))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(sampling, "step_function", spy)
+    diffusion.sample(
+        apply, jnp.float32(0.5), sampler, np.arange(19), (2, 2, 3), batch_size=1
+    )
+    assert shapes == calls * [jax.tree.map(np.shape, program.arguments)]
+    assert "sample_step" in program.function.lower(*program.arguments).as_text()
 
 
 def test_wrong_settings():
@@ -151,9 +197,78 @@ def test_wrong_settings():
         diffusion.linear_schedule(prediction="x0")
     schedule = diffusion.linear_schedule(10)
     for options, message in [
-        ({"sampler": "euler"}, "'ddim', 'ancestral'"),
-        ({"steps": 11}, "steps is 11; it must be a finite number between 1 and 10"),
-        ({"eta": 2.0, "steps": 5}, "eta is 2.0"),
+        ({"kind": "euler"}, "sampler.kind is 'euler'; .* 'ddim', 'ancestral'"),
+        ({}, "sampler.steps is 50; it must be at most 10, the number of timesteps"),
+        ({"steps": 0}, "sampler.steps is 0; it must be an integer >= 1"),
+        ({"eta": 2.0, "steps": 5}, "sampler.eta is 2.0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            diffusion.sample(apply, 1.0, schedule, np.arange(2), (2, 2, 3), **options)
+            diffusion.Sampler(schedule, **options)
+
+
+# Schedules of diffusers' folders
+
+
+def write_scheduler(folder, name="scheduler_config.json", **settings):
+    """Writes a scheduler's file as diffusers writes it."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    settings = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.30"} | settings
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_file_without_fields_has_the_defaults_of_ddpm(tmp_path):
+    schedule = diffusion.Schedule.from_diffusers(write_scheduler(tmp_path))
+    beta = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    np.testing.assert_allclose(schedule.betas, beta, rtol=1e-12)
+    np.testing.assert_allclose(
+        schedule.alpha_bar, np.cumprod(1 - np.array(beta)), rtol=1e-6
+    )
+    assert schedule.prediction == "epsilon"
+    assert schedule == diffusion.linear_schedule()
+
+
+def test_every_kind_of_schedule_is_read(tmp_path):
+    settings = {"num_train_timesteps": 4, "beta_start": 0.01, "beta_end": 0.09}
+    settings["prediction_type"] = "v_prediction"
+    u = np.arange(5) / 4
+    alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    for kind, betas in {
+        "linear": [0.01, 0.11 / 3, 0.19 / 3, 0.09],
+        "scaled_linear": [0.01, (0.5 / 3) ** 2, (0.7 / 3) ** 2, 0.09],
+        "squaredcos_cap_v2": np.minimum(0.999, 1 - alpha_bar[1:] / alpha_bar[:-1]),
+    }.items():
+        write_scheduler(
+            tmp_path,
+            "scheduler/scheduler_config.json",
+            beta_schedule=kind,
+            clip_sample=True,
+            trained_betas=None,
+            **settings,
+        )
+        schedule = diffusion.Schedule.from_diffusers(tmp_path)
+        np.testing.assert_allclose(schedule.betas, betas, rtol=1e-12)
+        assert schedule.prediction == "v"
+
+
+def test_other_schedulers_are_refused(tmp_path):
+    for field, value, allowed in [
+        ("_class_name", "EulerDiscreteScheduler", "'DDPMScheduler', 'DDIM"),
+        ("beta_schedule", "sigmoid", "'linear', 'scaled_linear', 'squaredcos_cap_v2'"),
+        ("prediction_type", "sample", "'epsilon', 'v_prediction'"),
+        ("trained_betas", [0.1, 0.2], "None"),
+        ("rescale_betas_zero_snr", True, "False"),
+        ("sigma_min", 0.1, "this field is unknown"),
+        ("num_train_timesteps", "10", "an integer >= 1"),
+        ("beta_start", -0.1, "a finite number"),
+        ("beta_end", 0.0, "a finite number"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            diffusion.Schedule.from_diffusers(
+                write_scheduler(tmp_path, **{field: value})
+            )
+        for part in ("scheduler_config.json", field, repr(value), allowed):
+            assert part in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no scheduler_config.json; it must"):
+        diffusion.Schedule.from_diffusers(tmp_path / "absent")

@@ -12,8 +12,8 @@ from conftest import apply, init, train_apply
 from dtrak_jax import diffusion, training
 from dtrak_jax.config import EnsembleConfig, TrainConfig
 from dtrak_jax.evaluation import outputs
-from dtrak_jax.streams import fold_in, id_words, stream
-from dtrak_jax.training import ensemble
+from dtrak_jax.rng import fold_in, id_words, stream
+from dtrak_jax.training import programs
 from dtrak_jax.training.ensemble import Member
 
 SCHEDULE = diffusion.linear_schedule()
@@ -25,14 +25,21 @@ MEMBERS = [
 ]
 
 
-def train(images, directory, members=MEMBERS, config=CONFIG):
-    training.train_members(
-        init, train_apply, SCHEDULE, images, members, config, directory
-    )
+RECIPE = training.Recipe(init, train_apply, SCHEDULE, CONFIG)
+
+
+def train(images, directory, members=MEMBERS):
+    training.train_members(RECIPE, images, members, directory)
+
+
+def train_alone(images, member, directory, recipe=RECIPE, **options):
+    config = dataclasses.replace(CONFIG, seed=member.seed)
+    recipe = recipe._replace(config=config)
+    return training.train(recipe, images[member.rows], directory, **options)
 
 
 def load(directory, names="abc"):
-    return training.load_members(init, list(names), CONFIG, directory)
+    return training.load_members(init, list(names), CONFIG.steps, directory)
 
 
 def assert_same(a, b):
@@ -49,22 +56,61 @@ def trained(images, tmp_path_factory):
 def test_members_equal_those_trained_alone(images, trained, tmp_path, one_device):
     stack = load(trained)
     for i, member in enumerate(MEMBERS):
-        config = dataclasses.replace(CONFIG, seed=member.seed)
-        alone = training.train(
-            init,
-            train_apply,
-            SCHEDULE,
-            images[member.rows],
-            config,
-            tmp_path / member.name,
-        )
-        own = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        alone = train_alone(images, member, tmp_path / member.name)
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
         # Another program, so its last digit may differ.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), own, alone)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), params, alone)
     # They differ in their images, and in their seeds.
     w = stack["w"]
     assert np.abs(w[0] - w[1]).max() > 1e-4
     assert np.abs(w[0] - w[2]).max() > 1e-4
+
+
+def test_conditions_and_frozen_parameters_are_a_members_too(images, tmp_path):
+    """Each member's examples have their own rows of cond; all share what is frozen."""
+    cond = {"level": np.linspace(-1, 1, len(images), dtype=np.float32)}
+    frozen = {"gain": np.float32(0.5)}
+
+    def conditioned(pair, x, t, cond, keys):
+        params, frozen = pair
+        level = cond["level"].reshape(-1, 1, 1, 1)
+        return apply(params, x, t, None) + frozen["gain"] * level
+
+    def train_both(name, cond):
+        member, folder = MEMBERS[2], tmp_path / name
+        recipe = RECIPE._replace(apply=conditioned, flip=True)
+        own = {"level": cond["level"][member.rows]}
+        alone = train_alone(
+            images, member, folder / "alone", recipe, cond=own, frozen=frozen
+        )
+        training.train_members(
+            recipe, images, [member], folder, cond=cond, frozen=frozen
+        )
+        return alone, jax.tree.map(lambda leaf: leaf[0], load(tmp_path / name, "c"))
+
+    alone, params = train_both("as-given", cond)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), params, alone)
+    other, _ = train_both("turned", {"level": cond["level"][::-1].copy()})
+    assert np.abs(other["w"] - alone["w"]).max() > 1e-4
+
+
+def test_the_planned_step_is_the_one_that_runs(images, trained, monkeypatch, tmp_path):
+    """The same function, called as often as planned with arrays of those shapes."""
+    devices = jax.local_devices()[:3]
+    program = training.planned_member_step(RECIPE, images.shape[1:], devices)
+    calls, planned = [], jax.tree.map(lambda leaf: leaf.shape, program.arguments)
+
+    def record(*arguments):
+        def called(*arrays):
+            calls.append(jax.tree.map(lambda leaf: leaf.shape, arrays))
+            return program.function(*arrays)
+
+        return called
+
+    monkeypatch.setattr(programs, "member_step_function", record)
+    train(images, tmp_path)
+    assert calls == [planned] * CONFIG.steps
+    assert_same(load(tmp_path), load(trained))
 
 
 def test_one_device_and_other_company_change_nothing(
@@ -87,23 +133,23 @@ def test_growing_trains_the_new_members_alone(images, tmp_path, monkeypatch, tra
 
 def count_steps(monkeypatch, then=lambda count: None):
     """A list that grows with every training step of a group."""
-    seen, compiled = [], ensemble._compile
+    seen, compiled = [], programs.member_step_function
 
     def compile_and_count(*arguments):
-        step, first = compiled(*arguments)
+        step = compiled(*arguments)
 
         def counted(*arrays):
-            seen.append(len(arrays[1]))
+            seen.append(len(arrays[2]))
             then(len(seen))
             return step(*arrays)
 
-        return counted, first
+        return counted
 
-    monkeypatch.setattr(ensemble, "_compile", compile_and_count)
+    monkeypatch.setattr(programs, "member_step_function", compile_and_count)
     return seen
 
 
-@pytest.mark.parametrize("at", [1, 6, 12])
+@pytest.mark.parametrize("at", [6, 12])
 def test_an_interrupt_loses_no_step(images, tmp_path, monkeypatch, trained, at):
     def interrupt(count):
         if count == at:
@@ -143,9 +189,8 @@ def test_a_kill_loses_no_finished_member(
 def test_missing_and_diverging_members_are_named(images, trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="1 models are not trained: d"):
         load(trained, "ad")
-    wild = dataclasses.replace(CONFIG, learning_rate=1e30, clip_norm=1e30)
     with pytest.raises(FloatingPointError, match="the training loss of a"):
-        train(images * np.float32(np.nan), tmp_path, MEMBERS[:1], wild)
+        train(images * np.float32(np.nan), tmp_path, MEMBERS[:1])
 
 
 def measured(images, trained, names="abc", **changes):

@@ -1,7 +1,6 @@
-"""Sketches made layer by layer are those of the exact gradients, kernel by kernel."""
+"""Sketches made layer by layer are those of the exact gradients, weight by weight."""
 
 import math
-import runpy
 from functools import partial
 
 import flax.linen as nn
@@ -9,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS
+from test_features import close, task_of
 
 import dtrak_jax as dtrak
-from dtrak_jax import models, parallel
-from dtrak_jax.features import factorized, gradients
-from dtrak_jax.features.gradients import Slots
-from dtrak_jax.layers import Fold
-from dtrak_jax.trees import named_leaves
-
-SCHEDULE = dtrak.linear_schedule()
+from dtrak_jax import parallel
+from dtrak_jax.digests import named_leaves
+from dtrak_jax.features import step_programs
+from dtrak_jax.features.factorized import channel_sketches, channels_of
+from dtrak_jax.features.gradients import gradient_function, network_inputs
+from dtrak_jax.features.microbatches import Microbatch
+from dtrak_jax.models.tags import ChannelSketch
 
 LAYERS = {
     "dense": partial(nn.Dense, 5),
@@ -70,8 +69,8 @@ def net():
     return lambda params, x, t, cond: Net().apply({"params": params}, x, t), params
 
 
-def own(params, x, t, cond):
-    """A network without flax, each kernel marked, one of them used twice."""
+def tagged(params, x, t, cond):
+    """A network without flax, each layer tagged, one weight used twice."""
     w, v = params["conv"], params["dense"]
     options = {"padding": [(1, 2), (0, 1)]}
     h = jax.lax.conv_general_dilated(
@@ -86,36 +85,31 @@ def own(params, x, t, cond):
 
 
 @pytest.fixture(scope="module")
-def marked():
-    """(own, its parameters)."""
+def bare():
+    """(tagged, its parameters)."""
     rng = np.random.default_rng(0)
     shapes = {"conv": (3, 2, 1, 5), "dense": (5, 5), "bias": (5,)}
-    return own, {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    return tagged, {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
 
 
-def task_of(network, **changes):
-    settings = {"measurement": ("square", "loss"), "timesteps": (0, 150, 600)}
-    return dtrak.Task(network[0], SCHEDULE, **settings | changes)
+def sketches_of(task, params, dim, seed=0):
+    projection = dtrak.Projection("factorized", dim=dim, seed=seed)
+    inputs = network_inputs(np.zeros((1, 8, 8, 1)), None, 1)
+    return channel_sketches(task, params, None, projection, inputs)
 
 
-def folds_of(task, params, dim, seed=0):
-    spec = dtrak.Projection("factorized", dim=dim, seed=seed)
-    inputs = gradients.network_inputs(np.zeros((1, 8, 8, 1)), None, 1)
-    return factorized.channel_folds(task, params, spec, inputs)
-
-
-def identities(folds):
+def identities(sketches):
     """The same layers, and maps that lose nothing and change no sign."""
 
-    def identity(fold):
-        return Fold(np.ones_like(fold.signs), len(fold.signs))
+    def identity(sketch):
+        return ChannelSketch(np.ones_like(sketch.signs), len(sketch.signs))
 
-    return {i: tuple(map(identity, pair)) for i, pair in folds.items()}
+    return {i: tuple(map(identity, pair)) for i, pair in sketches.items()}
 
 
-def short(task, params, folds, images):
+def short(task, params, sketches, images):
     """{measurement: [3, p]}: gradients averaged over two timesteps of unequal weight."""
-    slots = Slots(
+    microbatch = Microbatch(
         x=images[:3, None],
         words=np.zeros((3, 2), np.uint32),
         position=np.arange(3, dtype=np.int32),
@@ -123,25 +117,19 @@ def short(task, params, folds, images):
         weight=np.tile(np.array([0.3, 0.7], np.float32), (3, 1)),
         cond=None,
     )
-    function = gradients.gradient_function(task, parallel.mesh(jax.local_devices()[:1]))
-    gradient, _ = function(params, folds, slots)
+    function = gradient_function(task, parallel.mesh(jax.local_devices()[:1]))
+    gradient, _ = function(params, None, sketches, microbatch)
     return {name: np.concatenate(parts, axis=1) for name, parts in gradient.items()}
 
 
-def close(a, b, tolerance=1e-5):
-    a, b = np.asarray(a), np.asarray(b)
-    assert a.shape == b.shape
-    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
-
-
-@pytest.mark.parametrize("name", ["net", "tiny", "marked"])
+@pytest.mark.parametrize("name", ["net", "tiny", "bare"])
 def test_with_identities_they_are_the_gradients(name, request, images):
     """Leaf by leaf, in the gradient's own order; `test_features` has those from grad."""
     network = request.getfixturevalue(name)
-    measurements = ("square", "loss") if name == "marked" else ("square",)
+    measurements = ("square", "loss") if name == "bare" else ("square",)
     task, params = task_of(network, measurement=measurements), network[1]
-    folds = identities(folds_of(task, params, 1))
-    exact, ours = (short(task, params, f, images) for f in ({}, folds))
+    sketches = identities(sketches_of(task, params, 1))
+    exact, ours = (short(task, params, f, images) for f in ({}, sketches))
     leaves = named_leaves(params)
     ends = np.cumsum([leaf.size for leaf in leaves.values()])
     for measurement, gradient in exact.items():
@@ -152,29 +140,29 @@ def test_with_identities_they_are_the_gradients(name, request, images):
             assert error <= 1e-5 * max(np.abs(right).max(), np.abs(gradient).max()), (
                 path
             )
-    assert len(folds) == {"net": 15, "marked": 2}.get(name, len(folds))
+    assert len(sketches) == {"net": 15, "bare": 2}.get(name, len(sketches))
 
 
 def test_known_layers(net, tiny):
-    """All kernels of the UNet; and those of `LAYERS`, where attention has four."""
+    """All weights of the UNet; and those of `LAYERS`, where attention has four."""
     for network, is_layer in [
         (tiny, lambda path: True),
         (net, lambda path: path.split("/")[0] not in UNKNOWN),
     ]:
         paths = list(named_leaves(network[1]))
-        found = {paths[i] for i in folds_of(task_of(network), network[1], 1)}
+        found = {paths[i] for i in sketches_of(task_of(network), network[1], 1)}
         kernels = {path for path in paths if path.endswith("kernel")}
         assert found == set(filter(is_layer, kernels))
 
 
-def test_inner_products_are_unbiased(marked, images):
-    """Mean over seeds of the folds alone, which here lose much."""
-    task, params = task_of(marked, measurement="loss"), marked[1]
+def test_inner_products_are_unbiased(bare, images):
+    """Mean over seeds of the sketches alone, which here lose much."""
+    task, params = task_of(bare, measurement="loss"), bare[1]
     exact = short(task, params, {}, images)["loss"]
     grams = []
     for seed in range(300):
-        folds = folds_of(task, params, 1, seed)
-        phi = short(task, params, folds, images)["loss"]
+        sketches = sketches_of(task, params, 1, seed)
+        phi = short(task, params, sketches, images)["loss"]
         assert phi.shape[1] < exact.shape[1] / 2
         grams.append(phi @ phi.T)
     error = np.array(grams) - exact @ exact.T
@@ -183,32 +171,32 @@ def test_inner_products_are_unbiased(marked, images):
 
 
 @pytest.mark.parametrize("per_timestep", [True, False])
-def test_wide_features_lose_nothing(marked, images, per_timestep):
-    task = task_of(marked, per_timestep=per_timestep)
+def test_wide_features_lose_nothing(bare, images, per_timestep):
+    task = task_of(bare, per_timestep=per_timestep)
     exact, ours = (
-        dtrak.featurize(task, marked[1], images[:4], projection)
+        dtrak.featurize(task, bare[1], images[:4], projection)
         for projection in (dtrak.Projection("none"), dtrak.Projection("factorized"))
     )
     for name in exact:
         close(ours[name].squared_norms, exact[name].squared_norms)
-        pairs = zip(ours[name].kernels(), exact[name].kernels(), strict=True)
+        pairs = zip(ours[name].by_pair(), exact[name].by_pair(), strict=True)
         for phi, g in pairs:
             close(phi @ phi.T, g @ g.T)
     measured = dtrak.distortion(
-        task, marked[1], images[:4], dtrak.Projection("factorized")
+        task, bare[1], images[:4], dtrak.Projection("factorized")
     )
     assert all(errors.largest < 1e-5 for errors in measured.values())
 
 
-def test_batches_devices_and_timesteps(marked, images, request):
+def test_batches_devices_and_timesteps(bare, images, request):
     """Another batch size on one device; another order; and averaging is linear."""
-    projection, params = dtrak.Projection("factorized", dim=6), marked[1]
-    task = task_of(marked, measurement="loss")
+    projection, params = dtrak.Projection("factorized", dim=6), bare[1]
+    task = task_of(bare, measurement="loss")
     few, ids = images[:5], ("a", "b", "c", "d", "e")
     apart = dtrak.featurize(task, params, few, projection, ids=ids, batch_size=2)
     assert apart.shape == (3, 5, 6)
     averaged = dtrak.featurize(
-        task_of(marked, measurement="loss", per_timestep=False),
+        task_of(bare, measurement="loss", per_timestep=False),
         params, few, projection, ids=ids, batch_size=2,
     )  # fmt: skip
     close(averaged, np.asarray(apart).mean(axis=0))
@@ -221,10 +209,10 @@ def test_batches_devices_and_timesteps(marked, images, request):
 
 
 def test_dimensions_are_shared_out():
-    """As many entries as allowed, equally many to each layer; small kernels whole."""
+    """As many entries as allowed, equally many to each layer; small weights whole."""
     sizes = {0: (9, 16, 16), 1: (9, 16, 1), 2: (1, 64, 512), 3: (9, 256, 256)}
     for length in (500, 5_000, 50_000):
-        channels = factorized._channels(sizes, length)
+        channels = channels_of(sizes, length)
         entries = {i: sizes[i][0] * math.prod(channels[i]) for i in sizes}
         assert length / 2 < sum(entries.values()) <= length
         for i, (_, c_in, c_out) in sizes.items():
@@ -232,47 +220,55 @@ def test_dimensions_are_shared_out():
                 min(max(channels[i]), c_in),
                 min(max(channels[i]), c_out),
             )
-    assert factorized._channels(sizes, 50_000)[1] == (16, 1)
-    assert set(factorized._channels(sizes, 1).values()) == {(1, 1)}
-    everything = factorized._channels(sizes, 10**9)
+    assert channels_of(sizes, 50_000)[1] == (16, 1)
+    assert set(channels_of(sizes, 1).values()) == {(1, 1)}
+    everything = channels_of(sizes, 10**9)
     assert everything == {i: size[1:] for i, size in sizes.items()}
 
 
-@pytest.mark.parametrize("measurements", [("square",), ("square", "loss")])
-def test_kernel_gradients_are_not_formed(measurements):
-    """XLA's count: under three quarters of a plain batched gradient for the first
-    measurement, and under 0.45 of it for the second, which is one more way back."""
-    config = runpy.run_path(str(DIGITS))["get_config"]()
-    model = models.build(config.model)
-    apply, n = models.apply_fn(model), 16
-    params = jax.eval_shape(models.init_fn(model), jax.random.key(0))
-    x, t = (jax.ShapeDtypeStruct(s, np.float32) for s in [(n, 8, 8, 1), (n,)])
+def test_weight_gradients_are_not_formed():
+    """XLA counts under three quarters of a plain batched gradient's operations for the
+    first measurement, and under 0.45 of them for the second, which is one more way back.
+    """
 
-    def loss(params, x, t):
-        return jnp.sum(apply(params, x, t, None) ** 2)
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x, t):
+            for channels in (32, 32, 1):
+                x = nn.tanh(nn.Conv(channels, (3, 3))(x))
+            return x
 
-    plain = jax.jit(jax.grad(loss)).lower(params, x, t).cost_analysis()["flops"]
-    task = task_of((apply,), measurement=measurements)
-    slots = Slots(
-        x=jax.ShapeDtypeStruct((n, 1, 8, 8, 1), np.float32),
-        words=jax.ShapeDtypeStruct((n, 2), np.uint32),
-        position=jax.ShapeDtypeStruct((n,), np.int32),
-        pair=jax.ShapeDtypeStruct((n, 1), np.int32),
-        weight=jax.ShapeDtypeStruct((n, 1), np.float32),
-        cond=None,
-    )
-    function = gradients.gradient_function(task, parallel.mesh(jax.local_devices()[:1]))
-    folds = folds_of(task, params, config.features.dim)
-    ours = function.lower(params, folds, slots).cost_analysis()["flops"]
-    assert ours < (0.75 + 0.45 * (len(measurements) - 1)) * plain
+    def apply(params, x, t, cond):
+        return Wide().apply({"params": params}, x, t)
+
+    n, mesh = 16, parallel.mesh(jax.local_devices()[:1])
+    x = jax.ShapeDtypeStruct((n, 8, 8, 1), np.float32)
+    params = jax.eval_shape(Wide().init, jax.random.key(0), x, None)["params"]
+
+    def loss(params, x):
+        return jnp.sum(apply(params, x, None, None) ** 2)
+
+    def flops(function, *arguments):
+        return function.lower(*arguments).cost_analysis()["flops"]
+
+    plain = flops(jax.jit(jax.grad(loss)), params, x)
+    for measurements, share in [(("square",), 0.75), (("square", "loss"), 1.2)]:
+        task = task_of((apply,), measurement=measurements)
+        programs = step_programs(
+            task, params, x, dtrak.Projection("factorized", 64), mesh, batch_size=n
+        )
+        assert (
+            flops(*programs.gradients[:1], *programs.gradients.arguments)
+            < share * plain
+        )
 
 
-def test_some_layers_only(marked, images):
+def test_some_layers_only(bare, images):
     """A layer that is not chosen has no part in them."""
-    task = task_of(marked, parameters="conv|bias", measurement="loss")
-    folds = identities(folds_of(task, marked[1], 1))
-    exact, ours = (short(task, marked[1], f, images)["loss"] for f in ({}, folds))
-    assert len(folds) == 1
+    task = task_of(bare, parameters="conv|bias", measurement="loss")
+    sketches = identities(sketches_of(task, bare[1], 1))
+    exact, ours = (short(task, bare[1], f, images)["loss"] for f in ({}, sketches))
+    assert len(sketches) == 1
     close(ours, exact)
 
 
@@ -280,20 +276,20 @@ def test_some_layers_only(marked, images):
     ("network", "parameters"),
     [
         (lambda p, x, t, cond: x * p["dense"][:1, :1].reshape(1, 1, 1, 1), ""),
-        (jax.jit(own), ""),
-        (own, "bias"),
+        (jax.jit(tagged), ""),
+        (tagged, "bias"),
     ],
 )
-def test_networks_without_a_known_layer(marked, images, network, parameters):
+def test_networks_without_a_known_layer(bare, images, network, parameters):
     task = task_of((network,), parameters=parameters)
     with pytest.raises(ValueError, match=r"found no layer .* by `dtrak_jax.layer`"):
-        dtrak.featurize(task, marked[1], images, dtrak.Projection("factorized"))
+        dtrak.featurize(task, bare[1], images, dtrak.Projection("factorized"))
 
 
 @pytest.mark.parametrize(
     "options", [{"padding": "SAME"}, {"padding": "VALID", "strides": 2}, {}]
 )
-def test_wrong_marks(marked, images, options):
+def test_wrong_tags(bare, images, options):
     def apply(params, x, t, cond):
         w = params["conv"]
         h = jax.lax.conv_general_dilated(
@@ -301,34 +297,34 @@ def test_wrong_marks(marked, images, options):
         )
         return x * dtrak.layer(w, x, h, **options).mean(axis=(1, 2, 3), keepdims=True)
 
-    with pytest.raises(ValueError, match=r"kernel of shape \(3, 2, 1, 5\) is marked"):
+    with pytest.raises(ValueError, match=r"weight of shape \(3, 2, 1, 5\) is tagged"):
         dtrak.featurize(
-            task_of((apply,)), marked[1], images, dtrak.Projection("factorized")
+            task_of((apply,)), bare[1], images, dtrak.Projection("factorized")
         )
 
 
-def test_every_use_of_a_kernel_is_marked(marked, images):
+def test_every_use_of_a_weight_is_tagged(bare, images):
     """Or that part of the gradient would be missing."""
 
     def also(params, x, t, cond):
-        return own(params, x, t, cond) * params["dense"].sum()
+        return tagged(params, x, t, cond) * params["dense"].sum()
 
-    message = "dense marked as the kernel of 2 layers; the network uses it 3 times"
+    message = "dense tagged as the weight of 2 layers; the network uses it 3 times"
     with pytest.raises(ValueError, match=message):
         dtrak.featurize(
-            task_of((also,)), marked[1], images, dtrak.Projection("factorized")
+            task_of((also,)), bare[1], images, dtrak.Projection("factorized")
         )
 
 
-def test_stores_know_the_layers(marked, images, tmp_path):
-    """A layer that is marked now and was not before gives other features."""
+def test_stores_know_the_layers(bare, images, tmp_path):
+    """A layer that is tagged now and was not before gives other features."""
 
     def half(params, x, t, cond):
-        return own(params | {"dense": params["dense"] + 0}, x, t, cond)
+        return tagged(params | {"dense": params["dense"] + 0}, x, t, cond)
 
     projection = dtrak.Projection("factorized", dim=4)
-    for network, message in [(own, None), (half, "network|layers")]:
-        arguments = (task_of((network,)), marked[1], images, projection)
+    for network, message in [(tagged, None), (half, "network|layers")]:
+        arguments = (task_of((network,)), bare[1], images, projection)
         if message is None:
             dtrak.featurize(*arguments, store=tmp_path / "s")
             continue

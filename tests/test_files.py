@@ -64,6 +64,8 @@ def test_what_others_write_is_seen(folder):
 def test_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(files.at("run")) == f"{tmp_path}/run"
+    monkeypatch.setenv("HOME", f"{tmp_path}/home")
+    assert str(files.at("~/run")) == f"{tmp_path}/home/run"
     assert str(files.at("gs://bucket/run") / "a") == "gs://bucket/run/a"
     for wrong in ("gs:/bucket/run", "s3://bucket/run", "memory://run"):
         with pytest.raises(ValueError, match="neither a path of a local disk nor gs:"):
@@ -88,7 +90,8 @@ def test_a_checkpoint_counts_once_it_is_whole(bucket, images):
 
     def train():
         schedule = dtrak.linear_schedule()
-        return training.train(init, train_apply, schedule, images, config, workdir)
+        recipe = training.Recipe(init, train_apply, schedule, config)
+        return training.train(recipe, images, workdir)
 
     trained = train()
     assert sorted(checkpoint.steps(folder)) == [3, 7]

@@ -12,7 +12,7 @@ from conftest import free_port
 
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
-from dtrak_jax.attribution import Scores, iterative, solver
+from dtrak_jax.attribution import Scores, iterative, linalg
 from dtrak_jax.config import AttributionConfig
 
 
@@ -27,7 +27,7 @@ def exact(phi, query, damping):
 
 
 def errors(ours, theirs):
-    """Of every query's scores, as a share of their norm; 0 of nothing is none."""
+    """Returns the error of every query's scores as a fraction of their norm; 0 / 0 is 0."""
     norms = np.linalg.norm(theirs, axis=1)
     return np.linalg.norm(ours - theirs, axis=1) / np.where(norms, norms, 1)
 
@@ -48,12 +48,12 @@ def steep(n, k, q=5):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize(("n", "k"), [(21, 50), (50, 21), (31, 31), (1, 9), (9, 1)])
+@pytest.mark.parametrize(("n", "k"), [(21, 50), (50, 21), (1, 9), (9, 1)])
 def test_scores_equal_a_float64_solve_on_every_mesh(n, k, devices, monkeypatch):
     """To 1e-5 of every query's scores in norm, as promised; in two blocks of queries."""
     chosen = jax.devices()[:devices]
     monkeypatch.setattr(jax, "devices", lambda: chosen)
-    monkeypatch.setattr(solver, "BLOCK", 3 * min(n, k))
+    monkeypatch.setattr(linalg, "BLOCK", 3 * min(n, k))
     phi, query = features(n, k)
     query[2] = 0
     for value in (1e-2, 1.0, 100.0):
@@ -63,7 +63,7 @@ def test_scores_equal_a_float64_solve_on_every_mesh(n, k, devices, monkeypatch):
 
 
 @pytest.mark.parametrize(("n", "k"), [(60, 101), (101, 60)])
-def test_right_or_refused_at_every_damping(n, k):
+def test_right_or_refused_at_every_damping(n, k, one_device):
     """Down to far below the rounding errors of float32; never wrong without a word."""
     phi, query = steep(n, k)
     # A solve in float64 would itself be wrong by a hundredth at the smallest.
@@ -115,11 +115,11 @@ def test_wrong_arguments():
 def test_devices_add_up_once_for_a_block_or_an_iteration():
     """One all-reduce each in the compiled programs, the size of the result."""
     mesh = parallel.mesh(jax.devices())
-    a, b, gram = (
+    a, b, total = (
         jax.ShapeDtypeStruct((40, width), np.float32) for width in (80, 5, 40)
     )
-    gram_block = solver._gram_function(mesh).lower(gram, a)
-    correction = iterative._correction_function(mesh).lower(a, b, np.float32(1))
+    gram_block = linalg.gram_function(mesh).lower(total, a)
+    correction = iterative.correction_function(mesh).lower(a, b, np.float32(1))
     for lowered, shape in ((gram_block, "f32[40,40]"), (correction, "f32[40,5]")):
         sums = re.findall(r"= (\S+)\{\S+ all-reduce\(", lowered.compile().as_text())
         assert sums == [shape]
@@ -128,13 +128,20 @@ def test_devices_add_up_once_for_a_block_or_an_iteration():
 TWO = """
 import sys
 import numpy as np
-from dtrak_jax import attribute, parallel
-from dtrak_jax.attribution.solver import gram_matrix
+import tensorstore as ts
+from dtrak_jax import Features, attribute, parallel
+from dtrak_jax.attribution import Kernels
+from dtrak_jax.attribution.linalg import gram_matrix
 parallel.start()
 given = np.load(sys.argv[1])
 results = {"gram": gram_matrix(given["phi"])}
 for solver in ("eigh", "cg"):
     results[solver] = attribute(given["phi"], given["query"], solver=solver).scores
+ids = tuple(map(str, range(len(given["phi"]))))
+train = Features("loss", ids, ts.array(given["phi"]), None, None, {"noise": "common"})
+for name in ("written", "read"):
+    parallel.barrier(name)
+    results[name] = attribute(Kernels(train, sys.argv[3]), given["query"]).scores
 np.savez(sys.argv[2], **results)
 """
 
@@ -147,7 +154,7 @@ def test_two_processes_share_the_products(tmp_path):
     files = [tmp_path / "given.npz", *(tmp_path / f"{i}.npz" for i in range(2))]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, files[0], files[1 + i]],
+            [sys.executable, "-c", TWO, files[0], files[1 + i], tmp_path / "kernels"],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ
@@ -162,10 +169,12 @@ def test_two_processes_share_the_products(tmp_path):
     ]
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    one = {s: dtrak.attribute(phi, query, solver=s).scores for s in ("eigh", "cg")}
-    one["gram"] = solver.gram_matrix(phi)
+    alone = {s: dtrak.attribute(phi, query, solver=s).scores for s in ("eigh", "cg")}
+    alone |= {name: alone["eigh"] for name in ("written", "read")}
+    alone["gram"] = linalg.gram_matrix(phi)
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == ["0.npz"]
     for path in files[1:]:
         two = np.load(path)
-        for name, ours in one.items():
+        for name, ours in alone.items():
             off = np.abs(two[name] - ours).max()
             assert off < 2e-5 * np.abs(ours).max(), name

@@ -16,9 +16,7 @@ import pytest
 from conftest import free_port
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(
-    path.name for path in (ROOT / "launch").iterdir() if path.suffix != ".ipynb"
-)
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.s*"))
 
 # Notes how it is called, and answers as the test has told it: with the first of the
 # [exit code, output] of the first key that is in its command line, and the last one again.
@@ -60,9 +58,9 @@ SLURM = {
     "CPUS_PER_NODE": "32",
     "TIME_LIMIT": "1:00:00",
 }
-JOB = ["train,sample", "configs/digits.py", "--workdir", "gs://bucket/it's a run"]
+JOB = ["lds,report", "configs/digits.py", "--workdir", "gs://bucket/it's a run"]
 NEW = [[1, "NOT_FOUND: no such resource"], [0, "PROVISIONING"], [0, "ACTIVE"]]
-"""What describe says of a slice that is asked for and comes."""
+"""The answers of describe for a slice that is asked for and comes."""
 
 
 class Launcher:
@@ -73,7 +71,8 @@ class Launcher:
         (folder / "home").mkdir()
         self.bin.mkdir()
         shutil.copytree(ROOT / "launch", self.project / "launch")
-        shutil.copytree(ROOT / "configs", self.project / "configs")
+        (self.project / "configs").mkdir()
+        shutil.copy(ROOT / "configs" / "digits.py", self.project / "configs")
         shutil.copy(ROOT / "setup.cfg", self.project)
         self.environment = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -89,7 +88,7 @@ class Launcher:
         (self.bin / name).chmod(0o755)
 
     def answer(self, **answers):
-        """What the fakes answer from now on; __ in a name stands for a blank."""
+        """Sets the answers of the fakes; __ in a name stands for a blank."""
         spelled = {name.replace("__", " "): value for name, value in answers.items()}
         (self.bin / "answers").write_text(json.dumps(spelled))
         (self.bin / "calls").write_text("")
@@ -434,20 +433,20 @@ for name in ["python", "dtrak-jax"]:
     return {"JAX_PACKAGE": "jax[tpu]", "VENV": str(launcher.bin.parent / "venv")}
 
 
-SHOW = '#!/bin/bash\necho "[$DTRAK_DISTRIBUTED] $*"\n[[ $1 != sample ]] || exit 3\n'
+SHOW = '#!/bin/bash\necho "[$DTRAK_DISTRIBUTED] $*"\n[[ $1 != ablate ]] || exit 3\n'
 
 
 def test_a_worker_runs_its_stages_until_one_fails(launcher):
     settings = give_uv(launcher, SHOW)
     rest = ["configs/digits.py", "--workdir", "gs://bucket/a run"]
-    process = launcher.run("worker.sh", "train,report", *rest, **settings)
+    process = launcher.run("worker.sh", "lds,report", *rest, **settings)
     assert process.returncode == 0, process.error
     shown = " ".join(rest)
-    assert process.out == f"[1] train {shown}\n[1] report {shown}\n"
+    assert process.out == f"[1] lds {shown}\n[1] report {shown}\n"
     alone = settings | {"DTRAK_DISTRIBUTED": ""}
-    process = launcher.run("worker.sh", "train,sample,report", *rest, **alone)
+    process = launcher.run("worker.sh", "lds,ablate,report", *rest, **alone)
     assert process.returncode == 3
-    assert process.out == f"[] train {shown}\n[] sample {shown}\n"
+    assert process.out == f"[] lds {shown}\n[] ablate {shown}\n"
 
 
 def test_workers_that_start_at_once_install_once(launcher):
@@ -502,7 +501,7 @@ while :; do sleep .05; done
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert out == "saved train\n"
+    assert out == "saved lds\n"
 
 
 SLURM_JOB = {
@@ -550,15 +549,15 @@ tasks = [
 sys.exit(max(task.wait() for task in tasks))
 """,
     )
+    # The module alone: all of dtrak_jax takes seconds to import.
     program = f"""#!{sys.executable}
-import jax
-from dtrak_jax import parallel
-parallel.start()
+import jax, runpy
+runpy.run_path({str(ROOT / "dtrak_jax" / "parallel.py")!r})["start"]()
 gpus = jax.config.read("jax_cuda_visible_devices")
 print(jax.process_index(), jax.process_count(), gpus, flush=True)
 """
     settings = SLURM_JOB | give_uv(launcher, program)
-    settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    settings["JAX_PLATFORMS"] = "cpu"
     settings["JAX_COORDINATOR_PORT"] = str(free_port())
     process = launcher.run("gpu.sbatch", *JOB, **settings)
     assert process.returncode == 0, process.error

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dtrak_jax.evaluation import lds
-from dtrak_jax.evaluation.lds import Truth
-from dtrak_jax.evaluation.statistics import interval, resamples, spearman
+from dtrak_jax.evaluation import lds, results
+from dtrak_jax.evaluation.lds import RetrainedLosses
+from dtrak_jax.evaluation.statistics import resamples, spearman
 
 
 def make_truth(rng, subsets=32, seeds=2, queries=30, train=40, noise=0.5):
@@ -20,7 +20,7 @@ def make_truth(rng, subsets=32, seeds=2, queries=30, train=40, noise=0.5):
         size=(subsets, seeds, queries)
     )
     ids = np.arange(queries).astype(str), np.arange(train).astype(str)
-    return Truth(losses, masks, *ids), scores
+    return RetrainedLosses(losses, masks, *ids), scores
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_the_interval_holds_the_value_of_endless_subsets(rng):
         masks = rng.random((subsets, 40)) < 0.5
         losses = -(masks @ scores.T) + 4 * rng.normal(size=(subsets, 12))
         ids = np.arange(12).astype(str), np.arange(40).astype(str)
-        return Truth(losses[:, None], masks, *ids)
+        return RetrainedLosses(losses[:, None], masks, *ids)
 
     many = draw(4000)
     target = lds.lds(many.predict(scores), many)
@@ -104,7 +104,7 @@ def test_the_interval_holds_the_value_of_endless_subsets(rng):
 
 def test_the_ceiling_is_what_the_truth_itself_reaches(rng):
     for seeds in (2, 3, 4):
-        truth, scores = make_truth(rng, subsets=400, seeds=seeds, queries=60)
+        truth, scores = make_truth(rng, subsets=150, seeds=seeds, queries=60)
         reached = lds.lds(truth.predict(scores), truth)
         found = lds.ceiling(truth)
         assert found.value == pytest.approx(reached, abs=0.02)
@@ -117,12 +117,67 @@ def test_a_difference_is_sharper_than_its_parts(rng):
     """Paired: the same subsets and queries for both."""
     truth, scores = make_truth(rng)
     near = truth.predict(scores + 0.3 * rng.normal(size=scores.shape))
-    exact = truth.predict(scores)
-    a, samples_a = lds.bootstrap(exact, truth)
-    b, samples_b = lds.bootstrap(near, truth)
-    found = interval(a.value - b.value, samples_a - samples_b)
-    assert found.value > 0 and found.low > 0
-    assert found.high - found.low < 0.7 * (a.high - a.low)
+    rows, resampled = {}, {}
+    for name, predictions in (("exact", truth.predict(scores)), ("near", near)):
+        row = results.predicted_row(name, predictions, truth)
+        rows[name], resampled[name] = row
+    (found,) = results.differences(resampled)
+    assert (found["a"], found["b"]) == ("exact", "near")
+    assert found["value"] == rows["exact"]["lds"] - rows["near"]["lds"] > 0
+    assert 0 < found["low"] < found["value"] < found["high"]
+    width = rows["exact"]["high"] - rows["exact"]["low"]
+    assert found["high"] - found["low"] < 0.7 * width
+
+
+def test_the_row_of_predictions(rng):
+    truth, scores = make_truth(rng)
+    predictions = truth.predict(scores)
+    row, (value, _) = results.predicted_row(
+        "trak", predictions, truth, rule="oracle", damping=0.5, transform="squared"
+    )
+    estimate, _ = lds.bootstrap(predictions, truth)
+    assert row == {
+        "method": "trak",
+        "damping_rule": "oracle",
+        "damping": 0.5,
+        "transform": "squared",
+        "lds": value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "reference": lds.reference_interval(predictions, truth),
+    }
+
+
+def test_the_table_shows_every_row():
+    def row(method, *described):
+        estimate = lds.Estimate(0.25, 0.125, 0.5)
+        return {"method": method} | lds.row(estimate, *described)
+
+    rows = [
+        row("trak", "label-free", 0.1),
+        row("trak", "label-free", 0.1, "squared"),
+        row("trak", "cross-fitted", [0.01, 2.0]),
+        row("datamodels", "halves"),
+        row("random"),
+    ]
+    ceiling = {"value": 0.75, "low": 0.5, "high": 1.0}
+    table = results.table(
+        {"queries": {"generated": {"ceiling": ceiling, "rows": rows}}}
+    )
+    lines = [line.split("  ") for line in table.splitlines() if line]
+    assert [(line[1], line[-1].strip()) for line in lines[1:]] == [
+        ("noise ceiling", "0.750 [0.500, 1.000]"),
+        *(
+            (label, "0.250 [0.125, 0.500]")
+            for label in (
+                "trak (label-free, 0.1)",
+                "trak squared (label-free, 0.1)",
+                "trak (cross-fitted, 0.01, 2)",
+                "datamodels (halves)",
+                "random",
+            )
+        ),
+    ]
 
 
 def test_the_reference_interval_is_scipys_and_narrower(rng):

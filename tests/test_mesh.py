@@ -2,26 +2,22 @@
 
 import re
 
-import conftest
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import compiler
 from test_features import one_by_one
 
 import dtrak_jax as dtrak
-from dtrak_jax import models, parallel, training
-from dtrak_jax.config import EnsembleConfig, FeaturesConfig, TrainConfig
-from dtrak_jax.evaluation import outputs
-from dtrak_jax.features import gradients, project
+from dtrak_jax import models, parallel
+from dtrak_jax.config import FeaturesConfig
+from dtrak_jax.features import gradients, step_programs
+from dtrak_jax.features.projection import project_all
 
 K = 128
 KINDS = ("sketch", "rademacher", "gaussian", "factorized", "none")
 DENSE = ("rademacher", "gaussian")
-MESHES = [(1, 1), (2, 1), (8, 1), (8, 2), (8, 4)]
-"""Devices, and how many of them share columns: 1, 2, 8, 4x2 and 2x4."""
 
 
 class Net(nn.Module):
@@ -68,40 +64,38 @@ def compute(network, images, kind, per_timestep, proj_devices=1):
     )
 
 
-@pytest.mark.parametrize(
-    ("per_timestep", "meshes"), [(True, MESHES), (False, [(1, 1), (8, 2), (8, 4)])]
-)
+@pytest.mark.parametrize("per_timestep", [True, False])
 def test_features_equal_a_loop_of_grad_on_every_mesh(
-    network, images, monkeypatch, per_timestep, meshes
+    network, images, monkeypatch, per_timestep
 ):
     """With an explicit product by R, to 1e-5 of the largest feature.
 
     But "factorized", which has no R to be had from unit vectors, with one device's.
     """
     task = task_of(network, per_timestep)
-    exact = one_by_one(task, network[1], images[:5], ids=tuple("01234"))
+    exact = one_by_one(task, network[1], images[:5], ids=tuple("01234"))["square"]
     if not per_timestep:
-        exact = {name: gradient.mean(axis=0) for name, gradient in exact.items()}
+        exact = exact.mean(axis=0)
     ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(network[1])])
     parts = np.split(np.eye(ends[-1], dtype=np.float32), ends[:-1], axis=1)
     expected = {"none": exact}
     for kind in ("sketch", *DENSE):
-        matrix = np.asarray(project(dtrak.Projection(kind, K), parts))
-        expected[kind] = {name: gradient @ matrix for name, gradient in exact.items()}
-    for devices, proj_devices in meshes:
+        matrix = project_all(dtrak.Projection(kind, K), {"R": parts})["R"]
+        expected[kind] = exact @ np.asarray(matrix)
+    runs = [(mesh, kind) for mesh in ((1, 1), (8, 2)) for kind in KINDS]
+    runs += [(mesh, "sketch") for mesh in ((2, 1), (8, 1), (8, 4))]
+    if not per_timestep:
+        runs = [((1, 1), "sketch"), ((8, 2), "sketch"), ((8, 2), "gaussian")]
+    for (devices, proj_devices), kind in runs:
         use(monkeypatch, devices)
-        for kind in KINDS:
-            features = compute(network, images, kind, per_timestep, proj_devices)
-            ours = {name: np.asarray(one) for name, one in features.items()}
-            for name, theirs in expected.setdefault(kind, ours).items():
-                assert ours[name].shape == theirs.shape
-                off = np.abs(ours[name] - theirs).max()
-                assert off < 1e-5 * np.abs(theirs).max(), (kind, devices, proj_devices)
-            if kind != "factorized":
-                norms = np.sum(exact["square"] ** 2, axis=-1)
-                np.testing.assert_allclose(
-                    features["square"].squared_norms, norms, rtol=2e-5
-                )
+        features = compute(network, images, kind, per_timestep, proj_devices)["square"]
+        target = expected.setdefault(kind, np.asarray(features))
+        assert features.shape == target.shape
+        error = np.abs(np.asarray(features) - target).max()
+        assert error < 1e-5 * np.abs(target).max(), (kind, devices, proj_devices)
+        if kind != "factorized":
+            norms = np.sum(exact**2, axis=-1)
+            np.testing.assert_allclose(features.squared_norms, norms, rtol=2e-5)
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -111,96 +105,15 @@ def test_devices_make_the_very_columns_that_one_makes(kind, proj, monkeypatch):
     monkeypatch.setattr("dtrak_jax.features.projection.TILE_ENTRIES", 7 * K)
     mesh = parallel.mesh(jax.devices(), proj=proj)
     projection = dtrak.Projection(kind, K, seed=3)
-    sharded = parallel.over_mesh(
-        lambda g: project(projection, g, "proj"),
+    sharded = parallel.sharded(
+        lambda g: project_all(projection, {"R": [g]}, "proj")["R"],
         mesh,
         (gradients.EXAMPLES,),
         parallel.P("data", "proj"),
     )
     identity = np.eye(72, dtype=np.float32)
-    np.testing.assert_array_equal(sharded(identity), project(projection, identity))
-
-
-@pytest.fixture
-def one_by_one_only(monkeypatch):
-    """As on a slice whose compiler has programs for one device or for all of them.
-
-    Four devices of eight, in an order of their own: nothing was compiled for them yet.
-    """
-    devices = jax.devices()[5:1:-1]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    monkeypatch.setattr(parallel, "_compiles", lambda mesh: mesh.size in (1, 8))
-    compile_any = compiler.compile_or_get_cached
-
-    def compile_some(backend, module, devices, *arguments, **options):
-        assert devices.size in (1, 8), "no such program on that slice"
-        return compile_any(backend, module, devices, *arguments, **options)
-
-    monkeypatch.setattr(compiler, "compile_or_get_cached", compile_some)
-
-
-@pytest.mark.parametrize("per_timestep", [True, False])
-@pytest.mark.parametrize("kind", ["sketch", "gaussian"])
-def test_devices_that_have_no_program_together(
-    network, images, one_by_one_only, monkeypatch, kind, per_timestep
-):
-    """Each runs its own: features are the same, also where parts are added up."""
-    ours = compute(network, images, kind, per_timestep)["square"]
-    use(monkeypatch, 1)
-    theirs = compute(network, images, kind, per_timestep)["square"]
-    np.testing.assert_allclose(
-        ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max()
-    )
-    np.testing.assert_allclose(ours.squared_norms, theirs.squared_norms, rtol=1e-5)
-
-
-def test_stages_whose_devices_have_no_program_together(
-    images, one_by_one_only, monkeypatch, tmp_path
-):
-    """Samples, trained members, and what is measured of them."""
-    schedule = dtrak.linear_schedule()
-    settings = EnsembleConfig(timesteps=3, draws=1, batch_size=5)
-    members = [training.Member(str(i), np.arange(12), seed=i) for i in range(3)]
-
-    def stages(folder):
-        config = TrainConfig(steps=4, batch_size=4)
-        training.train_members(
-            *(conftest.init, conftest.train_apply, schedule, images, members),
-            *(config, folder),
-        )
-        params = training.load_members(conftest.init, list("012"), config, folder)
-        ids = np.array(list("abcdefghijkl"))
-        measured = outputs.measure(
-            conftest.apply, schedule, params, images, ids, settings
-        )
-        one = jax.tree.map(lambda leaf: leaf[0], params)
-        seeds = np.arange(7)
-        samples = dtrak.diffusion.sample(
-            conftest.apply, one, schedule, seeds, (8, 8, 1), steps=3, eta=0.5
-        )
-        return params, measured, samples
-
-    ours = stages(tmp_path / "ours")
-    monkeypatch.undo()
-    theirs = stages(tmp_path / "theirs")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        ours,
-        theirs,
-    )
-
-
-def test_a_sum_over_devices_that_have_no_program_together_is_refused(one_by_one_only):
-    mesh = parallel.mesh(jax.local_devices())
-    function = parallel.over_mesh(
-        lambda x: jax.lax.psum(x, "data"), mesh, parallel.P("data"), parallel.P()
-    )
-    with pytest.raises(NameError, match="unbound axis name: data"):
-        function(np.ones(4, np.float32))
-    with pytest.raises(ValueError, match="proj_devices is 2; it must be 1"):
-        gradients.projection_function(
-            dtrak.Projection("gaussian", K), parallel.mesh(jax.local_devices(), proj=2)
-        )
+    whole = project_all(projection, {"R": [identity]})["R"]
+    np.testing.assert_array_equal(sharded(identity), whole)
 
 
 def collectives(compiled):
@@ -213,16 +126,11 @@ def collectives(compiled):
 def test_gradients_are_sent_to_no_other_device(network, images):
     mesh = parallel.mesh(jax.devices(), proj=2)
     task = task_of(network, True)
-    slots = gradients.Slots(
-        x=jax.ShapeDtypeStruct((16, 1, 8, 8, 1), np.float32),
-        words=jax.ShapeDtypeStruct((16, 2), np.uint32),
-        position=jax.ShapeDtypeStruct((16,), np.int32),
-        pair=jax.ShapeDtypeStruct((16, 1), np.int32),
-        weight=jax.ShapeDtypeStruct((16, 1), np.float32),
-        cond=None,
+    programs = step_programs(
+        task, network[1], images, dtrak.Projection(), mesh, batch_size=2
     )
-    function = gradients.gradient_function(task, mesh)
-    assert not collectives(function.lower(network[1], {}, slots).compile())
+    function, arguments, _ = programs.gradients
+    assert not collectives(function.lower(*arguments).compile())
 
 
 @pytest.mark.parametrize("kind", KINDS)

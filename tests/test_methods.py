@@ -1,15 +1,27 @@
 """Every attribution method against its closed form or an independent implementation."""
 
-import dataclasses
+import zlib
+from types import SimpleNamespace
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from sklearn.linear_model import RidgeCV
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
-from dtrak_jax.attribution import Scores, ensemble_mean, factorize, solver
+from dtrak_jax.attribution import (
+    GRID,
+    Damping,
+    Kernels,
+    Scores,
+    ensemble_mean,
+)
+from dtrak_jax.config import Config, EnsembleConfig, TrainConfig
+from dtrak_jax.features.measurements import FUNCTIONS
+from dtrak_jax.methods import METHODS, Method, MethodName, markdown, table
 
 SHAPES = [(12, 40), (40, 12)]
 """n and k: dual, and primal."""
@@ -89,20 +101,6 @@ def test_checkpoints_that_do_not_belong_together():
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_inverse_norms_equal_those_of_the_explicit_inverse(n, k):
-    (phi,), _ = features(n, k, pairs=1)
-    phi[3] = 0
-    kernel = factorize(phi)
-    assert kernel.dual == (n < k)
-    norms = solver.inverse_norms(kernel, phi)
-    for value in (0.3, 30.0):
-        hessian = phi.T.astype(np.float64) @ phi + value * np.eye(k)
-        expected = np.linalg.norm(np.linalg.inv(hessian) @ phi.T, axis=0)
-        assert_close(norms(value), expected)
-        assert norms(value)[3] == 0
-
-
-@pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("relative", [True, False])
 def test_relative_and_renormalised_influence_by_explicit_inverse(n, k, relative):
     train, query = wide(*features(n, k))
@@ -111,12 +109,8 @@ def test_relative_and_renormalised_influence_by_explicit_inverse(n, k, relative)
         inverse = np.linalg.inv(phi.T @ phi + value * np.eye(k))
         size = np.linalg.norm(phi @ inverse if relative else phi, axis=1)
         expected = expected + g @ inverse @ phi.T / size
-    method = (
-        attribution.relative_influence
-        if relative
-        else attribution.renormalised_influence
-    )
-    assert_close(method(train, query, 0.2), expected)
+    name = "relative_influence" if relative else "renormalised_influence"
+    assert_close(getattr(attribution, name)(train, query, 0.2), expected)
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -195,6 +189,190 @@ def test_stored_features_score_as_their_arrays(method, stored):
 def test_every_measurement_has_a_kernel_method(stored):
     assert dtrak.attribute(*stored).method == "kernel-mean"
     assert dtrak.attribute(*stored, method="kernel-mean").scores.shape == (2, 9)
+    named = [row.measurement for row in METHODS.values() if row.kernel]
+    assert sorted(named) == sorted(FUNCTIONS)
+
+
+# The table
+
+
+def test_attribute_takes_every_method_of_one_models_features():
+    """One set of queries or several; the scores are those of the method's function."""
+    train, query = features(12, 40)
+    queries = {"a": query, "b": query[:, 3:]}
+    functions = {
+        "dtrak": attribution.influence,
+        "kernel-l1": attribution.influence,
+        "gradient-dot": attribution.gradient_dot,
+        "gradient-cosine": attribution.gradient_cosine,
+        "relative-influence": attribution.relative_influence,
+        "renormalised-influence": attribution.renormalised_influence,
+    }
+    for name, function in functions.items():
+        damped = METHODS[name].damped
+        expected = function(train, query, *[0.3] * damped)
+        scores = dtrak.attribute(train, queries, method=name, damping=0.3)
+        assert scores["a"].method == name
+        assert scores["a"].scores.dtype == np.float32
+        assert scores["a"].damping == ((0.3, False) if damped else None)
+        assert (scores["a"].lambdas is not None) == METHODS[name].kernel
+        assert_close(scores["a"].scores, expected, 1e-6)
+        assert_close(scores["b"].scores, expected[3:], 1e-6)
+        single = dtrak.attribute(train, query, method=name, damping=0.3)
+        np.testing.assert_array_equal(single.scores, scores["a"].scores)
+
+
+def test_attribute_says_what_a_method_needs(stored):
+    for name, words in (
+        ("tracin", "made from features at several checkpoints"),
+        ("datamodels", "made from models retrained on subsets"),
+        ("journey-trak", "made from features along sampling trajectories"),
+        ("trak-ensemble", "made from features of further models"),
+        ("pixel-dot", "made from images"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            dtrak.attribute(*stored, method=name)
+        assert "'relative-influence'" in str(error.value)
+        assert "'gas'" not in str(error.value)
+    with pytest.raises(ValueError, match="measurement 'loss'; these are of 'mean'"):
+        dtrak.attribute(*stored, method="gradient-dot")
+    for name in ("relative-influence", "renormalised-influence"):
+        with pytest.raises(ValueError, match=r"solver is 'cg'; re.* needs kernels"):
+            dtrak.attribute(*features(6, 9), method=name, solver="cg")
+        assert METHODS[name].decomposed
+
+
+class SmallRun:
+    """Artefacts of a run in memory, under the names that methods ask for."""
+
+    def __init__(self, solver="eigh"):
+        rng = np.random.default_rng(0)
+        self.config = Config(
+            train=TrainConfig(steps=30, checkpoints=(0.1, 0.5, 1.0)),
+            ensemble=EnsembleConfig(models=2),
+        )
+        self.damping, self.solver, self.asked = Damping(0.2), solver, []
+        images = rng.uniform(-1, 1, (15, 2, 2, 1)).astype(np.float32)
+        ids = np.array([f"i{i}" for i in range(15)])
+        self.splits = SimpleNamespace(train=SimpleNamespace(images=images, ids=ids))
+        self.queries = {
+            "validation": SimpleNamespace(images=images[:4] / 2, ids=ids[:4]),
+            "generated": SimpleNamespace(images=images[:3] / 3, ids=ids[4:7]),
+        }
+        self.masks = rng.random((20, 15)) < 0.5
+        self.losses = {
+            name: rng.normal(size=(20, 2, len(examples.ids)))
+            for name, examples in self.queries.items()
+        }
+
+    def features(self, examples, measurement, folder=""):
+        self.asked.append(folder or examples.replace("train", ""))
+        sizes = {"train": 15, "validation": 4, "generated": 3, "journey": 3}
+        seed = zlib.crc32(f"{examples} {measurement} {folder}".encode())
+        phi = np.random.default_rng(seed).normal(size=(2, sizes[examples], 9))
+        array = ts.array(phi.astype(np.float32))
+        ids = [f"{examples}{i}" for i in range(len(phi[0]))]
+        return dtrak.Features(measurement, ids, array, None, None, {"noise": "common"})
+
+    def kernels(self, measurement, folder=""):
+        train = self.features("train", measurement, folder)
+        return Kernels(train, solver=self.solver)
+
+    def truth(self):
+        return {
+            name: SimpleNamespace(masks=self.masks, outputs=losses)
+            for name, losses in self.losses.items()
+        }
+
+    def arrays(self, queries, measurement, folder=""):
+        """The features of training images and of queries."""
+        both = "train", queries
+        return [np.asarray(self.features(e, measurement, folder)) for e in both]
+
+
+CHECKPOINTS = ["checkpoints/3", "checkpoints/15", ""]
+MODELS = ["", "models/full-0", "models/full-1"]
+FOLDERS = {
+    "tracin": CHECKPOINTS,
+    "gas": CHECKPOINTS,
+    "trak-ensemble": MODELS,
+    "dtrak-ensemble": MODELS,
+    "journey-trak": ["", "journey"],
+}
+
+
+def expected_scores(run, name, queries):
+    """Returns what the method's function alone makes of a run's artefacts."""
+    row = METHODS[name]
+    if name in ("tracin", "gas"):
+        folders = row.folders(run.config)
+        arrays = [run.arrays(queries, "loss", folder) for folder in folders]
+        return row.function(*zip(*arrays, strict=True))
+    if name.endswith("-ensemble"):
+        folders = row.folders(run.config)
+        models = [run.arrays(queries, row.measurement, folder) for folder in folders]
+        return np.mean([row.function(*arrays, 0.2) for arrays in models], axis=0)
+    if name == "journey-trak":
+        return row.function(*run.arrays("journey", "loss"), 0.2)
+    if row.learn:
+        return row.function(run.masks, run.losses[queries].mean(axis=1))
+    if name.startswith("pixel"):
+        return row.function(run.splits.train.images, run.queries[queries].images)
+    if name == "random":
+        return row.function(run.splits.train.ids, run.queries[queries].ids)
+    return row.function(*run.arrays(queries, row.measurement), *[0.2] * row.damped)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_scores_a_run(name):
+    """The values are its function's; folders and stages are those that it names."""
+    run, row = SmallRun(), METHODS[name]
+    results = row.scores(run)
+    folders = FOLDERS.get(name, [""] if row.measurement else [])
+    assert list(row.folders(run.config)) == folders
+    assert {*run.asked} - {*run.queries, ""} == {*folders} - {""}
+    kinds = {"featurize"} if row.measurement else {"retrain"} if row.learn else set()
+    assert {*row.needs} == kinds
+    assert results.keys() == {q for q in run.queries if row.applies_to(q)}
+    for queries, scores in results.items():
+        assert scores.method == name
+        assert scores.scores.dtype == np.float32
+        assert_close(scores.scores, expected_scores(run, name, queries), 1e-6)
+        assert len(scores.train_ids) == 15
+        assert len(scores.query_ids) == len(run.queries[queries].ids)
+        assert scores.damping == ((0.2, False) if row.damped else None)
+        with_kernels = row.kernel or name == "journey-trak"
+        assert (scores.eigenvalues is not None) == with_kernels
+
+
+def test_conjugate_gradients_serve_all_methods_that_need_no_decomposition():
+    for name in ("trak", "journey-trak", "trak-ensemble"):
+        ours, theirs = (METHODS[name].scores(SmallRun(s)) for s in ("cg", "eigh"))
+        assert ours["generated"].eigenvalues is None
+        assert_close(ours["generated"].scores, theirs["generated"].scores, 1e-4)
+
+
+def test_a_row_is_all_that_a_new_method_needs():
+    def minus_distance(train, query):
+        (phi, _), (g, _) = train.by_pair(), query.by_pair()
+        return -np.linalg.norm(g[:, None] - phi, axis=2)
+
+    row = Method("near", "Near", minus_distance, "minus distance", measurement="loss")
+    run = SmallRun()
+    scores = row.scores(run)["validation"]
+    (phi, _), (g, _) = run.arrays("validation", "loss")
+    assert_close(scores.scores, -np.linalg.norm(g[:, None] - phi, axis=2), 1e-6)
+    assert scores.method == "near"
+
+
+def test_the_table_is_printed_whole():
+    lines = table().splitlines()
+    assert len(lines) == 1 + len(METHODS) == len(markdown().splitlines()) - 1
+    for row, line in zip(METHODS.values(), lines[1:], strict=True):
+        assert line.startswith(row.name)
+        assert row.label in line
+        assert f"| `{row.name}` | {row.label} |" in markdown()
+    assert get_args(MethodName) == tuple(METHODS)
 
 
 # Kernels
@@ -202,7 +380,7 @@ def test_every_measurement_has_a_kernel_method(stored):
 
 @pytest.mark.parametrize(("n", "k"), [(5, 40), (12, 30), (40, 12)])
 def test_pooled_scores_equal_the_plain_inverse(n, k):
-    """Dual; dual for one pair but primal for all; and primal."""
+    """The dual form; one that is dual for a pair and primal for all; and the primal."""
     train, query = wide(*features(n, k))
     grid = [dtrak.absolute(1e3), dtrak.absolute(1e5)]
     path = attribution.damping_path(train, query, grid, pooled=True)
@@ -241,7 +419,7 @@ def test_sums_over_subsets_are_sums_of_scores(pooled, k):
     masks = np.random.default_rng(1).random((8, 12)) < 0.5
     path = attribution.damping_path(train, query, pooled=pooled)
     sums = attribution.damping_path(train, query, pooled=pooled, subsets=masks)
-    assert sums.shape == (len(solver.GRID), 5, 8)
+    assert sums.shape == (len(GRID), 5, 8)
     assert_close(sums, path @ masks.T, 1e-10)
 
 
@@ -391,28 +569,17 @@ def plain_scores(value=1.0, **changes):
     return Scores(**settings | changes)
 
 
-def test_scores_without_damping_survive_saving(tmp_path):
-    plain_scores().save(tmp_path / "s.npz")
-    loaded = Scores.load(tmp_path / "s.npz")
-    for field in dataclasses.fields(loaded):
-        saved, read = (getattr(s, field.name) for s in (plain_scores(), loaded))
-        np.testing.assert_array_equal(saved, read)
-    assert loaded.damping is None
-    assert loaded.lambdas is None
-    assert loaded.eigenvalues is None
-
-
 def test_an_ensembles_scores_are_the_mean_of_its_models():
     models = [features(6, 9, seed=seed) for seed in range(3)]
-    each = [dtrak.attribute(*model, damping=0.2) for model in models]
-    mean = ensemble_mean(each)
-    expected = np.mean([one.scores for one in each], axis=0)
+    members = [dtrak.attribute(*model, damping=0.2) for model in models]
+    mean = ensemble_mean(members)
+    expected = np.mean([member.scores for member in members], axis=0)
     np.testing.assert_allclose(mean.scores, expected, rtol=1e-5, atol=1e-7)
     assert mean.scores.dtype == np.float32
     assert mean.damping == (0.2, False)
     assert mean.eigenvalues is None
     other = dtrak.attribute(*models[0], damping=0.3)
-    assert ensemble_mean([each[0], other]).damping is None
+    assert ensemble_mean([members[0], other]).damping is None
     assert ensemble_mean([plain_scores()]).method == "trak-ensemble"
 
 

@@ -18,14 +18,16 @@ from dtrak_jax.config import ModelConfig
 from dtrak_jax.models import convert
 
 GOLDENS = sorted(Path(__file__).with_name("goldens").glob("unet_*.npz"))
+LARGE = [path for path in GOLDENS if path.stem in ("unet_celeba", "unet_cifar")]
+SMALL = [path for path in GOLDENS if path not in LARGE]
 TINY = ModelConfig(
     sample_size=8,
     in_channels=1,
     out_channels=2,
     block_out_channels=(4, 8),
     layers_per_block=1,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
     norm_num_groups=2,
     dropout=0.5,
 )
@@ -68,39 +70,72 @@ def small_golden():
     return next(path for path in GOLDENS if path.stem == "unet_one_level")
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_equals_diffusers(path, tmp_path):
-    golden, own = write_golden(path, tmp_path)
-    model, params = models.from_diffusers(tmp_path)
+def objective(path, folder):
+    """(golden file, its tensors, model, parameters, params -> (loss, output))."""
+    golden, tensors = write_golden(path, folder)
+    model, params = models.from_diffusers(folder)
     x, weights = (
         jnp.asarray(golden[name].transpose(0, 2, 3, 1), jnp.float32)
         for name in ("x", "weights")
     )
+    t = jnp.asarray(golden["t"], jnp.int32)
 
-    @jax.jit
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def run(params):
-        t = jnp.asarray(golden["t"], jnp.int32)
+    def loss(params):
         output = models.apply_fn(model)(params, x, t, None)
         return (weights * output).mean(), output
 
-    (_, output), grads = run(params)
+    return golden, tensors, model, params, loss
+
+
+def check_output(output, golden):
+    """Asserts that outputs are those of diffusers."""
     output, expected = np.transpose(output, (0, 3, 1, 2)), golden["output"]
     assert output.shape == expected.shape
     np.testing.assert_allclose(
         output, expected, rtol=0, atol=5e-6 * abs(expected).max()
     )
 
-    grads = by_name(grads)
-    assert grads.keys() == own.keys()
-    # Relative to the layer: the gradient of to_k.bias is zero but for rounding.
-    largest = dict.fromkeys(map(layer, own), 0)
-    for name in own:
+
+def largest_gradients(golden, tensors):
+    """The largest gradient of each layer: that of to_k.bias is zero but for rounding."""
+    largest = dict.fromkeys(map(layer, tensors), 0)
+    for name in tensors:
         size = abs(golden[f"grad/{name}"]).max()
         largest[layer(name)] = max(size, largest[layer(name)])
+    return largest
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_equals_diffusers(path, tmp_path):
+    golden, tensors, _, params, loss = objective(path, tmp_path)
+    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    check_output(output, golden)
+    grads, largest = by_name(grads), largest_gradients(golden, tensors)
+    assert grads.keys() == tensors.keys()
     for name, grad in grads.items():
         error = abs(grad - golden[f"grad/{name}"]).max() / largest[layer(name)]
         assert error < 4e-5, (name, error)
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_large_models_equal_diffusers(path, tmp_path):
+    """Their derivatives along three directions, in which every layer counts as much."""
+    golden, tensors, model, params, loss = objective(path, tmp_path)
+    largest = largest_gradients(golden, tensors)
+    rng = np.random.default_rng(0)
+    derivative = jax.jit(
+        lambda params, along: jax.jvp(loss, (params,), (along,), has_aux=True)
+    )
+    for _ in range(3):
+        along = {
+            name: rng.normal(size=tensor.shape) / largest[layer(name)]
+            for name, tensor in tensors.items()
+        }
+        along = {name: tensor / tensor.size**0.5 for name, tensor in along.items()}
+        expected = [(along[name] * golden[f"grad/{name}"]).sum() for name in tensors]
+        _, found, output = derivative(params, convert.parameters(model, along))
+        assert abs(found - sum(expected)) < 4e-5 * np.linalg.norm(expected)
+        check_output(output, golden)
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
@@ -123,7 +158,7 @@ def test_round_trip(path, tmp_path):
     ("conditioning", "count"), [("scale_shift", 38_307_203), ("default", 35_746_307)]
 )
 def test_parameter_count(conditioning, count):
-    """Of the paper's CIFAR model, with and without its change to config.json."""
+    """The paper's CIFAR model, with and without its change to config.json."""
     model = models.build(ModelConfig(resnet_time_scale_shift=conditioning))
     shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
     assert models.parameter_count(shapes) == count
@@ -133,8 +168,8 @@ def test_init_is_uniform_in_the_fan_in(unet):
     model, params, _, _ = unet
     same, other = (models.init(model, jax.random.key(seed)) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, params, same)
-    assert not jnp.array_equal(*(p["conv_in"]["kernel"] for p in (params, other)))
-    params = flatten_dict(params)
+    assert not np.array_equal(*(p["conv_in"]["kernel"] for p in (params, other)))
+    params = flatten_dict(jax.device_get(params))
     unit = {"kernel": [], "bias": []}
     for path, value in params.items():
         kernel = params.get((*path[:-1], "kernel"))
@@ -150,47 +185,21 @@ def test_init_is_uniform_in_the_fan_in(unet):
         assert abs(values.var() - 1 / 3) < 4 * math.sqrt(4 / 45 / values.size)
 
 
-def test_gradients_of_single_examples(unet):
-    """vmap(grad), sharded over devices, equals a loop of grad on one."""
-    model, params, x, t = unet
-    apply = models.apply_fn(model)
-
-    def loss(params, x, t):
-        return jnp.mean(apply(params, x[None], t[None], None) ** 2)
-
-    grad = jax.grad(loss)
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
-    data = jax.P("data")
-    many = jax.shard_map(
-        jax.vmap(grad, (None, 0, 0)),
-        mesh=mesh,
-        in_specs=(jax.P(), data, data),
-        out_specs=data,
-        check_vma=False,
-    )
-    split = jax.device_put((x, t), jax.NamedSharding(mesh, data))
-    found = jax.jit(many)(params, *split)
-    one = jax.jit(grad)
-    loop = [one(params, x[i], t[i]) for i in range(len(x))]
-    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        found,
-        expected,
-    )
-
-
 def test_dropout_only_in_training(unet):
     model, params, x, t = unet
     train = jax.jit(models.train_apply_fn(model))
     plain = jax.jit(models.apply_fn(model))(params, x, t, None)
     without = models.build(dataclasses.replace(TINY, dropout=0.0))
-    expected = jax.jit(models.apply_fn(without))(params, x, t, None)
-    np.testing.assert_array_equal(plain, expected)
-    first, second, again = (
-        train(params, x, t, None, jax.random.key(seed)) for seed in (0, 1, 0)
+    programs = (
+        jax.jit(models.apply_fn(network)).lower(params, x, t, None).as_text()
+        for network in (model, without)
     )
-    assert not jnp.allclose(first, plain) and not jnp.allclose(first, second)
+    assert len(set(programs)) == 1
+    first, second, again = (
+        train(params, x, t, None, jax.random.split(jax.random.key(seed), len(x)))
+        for seed in (0, 1, 0)
+    )
+    assert not np.allclose(first, plain) and not np.allclose(first, second)
     np.testing.assert_array_equal(first, again)
 
 
@@ -208,7 +217,7 @@ def test_apply_refuses_wrong_input(unet):
     with pytest.raises(ValueError, match="cond is given.*pass None"):
         apply(params, x, t, jnp.zeros(16))
     with pytest.raises(ValueError, match="cond is given.*pass None"):
-        train(params, x, t, jnp.zeros(16), jax.random.key(0))
+        train(params, x, t, jnp.zeros(16), jax.random.split(jax.random.key(0), len(x)))
     for wrong_x, wrong_t in ((x[0], t), (x, t[:2]), (x[:, :7], t), (x[..., [0, 0]], t)):
         with pytest.raises(ValueError, match=r"x has shape .*\[B, H, W, 1\].* 2\."):
             apply(params, wrong_x, wrong_t, None)
@@ -259,7 +268,7 @@ def test_middle_attention_with_and_without_norm(small_golden, tmp_path):
 
 
 def test_defaults_are_those_of_diffusers():
-    """As the documentation of UNet2DModel states them."""
+    """The documentation of UNet2DModel states these."""
     config = convert.model_config({"sample_size": 64}, {})
     assert config == ModelConfig(
         sample_size=64,
@@ -326,15 +335,58 @@ def test_refuses_missing_and_damaged_files(small_golden, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
         models.from_diffusers(tmp_path)
-    header = b'{"x":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
+    given = ModelConfig(folder=str(tmp_path))
+    for content in (b"", b"\x09" + 7 * b"\0" + b"{", b"\xff" * 9, b"\x01" + 9 * b"\0"):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
+            models.from_diffusers(tmp_path)
+        with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
+            models.resolve(given)
+    header = b'{"x":{"dtype":"I16","shape":[1],"data_offsets":[0,2]}}'
     weights.write_bytes(len(header).to_bytes(8, "little") + header + b"12")
-    with pytest.raises(ValueError, match="BF16.*must be float32 or float16"):
+    with pytest.raises(ValueError, match="type of x is 'I16'; .* 'F16', 'BF16'"):
         models.from_diffusers(tmp_path)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {convert.WEIGHTS}; it must"):
         models.from_diffusers(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no config.json and no diffusion"):
         models.from_diffusers(tmp_path / "absent")
+
+
+def test_reads_halves(small_golden, tmp_path):
+    """Tensors of 16 bits are the numbers that they were rounded to."""
+    _, tensors = write_golden(small_golden, tmp_path)
+    for dtype in (jnp.bfloat16, np.float16, np.float64):
+        halves = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        write_golden(small_golden, tmp_path, tensors=halves)
+        _, params = models.from_diffusers(tmp_path)
+        for name, leaf in by_name(params).items():
+            assert leaf.dtype == np.float32
+            np.testing.assert_array_equal(leaf, halves[name].astype(np.float32))
+
+
+def test_a_given_folder_decides_the_model(small_golden, tmp_path, monkeypatch):
+    folder = tmp_path / "pipeline" / "unet"
+    folder.mkdir(parents=True)
+    write_golden(small_golden, folder)
+    model, params = models.from_diffusers(folder)
+    assert models.from_diffusers(folder.parent)[0] == model
+    monkeypatch.setattr(convert, "_read_tensors", None)  # No weight is read.
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, folder.parent, "pipeline"):
+        config = ModelConfig(folder=str(path))
+        assert models.resolve(config) == model.config
+        with pytest.raises(ValueError, match="model.folder is '.*pipeline.*resolve"):
+            models.build(config)
+    assert models.resolve(TINY) is TINY
+    with pytest.raises(
+        ValueError, match="model.dropout is 0.5, but .* leave it at 0.1"
+    ):
+        ModelConfig(folder="pipeline", dropout=0.5)
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config.json and no"):
+        models.resolve(ModelConfig(folder="nowhere"))
+    models.to_diffusers(model, params, tmp_path / "new")
+    assert models.resolve(ModelConfig(folder=str(tmp_path / "new"))) == model.config
 
 
 def test_config_refuses_what_diffusers_cannot_compute():

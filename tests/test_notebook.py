@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import use_simple_network, use_two_devices
+from sklearn.datasets import load_digits
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
@@ -19,10 +20,8 @@ ROOT = Path(__file__).parent.parent
 CELLS = json.loads((ROOT / "launch" / "colab.ipynb").read_text())["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 FLAGS = (
-    "--data.train 40 --data.validation 0 --model.block-out-channels 4 "
-    "--model.down-block-types DownBlock2D --model.up-block-types UpBlock2D "
-    "--model.no-add-attention --model.norm-num-groups 2 --train.steps 10 "
-    "--train.batch-size 8 --sample.count 5 --sample.steps 3 --features.timesteps 100 "
+    "--data.train 40 --data.validation 0 --train.steps 10 --train.batch-size 8 "
+    "--sample.count 5 --sample.steps 3 --features.timesteps 100 "
     "--features.measurements square --features.dim 64 --features.batch-size 8 "
     "--attribution.methods dtrak --report.methods dtrak"
 )
@@ -31,9 +30,7 @@ FLAGS = (
 @pytest.fixture
 def two_devices(monkeypatch):
     """What is small needs not be cut in eight."""
-    two = jax.local_devices()[:2]
-    monkeypatch.setattr(jax, "local_devices", lambda: two)
-    monkeypatch.setattr(jax, "devices", lambda: two)
+    use_two_devices(monkeypatch)
 
 
 @pytest.fixture
@@ -57,6 +54,7 @@ def test_it_runs_and_shows_the_report(
 ):
     """The lines for the shell are these; all other cells run as they are."""
     monkeypatch.chdir(ROOT)
+    use_simple_network(monkeypatch)
     settings, *cells = ("".join(cell["source"]) for cell in CODE)
     assert {"WORKDIR", "FLAGS"} <= set(re.findall(r"^(\w+) =", settings, re.MULTILINE))
     shell = [cell for cell in cells if cell.startswith(("!", "%"))]
@@ -69,19 +67,31 @@ def test_it_runs_and_shows_the_report(
     (tmp_path / "cells.py").write_text("\n".join(script))
     runpy.run_path(str(tmp_path / "cells.py"))
 
-    train_ids = set(files.read_npz(tmp_path / "run" / "splits.npz")["train_ids"])
+    workdir = tmp_path / "run"
+    train_ids = files.read_npz(workdir / "splits.npz")["train_ids"]
     (report,) = shown
     assert report.startswith('<div><iframe srcdoc="&lt;!doctype html')
-    scores = dtrak.Scores.load(tmp_path / "run" / "scores" / "dtrak-generated.npz")
+    scores = dtrak.Scores.load(workdir / "scores" / "dtrak-generated.npz")
+    features = [
+        dtrak.Features.load(workdir / "features" / name, "square")
+        for name in ("train", "generated")
+    ]
+    damped = dtrak.attribute(*features, damping=1.0)
     printed = capsys.readouterr().out
     for name in scores.top(5).ids[:4].flat:
         assert name in train_ids
         assert name in report
         assert name in printed
+    assert str(damped.top(5).ids[:4]) in printed
 
-    (image,) = plt.gca().images
-    pixels = np.asarray(image.get_array())
-    assert pixels.shape == (4 * 10, 6 * 10)
-    generated = files.read_npz(tmp_path / "run" / "samples" / "samples.npz")["images"]
-    np.testing.assert_array_equal(pixels[1:9, 1:9], generated[0, ..., 0])
+    shown_first, shown_last = plt.gca().images
+    for image, top in ((shown_first, scores.top(5)), (shown_last, damped.top(5))):
+        pixels = np.asarray(image.get_array())
+        assert pixels.shape == (4 * 10, 6 * 10)
+        samples = files.read_npz(workdir / "samples" / "samples.npz")["images"]
+        first = np.rint((pixels[1:9, 1:9] + 1) * 127.5)
+        np.testing.assert_array_equal(first, samples[0, ..., 0])
+        number = int(top.ids[0, 0].removeprefix("digit-"))
+        digit = load_digits().images[number] / 8 - 1
+        np.testing.assert_array_equal(pixels[1:9, 11:19], np.float32(digit))
     plt.close("all")

@@ -1,10 +1,11 @@
 """What the stages compile, compute and hold, by JAX's and XLA's own account.
 
-No timers: these are the regressions that a noisy machine can find.
+There are no timers: these are the regressions that a noisy machine can find.
 """
 
 import collections
 import contextlib
+import dataclasses
 import logging
 import re
 
@@ -12,17 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 import dtrak_jax as dtrak
 from dtrak_jax import diffusion, parallel, training
-from dtrak_jax.attribution import solver
 from dtrak_jax.config import TrainConfig
-from dtrak_jax.features import gradients
-from dtrak_jax.planning.costs import Program, cost
+from dtrak_jax.features import step_programs
+from dtrak_jax.features.gradients import projection_function
+from dtrak_jax.features.projection import TILE_ENTRIES
 from dtrak_jax.training import Member
 
 SCHEDULE = dtrak.linear_schedule()
-SLOTS, WIDTH = 16, 32
+IMAGES, WIDTH = 16, 32
 
 
 def init(key):
@@ -33,10 +35,10 @@ def init(key):
 
 
 def apply(params, x, t, cond):
-    for kernel in params:
+    for weight in params:
         x = jnp.tanh(
             jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
         )
     return x
@@ -53,19 +55,19 @@ P = sum(leaf.size for leaf in PARAMS)
 @contextlib.contextmanager
 def compilations():
     """Counts what XLA compiles, by name."""
-    found = collections.Counter()
+    counts = collections.Counter()
 
     class Count(logging.Handler):
         def emit(self, record):
-            said = record.getMessage()
-            if match := re.match(r"Finished XLA compilation of jit\((.*?)\) ", said):
-                found[match[1]] += 1
+            message = record.getMessage()
+            if match := re.match(r"Finished XLA compilation of jit\((.*?)\) ", message):
+                counts[match[1]] += 1
 
     logger, handler = logging.getLogger("jax"), Count()
     logger.addHandler(handler)
     try:
         with jax.log_compiles():
-            yield found
+            yield counts
     finally:
         logger.removeHandler(handler)
 
@@ -75,163 +77,140 @@ def random_images(n):
 
 
 def test_featurize_compiles_once_for_any_number_of_images():
-    """One gradient and one projection, whatever n and however batches are cut."""
+    """One program for gradients and one for features, however batches are cut; one more
+    adds up the parts of averages. A profile shows them by these names."""
     params = init(jax.random.key(0))
     task = dtrak.Task(apply, SCHEDULE, measurement=("square", "loss"), timesteps=3)
+    averaged = dataclasses.replace(task, per_timestep=False)
     projection = dtrak.Projection("sketch", 64)
-    with compilations() as found:
-        for n in (1, 7, 30):
-            dtrak.featurize(task, params, random_images(n), projection, batch_size=2)
-    assert found == {"per_device": 2}
+    for kind, names in [
+        (task, {"gradients": 1, "project": 1}),
+        (averaged, {"gradients": 1, "project": 1, "add_gradients": 1}),
+    ]:
+        with compilations() as counts:
+            for n in (1, 7, 30):
+                images = random_images(n)
+                dtrak.featurize(kind, params, images, projection, batch_size=2)
+        assert counts == names
+
+
+def step_compilations(counts):
+    """The number of programs called a step, such as "train_step"."""
+    return sum(count for name, count in counts.items() if name.endswith("step"))
 
 
 def test_training_compiles_its_step_once(tmp_path):
     """Over epochs with a short last batch, and over checkpoints."""
     config = TrainConfig(steps=7, batch_size=8, save_every=3, log_every=2)
-    with compilations() as found:
-        training.train(init, train_apply, SCHEDULE, random_images(20), config, tmp_path)
-    assert found["step"] == 1
-    with compilations() as found:
+    recipe = training.Recipe(init, train_apply, SCHEDULE, config)
+    with compilations() as counts:
+        training.train(recipe, random_images(20), tmp_path)
+    assert step_compilations(counts) == 1
+    with compilations() as counts:
         members = [Member(str(i), np.arange(5 + i), i) for i in range(9)]
-        training.train_members(
-            init, train_apply, SCHEDULE, random_images(20), members, config, tmp_path
-        )
+        training.train_members(recipe, random_images(20), members, tmp_path)
     # Nine members on eight devices: one mesh of eight, and one of one.
-    assert found["step"] == 2
+    assert step_compilations(counts) == 2
 
 
 def test_sampling_compiles_its_step_once():
     params = init(jax.random.key(0))
-    shape = (8, 8, 1)
-    with compilations() as found:
+    shape, sampler = (8, 8, 1), diffusion.Sampler(SCHEDULE, steps=4)
+    with compilations() as counts:
         for n in (16, 30):
             seeds = np.arange(n)
-            diffusion.sample(
-                apply, params, SCHEDULE, seeds, shape, steps=4, batch_size=2
-            )
-    assert found["step"] == 1
+            diffusion.sample(apply, params, sampler, seeds, shape, batch_size=2)
+    assert step_compilations(counts) == 1
 
 
-def test_attribution_compiles_one_product_for_all_kernels_and_dampings():
+def test_attribution_compiles_nothing_for_another_damping():
+    """Nor for more pairs: all kernels share their programs."""
     rng = np.random.default_rng(0)
     train, query = rng.normal(size=(5, 20, 32)), rng.normal(size=(5, 3, 32))
-    with compilations() as found:
-        dtrak.damping_path(train.astype(np.float32), query.astype(np.float32))
-    assert found == {"add_block": 1}
+    train, query = train.astype(np.float32), query.astype(np.float32)
+    dtrak.attribute(train[:1], query[:1], damping=0.1)
+    with compilations() as counts:
+        dtrak.attribute(train, query, damping=0.3)
+    assert not counts
 
 
 def one_device_mesh():
     return parallel.mesh(jax.local_devices()[:1])
 
 
-def compiled_step(slots, copies, measurement="square"):
-    """The compiled gradient step of `featurize` on one device."""
+def step_flops(per_timestep, measurement="square"):
+    """XLA's count for the step of `featurize` on one device that makes 16 gradients of
+    an image, or one of 16 noised images."""
     task = dtrak.Task(
         apply,
         SCHEDULE,
         measurement=measurement,
-        timesteps=max(copies, 1),
-        per_timestep=copies == 1,
+        timesteps=IMAGES,
+        per_timestep=per_timestep,
     )
-    given = gradients.Slots(
-        x=jax.ShapeDtypeStruct((slots, 1, 8, 8, 1), np.float32),
-        words=jax.ShapeDtypeStruct((slots, 2), np.uint32),
-        position=jax.ShapeDtypeStruct((slots,), np.int32),
-        pair=jax.ShapeDtypeStruct((slots, copies), np.int32),
-        weight=jax.ShapeDtypeStruct((slots, copies), np.float32),
-        cond=None,
-    )
-    step = gradients.gradient_function(task, one_device_mesh())
-    return step.lower(PARAMS, {}, given).compile()
+    images = jax.ShapeDtypeStruct((IMAGES, 8, 8, 1), np.float32)
+    projection, mesh = dtrak.Projection(), one_device_mesh()
+    programs = step_programs(task, PARAMS, images, projection, mesh, IMAGES)
+    function, arguments, _ = programs.gradients
+    return function.lower(*arguments).compile().cost_analysis()["flops"]
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """The compiled mean gradient over as many images: what training pays."""
-    x = jax.ShapeDtypeStruct((SLOTS, 8, 8, 1), np.float32)
+def plain_flops():
+    """XLA's count for the mean gradient over as many images: what training pays."""
+    x = jax.ShapeDtypeStruct((IMAGES, 8, 8, 1), np.float32)
 
     def mean_square(params, x):
         return jnp.mean(apply(params, x, None, None) ** 2)
 
-    return jax.jit(jax.grad(mean_square)).lower(PARAMS, x).compile()
-
-
-def flops(compiled):
+    compiled = jax.jit(jax.grad(mean_square)).lower(PARAMS, x).compile()
     return compiled.cost_analysis()["flops"]
 
 
-def scratch(compiled):
-    """Bytes of everything but arguments and results."""
-    return compiled.memory_analysis().temp_size_in_bytes
+@pytest.mark.parametrize("per_timestep", [True, False])
+def test_the_step_computes_what_a_plain_gradient_does(plain_flops, per_timestep):
+    """Gradients of all images, or one of their average: the same arithmetic."""
+    assert step_flops(per_timestep) < 1.2 * plain_flops
 
 
-def test_the_step_computes_what_a_plain_gradient_does(plain):
-    """Own gradients of all images, or averaged ones: the same arithmetic."""
-    assert flops(compiled_step(SLOTS, 1)) < 1.15 * flops(plain)
-    assert flops(compiled_step(1, SLOTS)) < 1.15 * flops(plain)
-
-
-def test_three_measurements_share_a_forward_pass(plain):
+def test_three_measurements_share_a_forward_pass(plain_flops):
     """One forward and three backward passes, of twice a forward each: 7 of 9 parts."""
-    three = compiled_step(SLOTS, 1, ("square", "loss", "l1"))
-    assert flops(three) < 7 / 3 * 1.1 * flops(plain)
+    three = step_flops(True, ("square", "loss", "l1"))
+    assert three < 7 / 3 * 1.15 * plain_flops
 
 
-def test_memory_of_the_step(plain):
-    """About a plain gradient's; every image's own gradient is there once, the result.
-
-    And what the patches of one layer's inputs take, while they are made.
-    """
-    own = 4 * SLOTS * P
-    patches = 4 * SLOTS * 8 * 8 * 9 * WIDTH
-    assert scratch(compiled_step(1, SLOTS)) < 1.1 * scratch(plain) + own / 2
-    assert (
-        scratch(compiled_step(SLOTS, 1)) < 1.1 * scratch(plain) + own / 2 + 3 * patches
-    )
+def equations(jaxpr):
+    """Yields every operation of a jaxpr, and of those within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
-def projection_program(kind, p, k, n=8, measurements=("square",)):
-    mesh = one_device_mesh()
-    project = gradients.projection_function(dtrak.Projection(kind, k), mesh)
-    part = jax.ShapeDtypeStruct((n, p // 4), np.float32)
-    return Program(project, ({name: [part] * 4 for name in measurements},), mesh)
-
-
-def compiled_projection(*of):
-    program = projection_program(*of)
-    return program.function.lower(*program.arguments).compile()
+def projection_equations(kind, p, k, n=8, measurements=("square",)):
+    """The operations of a projection of gradients in four parts."""
+    project = projection_function(dtrak.Projection(kind, k), one_device_mesh())
+    parts = [jax.ShapeDtypeStruct((n, p // 4), np.float32)] * 4
+    gradients = {name: parts for name in measurements}
+    return list(equations(jax.make_jaxpr(project)(gradients).jaxpr))
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_a_dense_projection_is_drawn_once_for_all_measurements(kind):
-    """Another measurement takes its products more: 2 n operations an entry, and no draw."""
-    p, k, n = 100_000, 512, 3
-    one, two = (
-        cost(projection_program(kind, p, k, n, names)).flops
-        for names in (("square",), ("square", "loss"))
-    )
-    assert 2 * n * p * k < two - one < 1.2 * 2 * n * p * k
+    def draws(measurements):
+        operations = projection_equations(kind, 100_000, 512, 3, measurements)
+        return sum(e.primitive.name == "threefry2x32" for e in operations)
+
+    assert draws(("square", "loss", "l1")) == draws(("square",)) > 0
 
 
-def test_memory_of_the_sketch():
-    """The signs, and a few rows; not the gradients once more."""
-    n, p, k = 8, 200_000, 2048
-    assert scratch(compiled_projection("sketch", p, k, n)) < 4 * (2 * p + 10 * n * k)
-
-
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_memory_of_dense_projections(kind):
-    """Tiles, not p x k entries: here 800 tiles' worth."""
-    n, p, k = 8, 200_000, 16_384
-    tile = 4 * 2**22
-    assert scratch(compiled_projection(kind, p, k, n)) < 4 * n * (p + 10 * k) + 6 * tile
-
-
-def test_memory_of_the_gram_matrix():
-    """Its size and its blocks', whatever the number of features."""
-    n, width = 256, 4096
-    gram = jax.ShapeDtypeStruct((n, n), np.float32)
-    block = jax.ShapeDtypeStruct((n, width), np.float32)
-    add_block = solver._gram_function(one_device_mesh())
-    compiled = add_block.lower(gram, block).compile()
-    assert scratch(compiled) < 4 * (2 * n * n + 2 * n * width)
+@pytest.mark.parametrize("kind", ["sketch", "rademacher", "gaussian"])
+def test_no_projection_has_an_array_as_large_as_its_matrix(kind):
+    """The largest is a gradient's size, twice over, or a tile: here a 200th of p k."""
+    n, p, k = 8, 200_000, 8192
+    sizes = [
+        variable.aval.size
+        for equation in projection_equations(kind, p, k, n)
+        for variable in equation.outvars
+    ]
+    assert max(sizes) <= max(1.1 * n * p, 1.1 * TILE_ENTRIES) < p * k / 200

@@ -1,33 +1,65 @@
-"""The whole path, as a person types it: killed, rerun, mistyped."""
+"""The whole path, as a person types it: killed, rerun, mistyped, on any data."""
 
+import contextlib
+import io
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS, digits_command, run_arrays
+from conftest import (
+    DIGITS,
+    digits_command,
+    draw_nothing,
+    open_run,
+    png,
+    run_arrays,
+    use_simple_network,
+)
+from PIL import Image
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, files, pipeline, training
+from dtrak_jax import cli, diffusion, files, methods, models, pipeline, training
+from dtrak_jax.attribution import Scores
+from dtrak_jax.run import Run
 
 FLAGS = {
-    "data.train": "200",
+    "data.train": "140",
     "data.validation": "6",
-    "model.block-out-channels": "4 8",
-    "model.norm-num-groups": "2",
-    "train.steps": "300",
+    "train.steps": "40",
     "train.save-every": "10",
     "sample.count": "4",
     "sample.steps": "5",
     "features.timesteps": "100 300",
-    "features.dim": "64",
+    "features.dim": "8",
     "features.batch-size": "4",
+    "attribution.methods": "dtrak trak",
 }
+
+KILLED = """
+import os, signal, sys
+import conftest, jax, pytest
+from dtrak_jax import cli
+from dtrak_jax.features.store import Store
+jax.config.update("jax_num_cpu_devices", 1)
+conftest.use_simple_network(pytest.MonkeyPatch())
+write = Store.write
+def write_and_die(store, rows, *arrays):
+    if rows.start:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(store, rows, *arrays)
+Store.write = write_and_die
+cli.main()
+"""
+"""A command that is killed, with no chance to clean up, at the second chunk of
+features; of a network that compiles fast."""
 
 
 def command(stage, workdir, **changes):
@@ -35,116 +67,78 @@ def command(stage, workdir, **changes):
     return digits_command(stage, workdir, FLAGS, changes)
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a command in a process of its own, with one device and a home of its own.
-
-    All of them share what was compiled.
-    """
-    cache = tmp_path_factory.mktemp("cache")
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "XDG_CACHE_HOME": str(cache),
-    }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-
-    def start(line, more=None):
-        return subprocess.Popen(
-            [sys.executable, "-m", "dtrak_jax", *line],
-            env=environment | (more or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    yield start
-    assert list((cache / "dtrak_jax").rglob("*-cache")), "nothing compiled was kept"
+@pytest.fixture
+def simple(one_device, monkeypatch):
+    """One device, a network that compiles fast, and no figures."""
+    use_simple_network(monkeypatch)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def whole(tmp_path_factory):
     """The run directory of an uninterrupted `run`."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(command("run", workdir))
-    out, error = process.communicate()
-    assert process.returncode == 0, error
-    assert out == f"wrote {workdir / 'report.html'}\n"
+    first, out = jax.local_devices()[:1], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(jax, "local_devices", lambda: first)
+        patch.setattr(jax, "devices", lambda: first)
+        use_simple_network(patch)
+        cli.main(command("run", workdir))
+    assert out.getvalue() == f"wrote {workdir / 'report.html'}\n"
     return workdir
 
 
-def kill_when(process, ready):
-    """Kills the process, with no chance to clean up, once ready() is true."""
-    deadline = time.time() + 300
-    while not ready() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1]
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def start_and_kill(line, more):
+    """Starts a command in a process of its own, which is killed in featurize."""
+    paths = (DIGITS.parent.parent, Path(__file__).parent)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *line],
+        env=environment | more,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
-def arrays(workdir):
-    """Every array that the run directory ends with."""
-    _, config, _ = cli.parse(command("run", workdir))
-    return run_arrays(config, workdir)
+def assert_same(workdir, whole, **changes):
+    """Every array of two run directories is the same bit for bit."""
+    found = run_arrays(open_run(command("run", workdir, **changes)))
+    expected = run_arrays(open_run(command("run", whole)))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_equal(found[name], value, err_msg=str(name))
 
 
-def test_killed_in_train_and_in_featurize_it_ends_the_same(start, whole, tmp_path):
+def test_killed_in_featurize_it_ends_the_same(simple, whole, tmp_path):
     """kill -9, then the same command: every array bit for bit."""
     workdir = tmp_path / "cut"
-    checkpoints = workdir / "checkpoints"
-    process = start(command("train", workdir))
-    kill_when(process, lambda: list(checkpoints.glob("[0-9]0")))
-    steps = [int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal()]
-    assert steps
-    assert max(steps) < 300
-    for stage in ("train", "sample"):
-        process = start(command(stage, workdir))
-        assert process.communicate() == ("", "")
-        assert process.returncode == 0
-    losses = workdir / "features" / "train" / "losses" / "c" / "0"
-    process = start(command("featurize", workdir))
-    kill_when(process, lambda: losses.is_dir() and any(losses.iterdir()))
+    home = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    start_and_kill(command("run", workdir), home)
+    # It kept what it compiled, in the user's folder.
+    assert list((tmp_path / "dtrak_jax").rglob("*-cache"))
     with pytest.raises(ValueError, match="examples have no features yet"):
         dtrak.Features.load(workdir / "features" / "train", "loss")
-    process = start(command("run", workdir))
-    _, error = process.communicate()
-    assert process.returncode == 0, error
-    cut, expected = arrays(workdir), arrays(whole)
-    assert cut.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_equal(cut[name], value, err_msg=str(name))
+    cli.main(command("run", workdir))
+    assert_same(workdir, whole)
 
 
-def test_killed_on_a_bucket_it_ends_the_same(start, whole, bucket, tmp_path):
-    """The same again with the workdir on gs://, over HTTP; then copied here."""
+def test_killed_on_a_bucket_it_ends_the_same(simple, whole, bucket, tmp_path, capsys):
+    """The same with the workdir on gs://, over HTTP; then copied here."""
     workdir = "gs://bucket/run"
-
-    def line(stage):
-        # A checkpoint is a hundred requests.
-        return command(stage, workdir, train__save_every="150")
-
-    def there(ending):
-        return any(n.startswith("run/") and n.endswith(ending) for n in bucket.objects)
-
-    def start_and_kill(stage, ending):
-        process = start(line(stage), bucket.environment())
-        kill_when(process, lambda: there(ending))
-
-    start_and_kill("train", "/75/commit_success.txt")
-    assert not there("/300/commit_success.txt")
-    start_and_kill("run", "features/train/losses/c/0/0")
-    assert not there("features/train/losses/c/0/3")
-    process = start(line("run"), bucket.environment())
-    out, error = process.communicate()
-    assert process.returncode == 0, error
-    assert out == f"wrote {workdir}/report.html\n"
+    # A checkpoint is a hundred requests.
+    line = command("run", workdir, train__save_every="40")
+    start_and_kill(line, bucket.environment())
+    assert "run/features/train/losses/c/0/0" in bucket.objects
+    assert "run/features/train/losses/c/0/1" not in bucket.objects
+    cli.main(line)
+    assert capsys.readouterr().out == f"wrote {workdir}/report.html\n"
     for name, (_, content) in bucket.objects.items():
         files.write_bytes(tmp_path / name, content)
-    cut, expected = arrays(tmp_path / "run"), arrays(whole)
-    assert cut.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_equal(cut[name], value, err_msg=str(name))
+    assert_same(tmp_path / "run", whole, train__save_every="40")
 
 
 def test_the_run_directory_is_as_documented(whole):
@@ -156,13 +150,14 @@ def test_the_run_directory_is_as_documented(whole):
         "checkpoints",
         "samples",
         "features",
+        "kernels",
         "scores",
         "report.html",
     }
     assert not list(whole.rglob("*.partial"))
     assert len(list((whole / "samples").glob("*.png"))) == 4
-    scores = dtrak.Scores.load(whole / "scores" / "dtrak-generated.npz")
-    assert scores.scores.shape == (4, 200)
+    scores = Scores.load(whole / "scores" / "dtrak-generated.npz")
+    assert scores.scores.shape == (4, 140)
     assert scores.query_ids[0] == "generated-00000"
     splits = files.read_npz(whole / "splits.npz")
     np.testing.assert_array_equal(scores.train_ids, splits["train_ids"])
@@ -171,12 +166,157 @@ def test_the_run_directory_is_as_documented(whole):
 
 
 def test_attribution_sees_the_8_bit_images(whole):
-    from PIL import Image
+    generated = open_run(command("run", whole)).queries["generated"]
+    assert len(generated.ids) == 4
+    for image, name in zip(generated.images, generated.ids, strict=True):
+        picture = Image.open(whole / "samples" / f"{name.split('-')[1]}.png")
+        np.testing.assert_array_equal(image[..., 0], np.float32(picture) / 127.5 - 1)
 
-    images, ids = pipeline.load_samples(whole)
-    for image, name in zip(images, ids, strict=True):
-        png = Image.open(whole / "samples" / f"{name.split('-')[1]}.png")
-        np.testing.assert_array_equal(image[..., 0], np.float32(png) / 127.5 - 1)
+
+SMALL = {
+    "data.train": "24",
+    "data.validation": "3",
+    "model.sample-size": "8",
+    "model.in-channels": "1",
+    "model.out-channels": "1",
+    "train.steps": "8",
+    "train.batch-size": "8",
+    "sample.count": "3",
+    "sample.steps": "2",
+    "features.timesteps": "100 200",
+    "features.dim": "8",
+    "ensemble.subsets": "16",
+    "ensemble.seeds": "2",
+    "ensemble.timesteps": "2",
+    "counterfactual.queries": "1",
+    "counterfactual.count": "5",
+    "ablation.timesteps": "100 200",
+    "ablation.draws": "1",
+    "ablation.noise-seeds": "1",
+    "ablation.most-draws": "2",
+    "ablation.dims": "8",
+    "report.queries": "1",
+}
+
+
+def tagged(params, x, t, cond):
+    """The network that compiles fast, its layer tagged for factorised projections."""
+    w = params["w"]
+    y = jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    y = dtrak.layer(w, x, y, padding="SAME")
+    return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
+
+
+def write_pictures(folder, count):
+    """A folder of grey PNG files, with a CSV of labels and groups."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 9, 9), np.uint8)
+    rows = ["file,label,hand"]
+    for i, picture in enumerate(pixels):
+        files.write_bytes(folder / f"{i:02d}.png", png(picture))
+        rows.append(f"{i:02d}.png,{i % 3},{'left' if i % 4 else 'right'}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("digits", {}),
+        ("mnist", {"data.name": "{folder}", "data.groups": "hand"}),
+        # The first config has all studies.
+        ("cifar2", {"data.groups": "label", "ablation.studies": "checkpoint"}),
+    ],
+)
+def test_every_command_runs_on_shipped_configs(
+    simple, monkeypatch, mocked, tmp_path, capsys, config, flags
+):
+    """In small, one after the other, on each source: digits, folder, tfds."""
+    monkeypatch.setattr(models, "apply_fn", lambda model: tagged)
+    workdir = tmp_path / "run"
+    write_pictures(tmp_path / "pictures", 30)
+    flags = {k: v.format(folder=tmp_path / "pictures") for k, v in flags.items()}
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    with mocked("cifar10", 150, ("train", "test"), names):
+        for stage in pipeline.STAGES:
+            line = digits_command(stage.name, workdir, SMALL | flags, {})
+            line[1] = str(DIGITS.parent / f"{config}.py")
+            cli.main(line)
+        run = open_run(line)
+        assert len(run.splits.train.ids) == 24
+        assert set(run.queries) == {"validation", "generated"}
+        assert set(run.splits.train.groups) == set(flags.get("data.groups", "").split())
+    removed = {row["method"] for row in run.json("counterfactual")["summary"]}
+    assert removed >= {*run.config.attribution.methods, "random", "everything"}
+    studies = {row["name"] for row in run.json("ablations")["rows"]}
+    assert studies == set(run.config.ablation.studies)
+    for queries in ("validation", "generated"):
+        scored = {row["method"] for row in run.json("lds")["queries"][queries]["rows"]}
+        assert scored >= set(run.config.attribution.methods)
+    page = (workdir / "report.html").read_text()
+    assert all(
+        f'id="{part}"' in page for part in ("trust", "counterfactual", "ablations")
+    )
+    assert f"wrote {workdir / 'report.html'}" in capsys.readouterr().out
+
+
+GIVEN = """
+from dtrak_jax.config import *
+def get_config():
+    return Config(
+        data=DataConfig(source="digits", train=12, validation=0),
+        model=ModelConfig(folder="{0}/model"),
+        queries=QueriesConfig(folder="{0}/pictures"),
+        features=FeaturesConfig(
+            measurements=("square",), timesteps=(100,), dim=8, batch_size=4
+        ),
+        attribution=AttributionConfig(methods=("dtrak",)),
+    )
+"""
+
+
+def test_a_given_model_and_given_queries(one_device, monkeypatch, tmp_path):
+    """Nothing is trained, and nothing is sampled."""
+    network = models.ModelConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        add_attention=False,
+        norm_num_groups=2,
+    )
+    model = models.build(network)
+    params = models.init(model, jax.random.key(0))
+    models.to_diffusers(model, params, tmp_path / "model")
+    write_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "given.py").write_text(GIVEN.format(tmp_path))
+    for module, name in ((training, "train"), (diffusion, "sample")):
+        monkeypatch.setattr(module, name, lambda *_, n=name, **__: pytest.fail(n))
+    for stage in ("featurize", "attribute", "report"):
+        line = [stage, str(tmp_path / "given.py"), "--workdir", str(tmp_path / "run")]
+        cli.main(line)
+    run = open_run(line)
+    scores = run.scores("dtrak", "generated")
+    assert scores.query_ids.tolist() == ["00.png", "01.png", "02.png"]
+    assert np.isfinite(scores.scores).all() and scores.scores.std() > 0
+    jax.tree.map(np.testing.assert_array_equal, run.params(), params)
+    made = {path.name for path in run.workdir.iterdir()}
+    assert not made & {"checkpoints", "metrics.jsonl", "samples", "ensemble"}
+    assert "00.png" in (run.workdir / "report.html").read_text()
 
 
 def run(line, capsys):
@@ -195,7 +335,7 @@ def run(line, capsys):
         ({"train__warmup": "2"}, "train.warmup is 2.0; it must be a finite number"),
         ({"features__noise": "shared"}, "'common', 'independent'"),
         ({"features__dim": "0"}, "features.dim is 0"),
-        ({"features__measurements": "square l3"}, "'l3'; it must be one of: 'loss'"),
+        ({"features__measurements": "square l3"}, "invalid choice 'l3'"),
         ({"features__measurements": "square"}, "attribution.methods has 'trak'"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
         ({"sample__steps": "2000"}, "at most diffusion.steps=1000"),
@@ -239,18 +379,7 @@ def test_help_lists_the_commands_and_the_settings(capsys):
     code, said = run(["train", str(DIGITS), "--help"], capsys)
     assert code == 0
     assert "--train.learning-rate" in said
-
-
-def test_stages_name_the_stage_that_is_missing(tmp_path, capsys):
-    for stage, missing in [
-        ("sample", "dtrak-jax train"),
-        ("featurize", "dtrak-jax sample"),
-        ("attribute", "dtrak-jax sample"),
-        ("report", "dtrak-jax sample"),
-    ]:
-        code, said = run(command(stage, tmp_path), capsys)
-        assert code == 2
-        assert f"run `{missing}`" in said
+    assert "{common,independent,reference,cyclic}" in said
 
 
 def test_a_workdir_of_another_config(whole, tmp_path, capsys):
@@ -265,26 +394,51 @@ def test_a_workdir_of_another_config(whole, tmp_path, capsys):
 
 def test_what_a_killed_write_left_is_in_nobodys_way(tmp_path):
     (tmp_path / "config.json.7.partial").write_bytes(b'{"conf')
-    _, config, options = cli.parse(command("train", tmp_path))
-    assert pipeline.open_run(config, options.workdir) == tmp_path
+    assert open_run(command("train", tmp_path)).workdir == tmp_path
     assert (tmp_path / "config.json").exists()
 
 
-def test_settings_that_change_no_result_may_change(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "w")
-    before = (tmp_path / "w" / "report.html").read_text()
-    cli.main(command("report", tmp_path / "w", report__queries="1"))
-    assert (tmp_path / "w" / "report.html").read_text() != before
+def test_free_settings_may_change(simple, whole, tmp_path):
+    """What is shown, and the damping, in a run directory that there is."""
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    before = (workdir / "report.html").read_text()
+    cli.main(command("report", workdir, report__queries="1"))
+    assert (workdir / "report.html").read_text() != before
+    kept = (workdir / "features" / "train" / "metadata.json").stat().st_mtime_ns
+    cli.main(command("run", workdir, attribution__damping="0.7"))
+    assert Scores.load(workdir / "scores" / "trak-generated.npz").damping[0] == 0.7
+    saved = files.read_json(workdir / "config.json")["config"]
+    assert saved["attribution.damping"] == 0.7
+    metadata = workdir / "features" / "train" / "metadata.json"
+    assert metadata.stat().st_mtime_ns == kept
 
 
-def test_interrupts_say_how_to_go_on(tmp_path, capsys, monkeypatch):
+def test_a_profile_is_a_trace(simple, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    cli.main([*command("attribute", workdir), "--profile", str(tmp_path / "trace")])
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_methods_are_listed(capsys):
+    cli.main(["methods"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in methods.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [((), "stopped; the same command continues"), (("after step 5",), "after step 5")],
+)
+def test_interrupts_end_with_130(tmp_path, capsys, monkeypatch, raised, expected):
+    """By which a script tells a stop from an error."""
+
     def stop(*_, **__):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*raised)
 
     monkeypatch.setattr(training, "train", stop)
     code, said = run(command("train", tmp_path), capsys)
     assert code == 130
-    assert "the same command continues" in said
+    assert expected in said
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -310,3 +464,13 @@ def test_paper_configs_have_the_papers_size(name, parameters):
     model = dtrak.models.build(config.model)
     shapes = dtrak.models.functions.parameter_shapes(model)
     assert dtrak.models.parameter_count(shapes) == parameters
+
+
+def test_a_refused_command_leaves_the_workdir_free(tmp_path, capsys):
+    """Of what was refused before anything was made, only the config is there."""
+    code, text = run(command("train", tmp_path / "w", data__train="20000"), capsys)
+    assert code == 2
+    assert "there are only 1797 examples" in text
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["config.json"]
+    _, config, options = cli.parse(command("train", tmp_path / "w"))
+    assert Run.open(config, options.workdir).config == config

@@ -1,10 +1,13 @@
 """Plans: what XLA says is counted right, and steps are those that stages make."""
 
 import collections
+import contextlib
+import dataclasses
+import functools
+import io
 import json
 import os
 import platform
-import runpy
 import subprocess
 import sys
 
@@ -12,21 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DIGITS, digits_command
+from conftest import DIGITS, digits_command, png, use_simple_network, use_two_devices
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, data, models, parallel, planning
-from dtrak_jax.attribution import solver
+from dtrak_jax import cli, data, models, parallel, pipeline, planning, training
+from dtrak_jax.attribution import linalg
+from dtrak_jax.config import ModelConfig, QueriesConfig
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.evaluation import outputs
 from dtrak_jax.features import gradients
-from dtrak_jax.parallel import P, over_mesh
-from dtrak_jax.planning import table
-from dtrak_jax.planning.costs import Cost, Program, collectives, cost
-from dtrak_jax.planning.stages import Stage, stages_of
+from dtrak_jax.features.microbatches import Microbatch
+from dtrak_jax.parallel import P, Program, sharded
+from dtrak_jax.planning import table, work
+from dtrak_jax.planning.costs import Cost, collectives, cost
+from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Chip
-from dtrak_jax.training import ensemble
-from dtrak_jax.training import loop as training_loop
+from dtrak_jax.run import Run
 
 needs_libtpu = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
@@ -52,32 +56,40 @@ FLAGS = {
     "features.batch-size": "2",
     "ensemble.subsets": "5",
     "ensemble.seeds": "2",
+    "ensemble.models": "1",
     "ensemble.timesteps": "4",
     "ensemble.draws": "2",
     "ensemble.batch-size": "10",
 }
+ALL = {kind: [0, 0] for kind in planning.costs.KINDS}
 
 
-def square(*shape):
-    return jax.ShapeDtypeStruct(shape, np.float32)
+def array(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def tiny_config(tmp_path, **changes):
-    line = digits_command("run", tmp_path, FLAGS, changes)
-    return cli.parse(line)[1]
-
-
-@pytest.fixture(scope="module")
-def p(tmp_path_factory):
-    """The number of parameters of that run."""
-    model = models.build(tiny_config(tmp_path_factory.mktemp("p")).model)
-    shapes = jax.eval_shape(models.init_fn(model), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+def tiny_config(**changes):
+    return cli.parse(digits_command("run", "none", FLAGS, changes))[1]
 
 
 def on_devices(function, devices, *arguments):
+    """A program of replicated arguments."""
     mesh = parallel.mesh(jax.devices()[:devices])
-    return Program(over_mesh(function, mesh, P(), P()), arguments, mesh)
+    return Program(sharded(function, mesh, P(), P()), arguments, mesh)
+
+
+def planned(config, topology=None):
+    """{name: step} of all stages, without compiling anything."""
+    topology = topology or planning.find(None)
+    return {
+        step.name: step
+        for stage in pipeline.STAGES
+        if stage.programs
+        for step in stage.programs(Run(config, None), topology)
+    }
+
+
+# Costs of a program
 
 
 def test_bodies_of_loops_are_counted_for_every_trip():
@@ -90,7 +102,7 @@ def test_bodies_of_loops_are_counted_for_every_trip():
                 0, 2, lambda i, c: jax.lax.fori_loop(0, trips, lambda j, d: d @ b, c), a
             )
 
-        return on_devices(program, 1, square(N, N), square(N, N))
+        return on_devices(program, 1, array(N, N), array(N, N))
 
     def counted(trips):
         program = looped(trips)
@@ -100,10 +112,10 @@ def test_bodies_of_loops_are_counted_for_every_trip():
     assert counted(20) == counted(5)
     product = 2 * N**3
     costs = {trips: cost(looped(trips)) for trips in (5, 20)}
-    for trips, one in costs.items():
+    for trips, looped_cost in costs.items():
         # Beside the products there are the loops' counters.
-        assert one.flops == pytest.approx(3 * trips * product, rel=1e-3)
-        assert one.passes == one.flops
+        assert looped_cost.flops == pytest.approx(3 * trips * product, rel=1e-3)
+        assert looped_cost.passes == looped_cost.flops
     assert costs[20].bytes > 3 * costs[5].bytes
 
 
@@ -113,35 +125,29 @@ def test_collectives_in_loops_are_counted_for_every_trip():
             lambda c, _: (jax.lax.psum(c, "data") / 8, None), a, None, length=7
         )[0]
 
-    found = cost(on_devices(program, 8, square(N, N))).collectives
-    assert found == {"all-reduce": [7, 7 * 4 * N * N]}
+    exchanged = cost(on_devices(program, 8, array(N, N))).collectives
+    assert exchanged == ALL | {"all-reduce": [7, 7 * 4 * N * N]}
 
 
-def test_what_was_compiled_is_found_again_for_any_host(tmp_path, monkeypatch):
+def test_what_was_compiled_is_found_again_for_any_host(tmp_path):
     """And not for other programs, or other arrangements of devices."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    compiled = collections.Counter()
-    account = planning.costs._account
 
-    def counting(lowered):
-        compiled["all"] += 1
-        return account(lowered)
-
-    monkeypatch.setattr(planning.costs, "_account", counting)
-
-    def found(devices, factor=2.0):
+    def account(devices, factor=2.0):
+        """The cost, and the number of accounts that are kept."""
         mesh = parallel.mesh(devices)
-        function = over_mesh(lambda a: factor * a, mesh, P("data"), P("data"))
-        return cost(Program(function, (square(N),), mesh)), compiled["all"]
+        function = sharded(lambda a: factor * a, mesh, P("data"), P("data"))
+        program = Program(function, (array(N),), mesh)
+        return cost(program), len(list(tmp_path.glob("plan-*.json")))
 
     try:
         devices = jax.devices()
-        first, count = found(devices[:4])
-        assert found(devices[4:]) == (first, count) == (first, 1)
-        assert found(devices[:4], factor=3.0)[1] == 2
-        assert found(devices)[1] == 3
-        assert found(devices[:4][::-1])[1] == 4
+        first, count = account(devices[:4])
+        assert account(devices[4:]) == (first, count) == (first, 1)
+        assert account(devices[:4], factor=3.0)[1] == 2
+        assert account(devices)[1] == 3
+        assert account(devices[:4][::-1])[1] == 4
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
 
@@ -151,7 +157,7 @@ def test_a_loop_of_unknown_length_is_refused():
         return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: c + 1, a)
 
     with pytest.raises(ValueError, match="no fixed number of trips"):
-        cost(on_devices(program, 1, square(N)))
+        cost(on_devices(program, 1, array(N)))
 
 
 def test_products_at_highest_precision_take_six_passes():
@@ -161,9 +167,9 @@ def test_products_at_highest_precision_take_six_passes():
 
         return jax.lax.scan(add, a @ b, None, length=4)[0]
 
-    one = cost(on_devices(program, 1, square(N, N), square(N, N)))
+    total = cost(on_devices(program, 1, array(N, N), array(N, N)))
     product = 2 * N**3
-    assert one.passes - one.flops == 5 * 4 * product
+    assert total.passes - total.flops == 5 * 4 * product
 
 
 def test_collectives_of_a_programs_text():
@@ -177,7 +183,7 @@ def test_collectives_of_a_programs_text():
   %two = f32[2]{0} all-gather(%c), replica_groups=mesh['a'=4,'b'=1] {'a','b'}, d={0}
   ROOT %x = f32[] add(%all-reduce.1, %all-gather.2)
 """
-    assert collectives(text) == {"all-reduce": [1, 74], "all-gather": [2, 72]}
+    assert collectives(text) == ALL | {"all-reduce": [1, 74], "all-gather": [2, 72]}
 
 
 def test_arithmetic_of_gradients_is_that_of_the_formula():
@@ -187,12 +193,12 @@ def test_arithmetic_of_gradients_is_that_of_the_formula():
     """
     wide, slots = 32, 8
     sizes = [(1, wide), (wide, wide), (wide, 1)]
-    params = [square(1, 1, *size) for size in sizes]
+    params = [array(1, 1, *size) for size in sizes]
 
     def apply(params, x, t, cond):
-        for kernel in params:
+        for weight in params:
             x = jax.lax.conv_general_dilated(
-                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
         return x
 
@@ -201,15 +207,15 @@ def test_arithmetic_of_gradients_is_that_of_the_formula():
     function = gradients.gradient_function(task, mesh)
 
     def flops(images, copies):
-        slots = gradients.Slots(
-            x=square(images, 1, 8, 8, 1),
-            words=jax.ShapeDtypeStruct((images, 2), np.uint32),
-            position=jax.ShapeDtypeStruct((images,), np.int32),
-            pair=jax.ShapeDtypeStruct((images, copies), np.int32),
-            weight=square(images, copies),
+        microbatch = Microbatch(
+            x=array(images, 1, 8, 8, 1),
+            words=array(images, 2, dtype=np.uint32),
+            position=array(images, dtype=np.int32),
+            pair=array(images, copies, dtype=np.int32),
+            weight=array(images, copies),
             cond=None,
         )
-        return cost(Program(function, (params, {}, slots), mesh)).flops
+        return cost(Program(function, (params, None, {}, microbatch), mesh)).flops
 
     layers = [2 * 64 * a * b for a, b in sizes]
     expected = slots * (3 * sum(layers) - layers[0])
@@ -218,168 +224,246 @@ def test_arithmetic_of_gradients_is_that_of_the_formula():
 
 
 def test_the_gram_matrix_is_shared_by_devices_and_added_up_once():
-    mesh = parallel.mesh(jax.devices())
-    program = Program(
-        solver._gram_function(mesh), (square(N, N), square(N, 8 * N)), mesh
-    )
-    one = cost(program)
-    assert one.flops == pytest.approx(2 * N**3, rel=0.05)
-    assert one.passes - one.flops == 5 * 2 * N**3
-    assert one.collectives == {"all-reduce": [1, 4 * N * N]}
-    assert one.memory >= 4 * (3 * N * N)
+    program, calls = linalg.gram_program(N, 8 * N, jax.devices())
+    assert calls == 1
+    total = cost(program)
+    assert total.flops == pytest.approx(2 * N**3, rel=0.05)
+    assert total.passes - total.flops == 5 * 2 * N**3
+    assert total.collectives == ALL | {"all-reduce": [1, 4 * N * N]}
+    assert total.memory >= 4 * (3 * N * N)
+
+
+# A plan
 
 
 @pytest.fixture(scope="module")
 def tiny_plan(tmp_path_factory):
-    """{stage: row} of a tiny run on eight devices."""
-    config = tiny_config(tmp_path_factory.mktemp("plan"))
-    return {row.stage: row for row in planning.plan(config, planning.find(None))}
+    """(text, JSON) of `dtrak-jax plan` for a tiny run on eight devices.
+
+    It needs no run directory and no data.
+    """
+
+    def refuse(*_):
+        raise AssertionError("a plan read data")
+
+    output = tmp_path_factory.mktemp("plan") / "plan.json"
+    line = digits_command("plan", "none", FLAGS, {})
+    at = line.index("--workdir")
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(data, "load", refuse)
+        cli.main([*line[:at], *line[at + 2 :], "--output", str(output)])
+    return said.getvalue(), json.loads(output.read_text())
 
 
-def test_only_training_and_the_gram_matrix_have_collectives(tiny_plan, p):
-    with_some = {name for name, row in tiny_plan.items() if row.collectives}
-    assert with_some == {"train", "attribute"}
-    # The gradient, the loss, the number of examples, and whether to stop; XLA adds up
-    # only once what is equal, such as the gradients of two biases whose outputs are added.
-    ((kind, (_, size)),) = tiny_plan["train"].collectives.items()
+@pytest.fixture
+def rows(tiny_plan):
+    """{step: row} of that plan."""
+    return {row["stage"]: row for row in tiny_plan[1]["stages"]}
+
+
+@pytest.fixture(scope="module")
+def p():
+    """The number of parameters of that run."""
+    model = models.build(tiny_config().model)
+    shapes = jax.eval_shape(models.init_fn(model), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_a_plan_says_what_it_does_not_know(tiny_plan, rows):
+    said, saved = tiny_plan
+    assert "the devices at hand: 8 x cpu" in said
+    assert "no hours" in said
+    assert "planned, not measured" in said
+    assert saved["versions"]["jax"] == jax.__version__
+    assert list(rows) == [
+        *("train", "sample", "retrain", "train models", "measure", "featurize train"),
+        *("featurize validation", "featurize generated", "attribute"),
+    ]
+    assert all(row["seconds"] is None for row in rows.values())
+    useful = [row["useful"] for row in rows.values() if row["useful"] is not None]
+    assert len(useful) == 3
+    assert all(0.3 < share < 1.2 for share in useful)
+
+
+def test_only_training_and_the_gram_matrix_have_collectives(rows, p):
+    assert {name for name, row in rows.items() if row["collectives"]} == {
+        "train",
+        "attribute",
+    }
+    # The gradient, and a few numbers; XLA adds up only once what is equal, such as the
+    # gradients of two biases whose outputs are added.
+    ((kind, (_, size)),) = rows["train"]["collectives"].items()
     assert kind == "all-reduce"
-    assert 0.99 < size / (4 * (p + 3)) <= 1
+    assert 0.99 < size / (4 * p) < 1.01
 
 
-def test_memory_holds_what_must_be_there(tiny_plan, p):
+def test_memory_holds_what_must_be_there(rows, p):
     size = 4 * p
     # Parameters, and two gradients a slot of the batch before and of this one.
-    assert tiny_plan["featurize train"].memory > size + 2 * (2 * 2 * size)
-    assert tiny_plan["train"].memory > 3 * size
-    assert tiny_plan["train"].stored == pytest.approx(4 * 3 * size, rel=0.01)
-    assert tiny_plan["retrain"].stored == 10 * size
+    assert rows["featurize train"]["memory"] > size + 2 * (2 * 2 * size)
+    assert rows["train"]["memory"] > 3 * size
+    assert rows["train"]["stored"] == pytest.approx(4 * 3 * size, rel=0.01)
+    assert rows["retrain"]["stored"] == 10 * size
 
 
-def test_steps_are_those_that_the_stages_make(tmp_path, monkeypatch):
-    """Every call of every compiled function of a whole run, counted."""
-    config = tiny_config(tmp_path / "run")
-    made = collections.Counter()
+class Counted:
+    """A compiled function that counts its calls."""
 
-    def counted(name, function):
-        def call(*arguments):
-            made[name] += 1
-            return function(*arguments)
+    def __init__(self, function):
+        self.function, self.calls = function, 0
 
-        return call
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
 
-    def count(module, maker, name, pick=None):
-        make = getattr(module, maker)
-
-        def counting(*arguments):
-            found = make(*arguments)
-            if pick is None:
-                return counted(name, found)
-            return counted(name, found[0]), *found[1:]
-
-        monkeypatch.setattr(module, maker, counting)
-
-    planned = collections.Counter()
-    for stage in stages_of(config, planning.find(None)):
-        name = stage.name.partition(" ")[0]
-        for i, (_, calls) in enumerate(stage.calls):
-            planned[f"{name} {i}"] += calls
-    count(training_loop, "_compile", "train 0")
-    count(sampling, "_step_function", "sample 0")
-    count(gradients, "gradient_function", "featurize 0")
-    count(gradients, "projection_function", "featurize 1")
-    count(solver, "_gram_function", "attribute 0")
-    count(ensemble, "_compile", "retrain 0", pick=0)
-    count(outputs, "_losses", "measure 0")
-    monkeypatch.setattr(dtrak.pipeline, "distortion", lambda *a, **k: {})
-    for stage in ("train", "sample", "featurize", "attribute", "retrain"):
-        cli.main(digits_command(stage, tmp_path / "run", FLAGS, {}))
-    assert made == planned
+    def __getattr__(self, name):
+        return getattr(self.function, name)
 
 
-def test_processes_share_the_steps_of_all_stages_but_training():
+MAKERS = {
+    "step_function": [training.programs],
+    "member_step_function": [training.programs],
+    "gradient_function": [gradients],
+    "projection_function": [gradients],
+    "gram_function": [linalg],
+    "losses_function": [outputs],
+}
+"""The functions that make compiled ones, and the modules that call them."""
+
+
+def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
+    """Every call of a run, counted in the very functions that a plan compiles."""
+    use_two_devices(monkeypatch)
+    use_simple_network(monkeypatch)
+    for name, modules in [*MAKERS.items(), ("step_function", [sampling])]:
+        make = getattr(modules[0], name)
+        counted = functools.cache(lambda *args, make=make: Counted(make(*args)))
+        for module in modules:
+            monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(pipeline, "measure_distortion", lambda run: None)
+    # Two devices train them together.
+    line = digits_command("run", tmp_path / "run", FLAGS, {"ensemble__models": "2"})
+    _, config, _ = cli.parse(line)
+    expected = collections.Counter()
+    for step in planned(config).values():
+        for program, calls in step.calls:
+            expected[program.function] += calls
+    for stage in ("retrain", "attribute"):
+        pipeline.run(stage, config, tmp_path / "run")
+    assert {function: function.calls for function in expected} == expected
+    assert len(expected) == 8
+
+
+def test_processes_share_the_steps_of_all_stages_but_training(monkeypatch):
     """Eight devices of four processes, by what their devices say."""
-    config = runpy.run_path(str(DIGITS))["get_config"]()
-    alone = stages_of(config, planning.find(None))
+    use_simple_network(monkeypatch)
+    config = cli.load_config(str(DIGITS))
 
     class Four(planning.Topology):
         local = property(lambda self: list(self.devices))
         processes = 4
 
-    shared = stages_of(config, Four("four", tuple(jax.devices())))
-    for one, four in zip(alone, shared, strict=True):
-        (_, steps), (_, fewer) = one.calls[-1], four.calls[-1]
-        if one.name in ("train", "sample", "attribute"):
-            assert fewer == steps
+    alone = planned(config)
+    shared = planned(config, Four("four", tuple(jax.devices())))
+    assert alone.keys() == shared.keys()
+    for name, step in alone.items():
+        (_, calls), (_, fewer) = step.calls[-1], shared[name].calls[-1]
+        if name in ("train", "sample", "attribute"):
+            assert fewer == calls
         else:
-            assert steps / 4 <= fewer <= steps / 4 + max(steps / 8, 5)
+            assert calls / 4 <= fewer <= calls / 4 + max(calls / 8, 5)
+
+
+def test_a_model_and_queries_that_are_given_take_no_programs(tmp_path, monkeypatch):
+    use_simple_network(monkeypatch)
+    config = tiny_config()
+    given = dataclasses.replace(config, model=ModelConfig(folder="given"))
+    monkeypatch.setattr(models, "resolve", lambda settings: config.model)
+    assert "train" not in planned(given)
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(np.full((8, 8), i, np.uint8)))
+    queries = QueriesConfig(folder=str(tmp_path))
+    given = dataclasses.replace(given, queries=queries)
+    steps = planned(given)
+    assert steps.keys() == planned(config).keys() - {"train", "sample"}
+    assert steps["measure"].written == 8 * 10 * (5 + 3)
+    run = Run(given, None)
+    assert work.passes("train", run) == work.passes("sample", run) == 0
+    assert work.describe("featurize", run) == "gradients of 38 images"
+
+
+def test_work_is_counted_in_passes():
+    """A backward pass is two: 3 for a training image, 5 for its two measurements."""
+    run = Run(tiny_config(), None)
+    train, images = 3 * 12 * 64, 30 + 5 + 20
+    assert work.passes("train", run) == train
+    assert work.passes("sample", run) == 20 * 3
+    assert work.passes("featurize", run) == 5 * 3 * images
+    assert work.passes("retrain", run) == 10 * train / 2 + train + 10 * 25 * 4 * 2
+    assert work.passes("attribute", run) == 0
+    assert work.describe("train", run) == "12 steps of 64 images"
+    assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.1, "1 second"), (75, "75 seconds"), (120, "2 minutes"), (9000, "2.5 hours")],
+)
+def test_a_duration_in_words(seconds, words):
+    assert work.duration(seconds) == words
+
+
+# A row
+
+
+def program(devices=1):
+    return on_devices(lambda: 0, devices)
 
 
 def test_hours_are_at_the_slower_of_arithmetic_and_bytes():
     chip = Chip(memory=1000, flops=100.0, bandwidth=10.0)
-    costs = {
-        1: Cost(600, 0, 200.0, 400.0, 10.0, {"all-reduce": [1, 8]}),
-        2: Cost(500, 0, 100.0, 100.0, 50.0, {}),
-    }
-    programs = {id(p): p for p in (object(), object())}
-    (a, b), ids = programs.values(), dict(zip(programs, (1, 2), strict=True))
-    costs = {i: costs[n] for i, n in ids.items()}
-    stage = Stage("featurize", "", [(a, 6), (b, 2)], 4, True, 0, 0, plain=(a, 5))
-    row = planning.row(stage, costs, chip)
+    costs = [
+        Cost(600, 0, 200.0, 400.0, 10.0, {"all-reduce": [1, 8]}),
+        Cost(500, 0, 100.0, 100.0, 50.0, {"all-reduce": [0, 0]}),
+    ]
+    a, b = program(), program()
+    step = Planned("featurize", "", [(a, 6), (b, 2)], 0, 0, True, plain=(a, 5))
+    assert step.programs == [a, b, a]
+    costs.append(costs[0])
+    row = table.total(step, costs, chip)
     assert row.steps == 2
     # Arithmetic takes 4 s and bytes 1 s; then 1 s and 5 s.
     assert row.seconds == 6 * 4 + 2 * 5
     assert row.flops == (6 * 200 + 2 * 100) / 2
     assert row.useful == 5 * 200 / (6 * 200 + 2 * 100)
     assert row.collectives == {"all-reduce": [3, 24]}
-    assert row.memory == 1100 and row.fits is False
-    assert planning.row(stage._replace(together=False), costs, chip).fits is True
-    assert planning.row(stage, costs, None).fits is None
+    assert row.memory == 1100
+    assert row.fits is False
+    alone = step._replace(overlapping=False)
+    assert table.total(alone, costs, chip).fits is True
+    assert table.total(step, costs, None).fits is None
 
 
 def test_what_the_compiler_refuses_does_not_fit():
-    refused = Cost(5 * 2**30, 0, None, None, None, {})
-    stage = Stage("train", "", [("program", 3)], 4, False, 0, 0)
-    row = planning.row(
-        stage, {id(stage.calls[0][0]): refused}, Chip(9 * 2**30, 1.0, 1.0)
-    )
+    refused = Cost(5 * 2**30, 0, None, None, None, None)
+    step = Planned("train", "", [(program(), 3)], 0, 0)
+    row = table.total(step, [refused], Chip(9 * 2**30, 1.0, 1.0))
     assert row.fits is False
-    assert row.seconds is None and row.flops is None
+    assert row.seconds is None
+    assert row.flops is None
     assert "NO" in table.as_text([row], planning.find(None))
 
 
-def test_command(tmp_path, capsys, monkeypatch):
-    """Needs no run directory and no data, and says what it does not know."""
-
-    def refuse(*_):
-        raise AssertionError("a plan read data")
-
-    monkeypatch.setattr(data, "load", refuse)
-    line = digits_command("plan", tmp_path, FLAGS, {})
-    at = line.index("--workdir")
-    output = tmp_path / "plan.json"
-    cli.main([*line[:at], *line[at + 2 :], "--output", str(output)])
-    said = capsys.readouterr().out
-    assert "the devices at hand: 8 x cpu" in said
-    assert "no hours" in said and "planned, not measured" in said
-    saved = json.loads(output.read_text())
-    assert saved["versions"]["jax"] == jax.__version__
-    names = [row["stage"] for row in saved["stages"]]
-    assert names == [
-        *("train", "sample", "featurize train", "featurize validation"),
-        *("featurize generated", "attribute", "retrain", "measure"),
-    ]
-    assert all(row["seconds"] is None for row in saved["stages"])
-    useful = [row["useful"] for row in saved["stages"] if row["useful"] is not None]
-    assert len(useful) == 3 and all(0.3 < share < 1.2 for share in useful)
-
-
-def test_some_stages(tmp_path):
-    topology = planning.find(None)
-    config = tiny_config(tmp_path)
-    rows = planning.plan(config, topology, ["attribute"])
+def test_some_stages():
+    topology, config = planning.find(None), tiny_config()
+    rows = planning.plan(pipeline.STAGES, config, topology, ["attribute"])
     assert [row.stage for row in rows] == ["attribute"]
     with pytest.raises(ValueError, match="--stages is 'featurise'.*'featurize'"):
-        planning.plan(config, topology, ["train", "featurise"])
+        planning.plan(pipeline.STAGES, config, topology, ["train", "featurise"])
+
+
+# Slices
 
 
 @pytest.mark.parametrize(
@@ -408,7 +492,7 @@ def test_flags_of_a_plan_are_refused_elsewhere(tmp_path, capsys):
 @needs_libtpu
 def test_nothing_is_said_of_a_tpu_that_is_not_wanted():
     """Libtpu prints errors where it is not told what no machine without a TPU knows."""
-    code = "from dtrak_jax import planning; print(planning.find('v6e:2x4').described)"
+    code = "from dtrak_jax import planning; print(planning.find('v6e:2x4'))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -417,28 +501,16 @@ def test_nothing_is_said_of_a_tpu_that_is_not_wanted():
         text=True,
         check=True,
     )
-    assert done.stdout == "8 x TPU v6 lite, 2 processes\n"
+    assert done.stdout == "v6e:2x4: 8 x TPU v6 lite, 2 processes\n"
     assert done.stderr == ""
-
-
-@needs_libtpu
-def test_sketches_compile_for_a_tpu():
-    """Of so many gradients a slice with strides finds too little memory on the chip."""
-    mesh = parallel.mesh(planning.find("v5e:2x4").local)
-    parts = [square(16 * mesh.size, size) for size in (1_179_648, 256)]
-    function = gradients.projection_function(dtrak.Projection(dim=4096), mesh)
-    one = cost(Program(function, ({"square": parts},), mesh))
-    assert one.collectives == {}
-    # Every entry is read, and multiplied by its sign and added, about once.
-    assert 1 < one.flops / (16 * 1_179_904) < 10
-    assert one.bytes > 4 * 16 * 1_179_904
 
 
 @needs_libtpu
 def test_compiles_for_a_tpu_that_is_not_there():
     """Loops, arithmetic and collectives are counted there as they are here."""
     topology = planning.find("v5e:2x4")
-    assert len(topology.devices) == 8 and topology.processes == 2
+    assert len(topology.devices) == 8
+    assert topology.processes == 2
     assert topology.chip.memory == 16 * 2**30
     mesh = parallel.mesh(topology.devices)
     wide = 256
@@ -446,23 +518,21 @@ def test_compiles_for_a_tpu_that_is_not_there():
     def program(a, b):
         return jax.lax.fori_loop(0, 5, lambda i, c: jax.lax.psum(c @ b, "data") / 8, a)
 
-    arguments = square(8 * wide, wide), square(wide, wide)
+    arguments = array(8 * wide, wide), array(wide, wide)
     specs = (P("data"), P()), P("data")
-    one = cost(Program(over_mesh(program, mesh, *specs), arguments, mesh))
-    assert one.flops == pytest.approx(5 * 2 * wide**3, rel=0.02)
-    ((kind, (count, size)),) = one.collectives.items()
-    assert kind == "all-reduce"
-    assert count == 5 and size == pytest.approx(5 * 4 * wide**2, rel=0.51)
-    assert one.memory >= 3 * 4 * wide**2
+    total = cost(Program(sharded(program, mesh, *specs), arguments, mesh))
+    assert total.flops == pytest.approx(5 * 2 * wide**3, rel=0.02)
+    count, size = total.collectives["all-reduce"]
+    assert total.collectives == ALL | {"all-reduce": [count, size]}
+    assert count == 5
+    assert size == pytest.approx(5 * 4 * wide**2, rel=0.51)
+    assert total.memory >= 3 * 4 * wide**2
 
 
 @needs_libtpu
-def test_a_host_of_a_large_v5e_slice_has_a_program_for_each_device():
-    """There is none for its four devices together; see `parallel.over_mesh`."""
+def test_a_host_of_a_large_v5e_slice_has_no_programs():
+    """XLA has some for all chips or for one."""
     mesh = parallel.mesh(planning.find("v5e:4x8").local)
-    function = over_mesh(lambda a, b: a @ b, mesh, (P("data"), P()), P("data"))
-    arguments = square(4 * N, N), square(N, N)
-    assert function.eval_shape(*arguments).shape == (4 * N, N)
-    one = cost(Program(function, arguments, mesh))
-    assert one.flops == pytest.approx(2 * N**3, rel=0.05)
-    assert one.collectives == {}
+    function = sharded(lambda a: a + 1, mesh, P("data"), P("data"))
+    with pytest.raises(ValueError, match="no program for 4 chips.*--stages that run"):
+        cost(Program(function, (array(N),), mesh))

@@ -1,4 +1,4 @@
-"""A signal to one of two processes stops both, and the same command continues."""
+"""A signal to one of two processes stops both, and training continues from there."""
 
 import os
 import re
@@ -6,54 +6,98 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
-from conftest import digits_command, free_port, losses
+import pytest
+from conftest import free_port, init, losses, train_apply
 
-from dtrak_jax import cli, files, pipeline
-from dtrak_jax.evaluation import stages
-from dtrak_jax.training import ensemble
+from dtrak_jax import diffusion, files, training
+from dtrak_jax.config import TrainConfig
+from dtrak_jax.training import checkpoint, loop
 
-FLAGS = {
-    "data.train": "40",
-    "data.validation": "4",
-    "sample.count": "0",
-    # Little to compile.
-    "model.block-out-channels": "4",
-    "model.down-block-types": "DownBlock2D",
-    "model.up-block-types": "UpBlock2D",
-    "model.norm-num-groups": "2",
-    "model.no-add-attention": "",
-    "train.batch-size": "8",
-    "train.log-every": "1",
-}
+SCHEDULE = diffusion.linear_schedule()
+CONFIG = TrainConfig(
+    steps=60, batch_size=8, checkpoints=(1.0,), save_every=20, log_every=1
+)
+MEMBERS = [training.Member(name, np.arange(i, 12), i) for i, name in enumerate("ab")]
 
 
-def start(line):
-    """Two processes of one device each that share the work."""
-    ours = os.environ | {
-        "DTRAK_DISTRIBUTED": "1",
+RECIPE = training.Recipe(init, train_apply, SCHEDULE, CONFIG)
+
+
+def train(images, folder):
+    return training.train(RECIPE, images, folder)
+
+
+def retrain(images, folder, members):
+    training.train_members(RECIPE, images, members, folder / "ensemble")
+
+
+def work(folder):
+    """What each of the two processes does, slowly; it leaves a file after each part."""
+
+    def slow_batch(*arguments):
+        time.sleep(0.02)
+        return training.batch(*arguments)
+
+    loop.batch = training.ensemble.batch = slow_batch
+    images = files.read_npz(folder / "images.npz")["images"]
+
+    def until_stopped(name, run):
+        try:
+            result = run()
+        except KeyboardInterrupt as interrupt:
+            result, said = None, str(interrupt)
+        else:
+            said = "finished"
+        files.write_json(folder / f"{name}-{jax.process_index()}.json", said)
+        return result
+
+    until_stopped("train 1", lambda: train(images, folder))
+    until_stopped("train 2", lambda: train(images, folder))
+    params = until_stopped("train 3", lambda: train(images, folder))
+    if jax.process_index() == 1:
+        files.write_npz(folder / "params.npz", **params)
+    until_stopped("retrain 1", lambda: retrain(images, folder, MEMBERS[:1]))
+    until_stopped("retrain 2", lambda: retrain(images, folder, MEMBERS))
+    until_stopped("retrain 3", lambda: retrain(images, folder, MEMBERS))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+from dtrak_jax import parallel
+parallel.start()
+import test_preemption
+test_preemption.work(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, images):
+    """(two processes of one device each that share the work, their folder)."""
+    folder = tmp_path_factory.mktemp("two")
+    files.write_npz(folder / "images.npz", images=images)
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
-        "JAX_NUM_CPU_DEVICES": "1",
     }
-    return [
+    started = [
         subprocess.Popen(
-            [sys.executable, "-m", "dtrak_jax", *line],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ours | {"JAX_PROCESS_ID": str(i)},
+            [sys.executable, "-c", SCRIPT, folder],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
         )
         for i in range(2)
     ]
-
-
-def end(processes, code):
-    """What they say on the way to ending with this code."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [code, code], said
-    return said
+    yield started, folder
+    for process in started:
+        process.kill()
 
 
 def wait_until(happened, processes):
@@ -65,77 +109,73 @@ def wait_until(happened, processes):
         time.sleep(0.02)
 
 
-def lines(directory):
+def outcomes(processes, name):
+    """What both processes say of this part of their work, once it has ended."""
+    started, folder = processes
+    paths = [folder / f"{name}-{i}.json" for i in range(2)]
+    wait_until(lambda: all(path.exists() for path in paths), started)
+    return [files.read_json(path) for path in paths]
+
+
+def lines(folder):
     """How many steps metrics.jsonl tells of so far."""
-    return len(losses(directory)) if (directory / "metrics.jsonl").exists() else 0
+    return len(losses(folder)) if (folder / "metrics.jsonl").exists() else 0
 
 
-def test_training_stops_at_a_step_that_all_agree_on(tmp_path, monkeypatch):
+def test_training_stops_at_a_step_that_all_agree_on(processes, images, monkeypatch):
     """On SIGTERM to one process, and on Ctrl-C, which reaches all."""
-    changes = {"train__steps": "60"}
-    line = digits_command("train", tmp_path / "two", FLAGS, changes)
-    for sent, reached in ((signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])):
-        before = lines(tmp_path / "two")
-        processes = start(line)
-        wait_until(lambda b=before: lines(tmp_path / "two") >= b + 3, processes)
+    started, folder = processes
+    signals = ("train 1", signal.SIGTERM, [1]), ("train 2", signal.SIGINT, [0, 1])
+    for name, sent, reached in signals:
+        before = lines(folder)
+        wait_until(lambda b=before: lines(folder) >= b + 3, started)
         for i in reached:
-            processes[i].send_signal(sent)
-        said = end(processes, 130)
+            started[i].send_signal(sent)
+        said = outcomes(processes, name)
         steps = [re.search(r"stopped after step (\d+) of 60", text)[1] for text in said]
         assert steps[0] == steps[1]
-        assert (tmp_path / "two" / "checkpoints" / steps[0]).exists()
-    end(start(line), 0)
+        assert int(steps[0]) in checkpoint.steps(folder / "checkpoints")
+    assert outcomes(processes, "train 3") == ["finished"] * 2
 
     # The same devices in one process, and no signal.
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda: two)
-    line = digits_command("train", tmp_path / "one", FLAGS, changes)
-    pipeline.run("train", cli.parse(line)[1], tmp_path / "one")
-    one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
-    np.testing.assert_array_equal(two[:, 0], np.arange(1, 61))
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    params = train(images, folder / "one")
+    found = np.array(losses(folder))
+    np.testing.assert_array_equal(found[:, 0], np.arange(1, 61))
+    np.testing.assert_allclose(found, losses(folder / "one"), rtol=1e-5)
+    loaded = files.read_npz(folder / "params.npz")
+    for name, leaf in params.items():
+        np.testing.assert_allclose(loaded[name], leaf, rtol=1e-5)
 
 
-def test_retraining_stops_wherever_each_process_is(tmp_path):
+def test_retraining_stops_wherever_each_process_is(processes, images, monkeypatch):
     """Also where the one that is told has nothing left to do but to wait."""
-    steps = 1000
-    flags = FLAGS | {
-        "train.steps": str(2 * steps),
-        "train.save-every": "100",
-        "ensemble.seeds": "1",
-        "ensemble.timesteps": "2",
-        "ensemble.draws": "1",
-    }
-
-    def retrain(subsets, name="two"):
-        changes = {"ensemble__subsets": str(subsets)}
-        return digits_command("retrain", tmp_path / name, flags, changes)
-
-    members = tmp_path / "two" / "ensemble"
+    started, folder = processes
 
     def at(member):
-        return ensemble._latest_step(members / member)
+        return training.latest_step(folder / "ensemble" / member)
 
-    processes = start(retrain(1))
-    wait_until(lambda: at("0000-0"), processes)
-    processes[1].send_signal(signal.SIGTERM)
-    said = end(processes, 130)
-    assert 0 < at("0000-0") < steps
-    assert f"step {at('0000-0')} of {steps} of 0000-0 saved; the same" in said[0]
-    assert "stopped with 0 of 0 models trained; the same command" in said[1]
+    wait_until(lambda: at("a"), started)
+    started[1].send_signal(signal.SIGTERM)
+    first, second = outcomes(processes, "retrain 1")
+    assert 0 < at("a") < 60
+    assert f"step {at('a')} of 60 of a saved; the same" in first
+    assert "stopped with 0 of 0 models trained; the same command" in second
 
-    processes = start(retrain(2))
-    wait_until(lambda: at("0001-0"), processes)
-    processes[0].send_signal(signal.SIGTERM)
-    said = end(processes, 130)
-    assert 0 < at("0001-0") < steps
-    assert f"step {at('0001-0')} of {steps} of 0001-0 saved; the same" in said[1]
+    wait_until(lambda: at("b"), started)
+    started[0].send_signal(signal.SIGTERM)
+    _, second = outcomes(processes, "retrain 2")
+    assert 0 < at("b") < 60
+    assert f"step {at('b')} of 60 of b saved; the same" in second
 
-    end(start(retrain(2)), 0)
-    stages.run("retrain", cli.parse(retrain(2, "one"))[1], tmp_path / "one")
-    for member in ("0000-0", "0001-0"):
-        one, two = (
-            files.read_npz(tmp_path / name / "ensemble" / member / "outputs.npz")
-            for name in ("one", "two")
-        )
-        np.testing.assert_allclose(two["outputs"], one["outputs"], rtol=1e-5)
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert outcomes(processes, "retrain 3") == ["finished"] * 2
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    retrain(images, folder / "one", MEMBERS)
+    found, expected = (
+        training.load_members(init, ["a", "b"], CONFIG.steps, where / "ensemble")
+        for where in (folder, folder / "one")
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -1,43 +1,189 @@
-"""What the README shows works as it is shown."""
+"""What the documents show runs, their links lead somewhere, their tables are the results."""
 
-import collections
+import ast
+import json
 import re
 import runpy
+import shlex
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from conftest import PLANS
+import jax
+import pytest
+from conftest import TINY
 
-from dtrak_jax import files
+import dtrak_jax as dtrak
+from dtrak_jax import cli, models
+from dtrak_jax.config import Config
+from dtrak_jax.methods import METHODS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("dtrak_jax", "launch", "configs", "tests")
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.md"))),
+]
+RESULTS = ROOT / "configs" / "results"
+CODE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def test_your_own_model(capsys, tmp_path):
-    """The script of the README; every query finds itself first."""
-    scripts = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (script,) = [script for script in scripts if "def apply" in script]
-    (tmp_path / "script.py").write_text(script)
-    runpy.run_path(str(tmp_path / "script.py"))
+def name(document):
+    return str(document.relative_to(ROOT))
+
+
+def blocks(document, language):
+    """The blocks of code of one language in a document."""
+    return [
+        code for lang, code in CODE.findall(document.read_text()) if lang == language
+    ]
+
+
+def prose(document):
+    """A document without its blocks of code."""
+    return CODE.sub("", document.read_text())
+
+
+def run(code, folder, **names):
+    """The names that a script defines, where some are given."""
+    path = folder / "script.py"
+    path.write_text(code)
+    return runpy.run_path(str(path), init_globals=names)
+
+
+def test_scripts_of_the_readme(capsys, tmp_path, monkeypatch):
+    """A model of one's own, where every query finds itself first; then the example."""
+    monkeypatch.chdir(tmp_path)
+    example, own_model = blocks(ROOT / "README.md", "python")
+    names = run(own_model, tmp_path)
     printed = re.findall(r"'(\d+)'", capsys.readouterr().out)
     assert printed[::3] == ["0", "1", "2"]
+    given = {name: names[name] for name in ("apply", "params", "images")}
+    ids = [f"image-{i}" for i in range(100)]
+    run(example, tmp_path, ids=ids, generated=names["images"][:3], **given)
+    saved = dtrak.Scores.load(tmp_path / "scores.npz")
+    assert list(saved.top(1).ids[:, 0]) == ["image-0", "image-1", "image-2"]
+    assert (tmp_path / "features" / "metadata.json").exists()
 
 
-def test_plans():
-    """Every plan has its line in the table, with the figures that it has."""
-    shown = README.read_text()
-    for path in PLANS:
-        plan = files.read_json(path)
-        name, features, _ = path.stem.split("_")
-        hours, useful = collections.Counter(), 0
-        for row in plan["stages"]:
-            hours[row["stage"].partition(" ")[0]] += row["seconds"] / 3600
-            useful = row["useful"] or useful
-        memory = max(row["memory"] for row in plan["stages"]) / 2**30
-        stages = ("train", "featurize", "retrain", "measure")
-        cells = [
-            *(name, features, plan["topology"]),
-            *(f"{memory:.1f}", f"{useful:.1%}".replace(".0", "")),
-            *(f"{hours[stage]:.2g}" if stage in hours else "" for stage in stages),
-        ]
-        line = "| " + " | ".join(cells) + " |"
-        assert " ".join(line.split()) in " ".join(shown.split()), line
+def test_scripts_of_the_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks(ROOT / "configs" / "README.md", "python")
+    assert isinstance(run(config, tmp_path)["get_config"](), Config)
+    (unet,) = blocks(ROOT / "dtrak_jax" / "README.md", "python")
+    model = models.build(TINY)
+    params = models.init(model, jax.random.key(0))
+    models.to_diffusers(model, params, tmp_path / "path" / "to" / "unet")
+    run(unet, tmp_path, dtrak=dtrak)
+    assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def commands():
+    """Every `dtrak-jax` command in a block of the documents, and in a config's docstring."""
+    texts = [code for document in DOCUMENTS for code in blocks(document, "bash")]
+    for config in sorted((ROOT / "configs").glob("*.py")):
+        texts.append(ast.get_docstring(ast.parse(config.read_text())))
+    found = []
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            found += re.findall(r"dtrak-jax [^;&#]*configs/[^;&#]*", line)
+    return dict.fromkeys(" ".join(line.split()) for line in found)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_understood(command, monkeypatch):
+    """Config, flags and values are right; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    if words[-1] == "--help":
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse(words)
+        assert stopped.value.code == 0
+    else:
+        assert cli.parse(words)[0] == words[0]
+
+
+def anchors(document):
+    """The names by which GitHub links to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_links(document):
+    """Files and headings are there; addresses elsewhere are well formed."""
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose(document)):
+        parts = urlsplit(target)
+        if parts.scheme:
+            assert parts.scheme == "https" and "." in parts.netloc, target
+            continue
+        path = (document.parent / parts.path).resolve() if parts.path else document
+        assert path.exists(), target
+        if parts.fragment:
+            assert parts.fragment in anchors(path), target
+
+
+TABLES = runpy.run_path(str(RESULTS / "tables.py"))
+
+
+def test_all_tables_are_in_documents():
+    shown = [
+        found.group(2)
+        for document in TABLES["DOCUMENTS"]
+        for found in TABLES["TABLE"].finditer(document.read_text())
+    ]
+    assert set(shown) == set(TABLES["TABLES"])
+
+
+def test_every_measured_method_is_in_the_readme():
+    shown = {method for names in TABLES["METHODS"] for method in names}
+    measured = json.loads((RESULTS / "digits_lds.json").read_text())["queries"]
+    rows = {row["method"] for one in measured.values() for row in one["rows"]}
+    assert rows - {"constant"} == shown <= set(METHODS)
+
+
+@pytest.mark.parametrize("document", TABLES["DOCUMENTS"], ids=name)
+def test_tables_are_the_committed_results(document):
+    """Otherwise run `python configs/results/tables.py`."""
+    text = document.read_text()
+    assert TABLES["filled"](text) == text
+
+
+@pytest.mark.parametrize(
+    "document", [ROOT / "README.md", RESULTS / "README.md"], ids=name
+)
+def test_no_result_is_typed_by_hand(document):
+    """Decimals stand in tables, which are made from the results."""
+    text = TABLES["TABLE"].sub("", prose(document))
+    assert not re.findall(r"(?<![\w.])[−-]?\.\d\d+", text)
+
+
+@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba"])
+def test_configs_say_what_is_planned(config):
+    plan = json.loads(
+        (RESULTS / "plans" / f"{config}_reference_v5e-4x4.json").read_text()
+    )
+    hours: dict[str, float] = {}
+    for row in plan["stages"]:
+        stage = row["stage"].partition(" ")[0]
+        hours[stage] = hours.get(stage, 0) + row["seconds"] / 3600
+    memory = max(row["memory"] for row in plan["stages"]) / 2**30
+    said = " ".join(
+        ast.get_docstring(
+            ast.parse((ROOT / "configs" / f"{config}.py").read_text())
+        ).split()
+    )
+    for stage, text in {
+        "train": "{:.2f} hours of training",
+        "featurize": "{:.2f} of gradients",
+        "retrain": "{:.1f} of retraining 192 models",
+        "measure": "{:.1f} of measuring",
+    }.items():
+        assert text.format(hours[stage]) in said
+    assert f"{memory:.0f} of a chip's 16 GiB" in said
+
+
+def test_results_name_their_revision():
+    for path in sorted(RESULTS.glob("*.json")):
+        revision = json.loads(path.read_text())["revision"]
+        assert re.fullmatch(r"[0-9a-f]{40}", revision), path.name
+        assert revision[:7] in (RESULTS / "README.md").read_text(), path.name

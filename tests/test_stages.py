@@ -1,66 +1,67 @@
-"""Retraining, LDS, ablations and counterfactuals, as a person types them."""
+"""All stages of a run, as a person types them, on a network that compiles fast."""
 
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from conftest import digits_command
+from conftest import digits_command, open_run, use_simple_network, use_two_devices
 
-from dtrak_jax import cli, config, files, scoring
+from dtrak_jax import attribution, cli, data, diffusion, features, files, training
 from dtrak_jax.attribution import Scores
-from dtrak_jax.evaluation import ensemble, stages
+from dtrak_jax.evaluation import counterfactual, retrain
+from dtrak_jax.methods import METHODS
 
-METHODS = [m for m in config.METHODS if not m.startswith("kernel-")]
+NAMES = [name for name in METHODS if not name.startswith("kernel-")]
 FLAGS = {
     "data.train": "60",
     "data.validation": "5",
-    "model.block-out-channels": "4 8",
-    "model.norm-num-groups": "2",
     "train.steps": "20",
     "train.checkpoints": "0.5 1.0",
     "train.batch-size": "16",
     "sample.count": "3",
     "sample.steps": "5",
     "features.timesteps": "100 300",
-    "features.dim": "64",
+    "features.dim": "8",
     "features.batch-size": "4",
     "ensemble.subsets": "20",
     "ensemble.seeds": "2",
     "ensemble.models": "1",
     "ensemble.timesteps": "4",
     "ensemble.draws": "1",
-    "attribution.methods": " ".join(METHODS),
+    "attribution.methods": " ".join(NAMES),
     "counterfactual.queries": "1",
     "counterfactual.count": "20",
-    "counterfactual.methods": "dtrak dtrak-squared",
+    "counterfactual.methods": "dtrak pixel-dot",
+    "counterfactual.squared": "dtrak",
     "ablation.studies": "checkpoint",
     "ablation.timesteps": "100 300",
 }
 
 
+def command(stage, workdir, **changes):
+    """A command line of the smallest digits job."""
+    return digits_command(stage, workdir, FLAGS, changes)
+
+
 def type_in(stage, workdir, **changes):
-    """Runs a command of the smallest digits job in this process."""
-    cli.main(digits_command(stage, workdir, FLAGS, changes))
+    """Runs such a command in this process."""
+    cli.main(command(stage, workdir, **changes))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_devices():
-    """Two of the devices: what is small needs not be cut in eight."""
-    two = jax.local_devices()[:2]
+    """Two of the devices: small work needs not be cut in eight."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: two)
-        patch.setattr(jax, "devices", lambda: two)
+        use_two_devices(patch)
+        use_simple_network(patch)
         yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run directory in which every stage has been run."""
+    """A run directory in which every stage has been run, by four commands."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    for stage in ("train", "sample", "retrain", "featurize", "attribute"):
-        type_in(stage, workdir)
     for stage in ("lds", "ablate", "counterfactual", "report"):
         type_in(stage, workdir)
     return workdir
@@ -70,6 +71,30 @@ def finished(tmp_path_factory):
 def workdir(finished, tmp_path):
     """A copy that a test may change."""
     return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the parts of the work were done that no stage may do twice."""
+    counts = {}
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counting(*arguments, **options):
+            counts[name] = counts.get(name, 0) + 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(training, "train")
+    count(diffusion, "sample")
+    count(counterfactual, "measure")
+    count(retrain, "measure")
+    count(data.sources, "preprocess")
+    count(attribution.kernel, "factorize")
+    count(features.gradients, "gradient_function")
+    return counts
 
 
 def test_outputs_hold_what_scores_must_predict(finished):
@@ -84,10 +109,9 @@ def test_outputs_hold_what_scores_must_predict(finished):
 
 
 def test_every_method_has_scores_and_an_lds(finished):
-    assert scoring.SCORERS.keys() == config.METHODS.keys()
     result = files.read_json(finished / "lds.json")
     for queries, count in (("validation", 5), ("generated", 3)):
-        methods = [m for m in METHODS if scoring.applies(m, queries)]
+        methods = [name for name in NAMES if METHODS[name].applies_to(queries)]
         for method in methods:
             scores = Scores.load(finished / "scores" / f"{method}-{queries}.npz")
             assert scores.method == method
@@ -103,27 +127,84 @@ def test_every_method_has_scores_and_an_lds(finished):
         assert constant["lds"] == 0
 
 
+def test_a_finished_stage_computes_nothing(workdir, counted):
+    before = {p: p.read_bytes() for p in workdir.glob("*.json")}
+    for stage in ("attribute", "retrain", "ablate", "featurize"):
+        type_in(stage, workdir)
+    type_in("counterfactual", workdir)
+    # Of the original model alone, which nobody keeps.
+    assert counted.pop("measure") == 1
+    # The bottleneck's mean is that of all training images.
+    assert counted.pop("preprocess") == 60
+    assert not counted
+    assert {p: p.read_bytes() for p in workdir.glob("*.json")} == before
+
+
+def test_attribute_and_lds_need_no_pixels(workdir, counted):
+    for stage in ("attribute", "lds"):
+        type_in(stage, workdir)
+    assert not counted
+
+
+def test_each_kernel_is_decomposed_once(workdir, counted):
+    """For four methods of one measurement, for lds and for another damping."""
+    shutil.rmtree(workdir / "kernels")
+    shutil.rmtree(workdir / "scores")
+    names = "trak relative-influence renormalised-influence journey-trak"
+    for damping in ("0.1", "0.5"):
+        changes = {"attribution__methods": names, "attribution__damping": damping}
+        for stage in ("attribute", "lds"):
+            type_in(stage, workdir, counterfactual__squared="trak", **changes)
+    assert counted == {"factorize": 2}
+
+
+def test_another_damping_makes_other_scores(workdir):
+    """In the same run directory; the file says which one made them."""
+    path = workdir / "scores" / "trak-generated.npz"
+    first = Scores.load(path)
+    type_in("attribute", workdir, attribution__damping="0.5")
+    second = Scores.load(path)
+    assert (first.damping, second.damping) == ((0.1, False), (0.5, False))
+    assert not np.allclose(first.scores, second.scores)
+
+
+def test_a_command_says_and_makes_what_it_needs_first(tmp_path, capsys):
+    changes = {"attribution__methods": "datamodels", "counterfactual__squared": "trak"}
+    changes["counterfactual__methods"] = "trak"
+    type_in("attribute", tmp_path / "run", **changes)
+    _, error = capsys.readouterr()
+    lines = [line.split(":")[0].strip() for line in error.splitlines() if ":" in line]
+    assert lines[:4] == [
+        "attribute first makes what it needs",
+        "train",
+        "sample",
+        "retrain",
+    ]
+    assert "20 steps of 16 images" in error and "20 x 2 models of 10 steps" in error
+    assert (tmp_path / "run" / "scores" / "datamodels-validation.npz").exists()
+
+
 def test_conjugate_gradients_make_the_same_scores_and_no_spectra(workdir):
     """To 1e-3 of a query's scores, here where Grams of eigh are float32."""
     methods = ("dtrak", "journey-trak", "trak-ensemble")
     changes = {"attribution__methods": " ".join(methods), "attribution__solver": "cg"}
+    changes["counterfactual__squared"] = "dtrak"
 
     def load(method):
         return Scores.load(workdir / "scores" / f"{method}-generated.npz")
 
     decomposed = {method: load(method).scores for method in methods}
-    for stage in ("attribute", "lds", "report"):
+    for stage in ("lds", "report"):
         type_in(stage, workdir, **changes)
-    for method, theirs in decomposed.items():
-        ours = load(method)
-        assert ours.eigenvalues is None
-        off = np.linalg.norm(ours.scores - theirs, axis=1)
-        assert (0 < off).all() and (off < 1e-3 * np.linalg.norm(theirs, axis=1)).all()
-    one = files.read_json(workdir / "lds.json")["queries"]["generated"]
-    assert not one["curves"]
-    assert {r["damping_rule"] for r in one["rows"] if r["method"] == "dtrak"} == {
-        "label-free"
-    }
+    for method, expected in decomposed.items():
+        scores = load(method)
+        assert scores.eigenvalues is None
+        off = np.linalg.norm(scores.scores - expected, axis=1)
+        assert (off < 1e-3 * np.linalg.norm(expected, axis=1)).all()
+    generated = files.read_json(workdir / "lds.json")["queries"]["generated"]
+    assert not generated["curves"]
+    rules = {r["damping_rule"] for r in generated["rows"] if r["method"] == "dtrak"}
+    assert rules == {"label-free"}
     page = (workdir / "report.html").read_text()
     assert 'id="damping"' not in page and 'id="features"' in page
 
@@ -135,7 +216,7 @@ def test_the_ablation_of_the_default_is_the_default(finished):
     result = files.read_json(finished / "lds.json")["queries"]
     for queries in ("validation", "generated"):
         for rule in ("label-free", "cross-fitted", "oracle"):
-            (found,) = (
+            (ablated,) = (
                 row["lds"]
                 for row in rows
                 if (row["checkpoint"], row["measurement"]) == (20, "square")
@@ -147,19 +228,7 @@ def test_the_ablation_of_the_default_is_the_default(finished):
                 if (row["method"], row["damping_rule"]) == ("dtrak", rule)
                 and row["transform"] == "linear"
             )
-            assert found == pytest.approx(expected, abs=1e-6)
-
-
-def test_running_again_computes_nothing(workdir, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("this was computed already")
-
-    monkeypatch.setattr(ensemble, "measure", refuse)
-    monkeypatch.setattr(stages, "featurize", refuse)
-    before = (workdir / "ablations.json").read_bytes()
-    for stage in ("retrain", "ablate", "counterfactual"):
-        type_in(stage, workdir)
-    assert (workdir / "ablations.json").read_bytes() == before
+            assert ablated == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_report_shows_all_of_it(finished):
@@ -168,38 +237,51 @@ def test_a_report_shows_all_of_it(finished):
         assert words in page, words
 
 
-def test_an_ensemble_that_lacks_members_names_them(workdir, capsys):
-    with pytest.raises(SystemExit):
-        type_in("lds", workdir, ensemble__subsets="22")
-    said = capsys.readouterr().err
-    assert "4 of 44 models of the ensemble are missing" in said
-    assert "0020-0, 0021-0, 0020-1, 0021-1" in said
-    assert "dtrak-jax retrain" in said
-
-
-def test_an_ensemble_of_others_is_refused(workdir, capsys):
+@pytest.mark.parametrize(
+    ("column", "queries"),
+    [("query_ids", "validation"), ("query_digests", "generated")],
+)
+def test_an_ensemble_of_other_queries_is_measured_again(workdir, column, queries):
+    """Other ids, or the same ids with other pixels: retraining itself is kept."""
     path = workdir / "ensemble" / "outputs.npz"
     saved = files.read_npz(path)
-    # Other ids; and the same ids with other pixels.
-    for field, queries in (("query_ids", "validation"), ("query_digests", "generated")):
-        own = saved["query_set"] == queries
-        changed = saved[field].copy()
-        changed[own] = changed[own][::-1]
-        files.write_npz(path, **saved | {field: changed})
-        with pytest.raises(SystemExit):
-            type_in("lds", workdir)
-        said = capsys.readouterr().err
-        assert f"is of other {queries} queries than this run's" in said
+    chosen = saved["query_set"] == queries
+    changed = saved[column].copy()
+    changed[chosen] = changed[chosen][::-1]
+    files.write_npz(path, **saved | {column: changed})
+    run = open_run(command("lds", workdir))
+    with pytest.raises(ValueError, match=f"is of other {queries} queries than this"):
+        run.truth()
+    type_in("lds", workdir)
+    for name, array in files.read_npz(path).items():
+        np.testing.assert_array_equal(array, saved[name])
 
 
-def test_scores_of_another_training_set_are_refused(workdir, capsys):
-    path = workdir / "scores" / "trak-validation.npz"
+def test_changed_data_are_refused(workdir):
+    """Another order, another label, other pixels; each names what differs."""
+    path = workdir / "splits.npz"
     saved = files.read_npz(path)
-    files.write_npz(path, **saved | {"train_ids": saved["train_ids"][::-1]})
-    with pytest.raises(SystemExit):
-        type_in("lds", workdir)
-    said = capsys.readouterr().err
-    assert "trak-validation.npz has other train_ids than the ensemble" in said
+    for column, message in (
+        ("train_ids", "the train images have other ids .* or their order has changed"),
+        ("validation_labels", "the validation images have other labels"),
+    ):
+        files.write_npz(path, **saved | {column: np.roll(saved[column], 1)})
+        with pytest.raises(ValueError, match=message):
+            open_run(command("report", workdir)).splits  # noqa: B018
+    digests = saved["train_digests"].copy()
+    digests[7] = "0" * 16
+    files.write_npz(path, **saved | {"train_digests": digests})
+    splits = open_run(command("report", workdir)).splits
+    with pytest.raises(ValueError, match=f"1 of 60 .*{saved['train_ids'][7]}"):
+        splits.train.images  # noqa: B018
+
+
+def test_samples_of_another_model_are_made_again(workdir):
+    path = workdir / "samples" / "samples.npz"
+    saved = files.read_npz(path)
+    files.write_npz(path, **saved | {"model": np.array("another"), "ids": saved["ids"]})
+    type_in("sample", workdir)
+    assert str(files.read_npz(path)["model"]) == str(saved["model"])
 
 
 @pytest.mark.parametrize(
@@ -207,15 +289,14 @@ def test_scores_of_another_training_set_are_refused(workdir, capsys):
     [
         ({"ensemble__subsets": "7"}, "at least 8"),
         ({"ensemble__models": "0"}, "ensemble.models is 0"),
-        ({"counterfactual__count": "60"}, "60"),
+        ({"counterfactual__count": "60"}, "it must be 1 to 59"),
         ({"ablation__studies": "moon"}, "moon"),
         ({"counterfactual__methods": "random"}, "random"),
+        ({"features__measurements": "square"}, "'loss'"),
     ],
 )
 def test_wrong_settings_are_refused(workdir, capsys, changes, message):
     stage = "counterfactual" if "counterfactual__count" in changes else "lds"
-    if "ensemble__subsets" in changes:
-        type_in("retrain", workdir, **changes)
     with pytest.raises(SystemExit):
         type_in(stage, workdir, **changes)
     assert message in capsys.readouterr().err

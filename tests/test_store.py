@@ -9,7 +9,7 @@ from conftest import apply, init
 
 import dtrak_jax as dtrak
 from dtrak_jax import files, parallel
-from dtrak_jax.features import loop
+from dtrak_jax.features import Store, microbatches
 
 PARAMS = init(jax.random.key(0))
 PROJECTION = dtrak.Projection(dim=16)
@@ -17,7 +17,9 @@ IDS = tuple(f"image-{i}" for i in range(12))
 EVERYTHING = slice(0, 12)
 
 
-def featurize(images, rows=EVERYTHING, *, batch_size=1, store=None, **changes):
+def featurize(
+    images, rows=EVERYTHING, *, batch_size=1, store=None, made_from=None, **changes
+):
     """{measurement: features} of some of the images."""
     settings = {"measurement": ("square", "loss"), "timesteps": (100, 600)}
     return dtrak.featurize(
@@ -27,6 +29,7 @@ def featurize(images, rows=EVERYTHING, *, batch_size=1, store=None, **changes):
         PROJECTION,
         ids=IDS[rows],
         store=store,
+        made_from=made_from,
         batch_size=batch_size,
     )
 
@@ -35,28 +38,30 @@ def arrays(features):
     """Everything that is kept of {measurement: features}."""
     return {
         (name, field): np.asarray(value)
-        for name, one in features.items()
+        for name, kept in features.items()
         for field, value in (
-            ("phi", one),
-            ("norms", one.squared_norms),
-            ("losses", one.losses),
+            ("phi", kept),
+            ("norms", kept.squared_norms),
+            ("losses", kept.losses),
         )
     }
 
 
-def assert_close(found, wanted):
-    """Equal to float32 rounding, relative to the largest entry."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_close(actual, expected):
+    """Asserts equality to float32 rounding, relative to the largest entry."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
         limit = 1e-5 * np.abs(value).max()
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=limit, err_msg=name)
+        np.testing.assert_allclose(
+            actual[name], value, rtol=0, atol=limit, err_msg=str(name)
+        )
 
 
-def assert_same(found, wanted):
-    """Equal bit for bit."""
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=str(name))
+def assert_same(actual, expected):
+    """Asserts equality bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value, err_msg=str(name))
 
 
 @pytest.fixture
@@ -68,13 +73,13 @@ def devices(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loop, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(microbatches, "CHUNK_ROWS", 3)
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Lets that many more chunks be written, and interrupts in the next one."""
-    write = loop.Store.write
+    """Lets that many more chunks be written, or all if < 0, and interrupts in the next."""
+    write = Store.write
 
     def stop(chunks):
         def counted(self, *rows):
@@ -84,7 +89,7 @@ def stop_after(monkeypatch):
             chunks -= 1
             write(self, *rows)
 
-        monkeypatch.setattr(loop.Store, "write", counted)
+        monkeypatch.setattr(Store, "write", counted)
 
     return stop
 
@@ -98,11 +103,75 @@ def content(folder):
     }
 
 
+def test_a_store_continues_where_it_stopped(images, tmp_path, small_chunks, stop_after):
+    """Interrupted after some chunks, resumed: the same bytes as in one go."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    featurize(images, store=whole)
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        featurize(images, store=cut)
+    with pytest.raises(ValueError, match="run featurize again"):
+        dtrak.Features.load(cut, "loss")
+    stop_after(-1)
+    featurize(images, store=cut)
+    assert content(cut) == content(whole)
+
+
+def test_finished_stores_are_known_without_the_network(
+    images, tmp_path, small_chunks, stop_after
+):
+    made_from = {"settings": {"timesteps": (9,), "dim": 8}, "params": "digest"}
+
+    def finished(made_from=made_from, names=("square", "loss"), store=tmp_path):
+        return Store.is_finished_for(store, made_from, names)
+
+    assert not finished()
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        featurize(images, store=tmp_path, made_from=made_from)
+    assert not finished()
+    stop_after(-1)
+    featurize(images, store=tmp_path, made_from=made_from)
+    assert finished() and finished(names=["loss"])
+    assert not finished(names=["loss", "l1"])
+    assert not finished(made_from=made_from | {"params": "another"})
+    assert not finished(store=tmp_path / "nowhere")
+    # The features are the same whatever they are said to be made from.
+    stop_after(0)
+    featurize(images, store=tmp_path, made_from={"params": "renamed"})
+    assert finished(made_from={"params": "renamed"}) and not finished()
+    featurize(images, store=tmp_path)
+    assert finished(made_from={"params": "renamed"})
+
+
+def test_damaged_stores_are_refused(images, tmp_path):
+    store, photos = tmp_path / "s", tmp_path / "photos"
+    featurize(images, store=store)
+    chunk = next(path for path in (store / "loss/phi/c").rglob("*") if path.is_file())
+    whole = chunk.read_bytes()
+    for damage in (whole[:-7], b"x" + whole[1:]):
+        chunk.write_bytes(damage)
+        with pytest.raises(ValueError, match="damaged"):
+            np.asarray(dtrak.Features.load(store, "loss"))
+    chunk.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        np.asarray(dtrak.Features.load(store, "loss"))
+    (store / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        featurize(images, store=store)
+    photos.mkdir()
+    (photos / "cat.png").touch()
+    with pytest.raises(ValueError, match="holds no feature store"):
+        featurize(images, store=photos)
+    with pytest.raises(FileNotFoundError, match="no feature store"):
+        dtrak.Features.load(tmp_path / "nowhere", "loss")
+
+
 def test_another_mesh_continues_a_store(
     images, tmp_path, devices, small_chunks, stop_after
 ):
     """Begun on one device, gone on with on eight in larger batches, read on two."""
-    wanted = arrays(featurize(images))
+    expected = arrays(featurize(images))
     devices(1)
     stop_after(2)
     with pytest.raises(KeyboardInterrupt):
@@ -118,15 +187,15 @@ def test_another_mesh_continues_a_store(
     devices(2)
     stop_after(0)
     again = featurize(images, batch_size=3, store=tmp_path)
-    assert_close(arrays(again), wanted)
+    assert_close(arrays(again), expected)
     loaded = {name: dtrak.Features.load(tmp_path, name) for name in again}
     assert_same(arrays(loaded), arrays(again))
 
 
 def test_other_processes_continue_a_store(images, tmp_path, monkeypatch, small_chunks):
     """The first of three, the second of two, then a single one; all that is left."""
-    wanted = arrays(featurize(images))
-    monkeypatch.setattr(parallel, "wait_for_all", lambda name: None)
+    expected = arrays(featurize(images))
+    monkeypatch.setattr(parallel, "barrier", lambda name: None)
 
     def process(index, count):
         monkeypatch.setattr(jax, "process_index", lambda: index)
@@ -143,7 +212,7 @@ def test_other_processes_continue_a_store(images, tmp_path, monkeypatch, small_c
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     assert process(0, 3) is None
     assert process(1, 2) is None
-    assert_close(arrays(process(0, 1)), wanted)
+    assert_close(arrays(process(0, 1)), expected)
 
 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
@@ -185,7 +254,7 @@ def test_merged_stores_are_the_store_of_everything(
     for name in whole:
         assert merged[name].ids == whole[name].ids == IDS
         assert merged[name].fingerprint == whole[name].fingerprint
-    monkeypatch.setattr(loop, "_start_chunk", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Store, "write", lambda *_: pytest.fail("computed again"))
     again = featurize(images, store=tmp_path / "merged", batch_size=5, **changes)
     assert_same(arrays(again), arrays(whole))
 
@@ -197,14 +266,14 @@ def test_scores_of_merged_stores(images, tmp_path):
         featurize(images, rows, batch_size=2, store=tmp_path / str(rows.start))
     merged = dtrak.merge([tmp_path / "0", tmp_path / "5"], tmp_path / "both")
     found = dtrak.attribute(merged["square"], query)
-    wanted = dtrak.attribute(whole, query)
-    limit = 1e-4 * np.abs(wanted.scores).max()
-    np.testing.assert_allclose(found.scores, wanted.scores, rtol=0, atol=limit)
-    np.testing.assert_array_equal(found.train_ids, wanted.train_ids)
+    expected = dtrak.attribute(whole, query)
+    limit = 1e-4 * np.abs(expected.scores).max()
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=limit)
+    np.testing.assert_array_equal(found.train_ids, expected.train_ids)
 
 
 def test_an_interrupted_merge_continues(images, tmp_path, small_chunks, stop_after):
-    wanted = arrays(featurize(images))
+    expected = arrays(featurize(images))
     stores = [tmp_path / "0", tmp_path / "1"]
     for rows, store in zip((slice(0, 5), slice(5, 12)), stores, strict=True):
         featurize(images, rows, store=store)
@@ -218,7 +287,7 @@ def test_an_interrupted_merge_continues(images, tmp_path, small_chunks, stop_aft
     stop_after(2)
     merged = dtrak.merge(stores, into)
     assert before.items() < content(into).items()
-    assert_close(arrays(merged), wanted)
+    assert_close(arrays(merged), expected)
     stop_after(0)
     assert_same(arrays(dtrak.merge(stores, into)), arrays(merged))
 

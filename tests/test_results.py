@@ -1,0 +1,21 @@
+"""Committed results are what the code computes."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent.parent / "configs" / "results"
+
+
+def test_an_lds_on_digits_is_computed_again():
+    """From the trained parameters to the LDS; see configs/results/digits_check.py.
+
+    Another layout of the sketch gave other features, and moved this LDS by .004.
+    """
+    check = runpy.run_path(str(RESULTS / "digits_check.py"))
+    config = check["get_config"]()
+    params, features, lds = check["load"](config)
+    computed, computed_lds = check["compute"](config, params)
+    np.testing.assert_allclose(computed, features, atol=1e-4 * np.abs(features).max())
+    assert abs(computed_lds - lds) < 5e-4
