@@ -53,7 +53,9 @@ def open_manager(
         create=False,
         # The signals of asynchronous saves have names that all processes share: those
         # of managers that are `alone` would be taken for each other's.
-        enable_async_checkpointing=not alone,
+        # And where another process waits, an asynchronous save that fails, as on a full
+        # disk, would wait for it for ever.
+        enable_async_checkpointing=not alone and jax.process_count() == 1,
     )
     return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
 
