@@ -280,23 +280,28 @@ def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     """
     opened = Run.open(config, workdir)
     *before, last = needed("report" if command == "run" else command, config)
-    announce(command, opened, before, last)
-    for stage in before:
-        if not parallel.agreed(stage.is_done(opened)):
-            stage.body(opened)
-            parallel.barrier(stage.name)
-    last.body(opened)
-    parallel.barrier(last.name)
+    stages = missing(opened, before)
+    announce(command, opened, stages, last)
+    for stage in (*stages, last):
+        stage.body(opened)
+        parallel.barrier(stage.name)
     return opened
 
 
-def announce(command: str, opened: Run, before: Sequence[Stage], last: Stage) -> None:
+def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
+    """Returns the stages that are not done, and those that need one of them."""
+    incomplete: list[Stage] = []
+    for stage in stages:
+        needs = set(stage.needs(opened.config))
+        if needs & {s.name for s in incomplete} or not parallel.agreed(
+            stage.is_done(opened)
+        ):
+            incomplete.append(stage)
+    return incomplete
+
+
+def announce(command: str, opened: Run, missing: Sequence[Stage], last: Stage) -> None:
     """Prints what a command makes before its own stage, and about how long all takes."""
-    missing: list[Stage] = []
-    for stage in before:
-        names = {stage.name for stage in missing}
-        if names & set(stage.needs(opened.config)) or not stage.is_done(opened):
-            missing.append(stage)
     if not missing or not parallel.is_main_process():
         return
     lines = [f"{command} first makes what it needs:"]
