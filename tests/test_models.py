@@ -16,6 +16,8 @@ from flax.traverse_util import flatten_dict
 from dtrak_jax import models
 from dtrak_jax.config import ModelConfig
 from dtrak_jax.models import convert
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.tensors import to_params, to_tensors
 
 GOLDENS = sorted(Path(__file__).with_name("goldens").glob("unet_*.npz"))
 LARGE = [path for path in GOLDENS if path.stem in ("unet_celeba", "unet_cifar")]
@@ -43,14 +45,6 @@ def write_golden(path, folder, config=None, tensors=None):
     (folder / "config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(own, folder / convert.WEIGHTS)
     return golden, own
-
-
-def by_name(params):
-    """Parameters by diffusers' names and axes."""
-    return {
-        convert.tensor_name(path): np.transpose(leaf, convert.AXES[leaf.ndim])
-        for path, leaf in flatten_dict(params).items()
-    }
 
 
 def layer(name):
@@ -110,7 +104,7 @@ def test_equals_diffusers(path, tmp_path):
     golden, tensors, _, params, loss = objective(path, tmp_path)
     (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     check_output(output, golden)
-    grads, largest = by_name(grads), largest_gradients(golden, tensors)
+    grads, largest = to_tensors(grads), largest_gradients(golden, tensors)
     assert grads.keys() == tensors.keys()
     for name, grad in grads.items():
         error = abs(grad - golden[f"grad/{name}"]).max() / largest[layer(name)]
@@ -123,6 +117,7 @@ def test_large_models_equal_diffusers(path, tmp_path):
     golden, tensors, model, params, loss = objective(path, tmp_path)
     largest = largest_gradients(golden, tensors)
     rng = np.random.default_rng(0)
+    shapes = parameter_shapes(model)
     derivative = jax.jit(
         lambda params, along: jax.jvp(loss, (params,), (along,), has_aux=True)
     )
@@ -133,7 +128,7 @@ def test_large_models_equal_diffusers(path, tmp_path):
         }
         along = {name: tensor / tensor.size**0.5 for name, tensor in along.items()}
         expected = [(along[name] * golden[f"grad/{name}"]).sum() for name in tensors]
-        _, found, output = derivative(params, convert.parameters(model, along))
+        _, found, output = derivative(params, to_params(shapes, along, "along"))
         assert abs(found - sum(expected)) < 4e-5 * np.linalg.norm(expected)
         check_output(output, golden)
 
@@ -360,7 +355,7 @@ def test_reads_halves(small_golden, tmp_path):
         halves = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
         write_golden(small_golden, tmp_path, tensors=halves)
         _, params = models.from_diffusers(tmp_path)
-        for name, leaf in by_name(params).items():
+        for name, leaf in to_tensors(params).items():
             assert leaf.dtype == np.float32
             np.testing.assert_array_equal(leaf, halves[name].astype(np.float32))
 
@@ -371,7 +366,7 @@ def test_a_given_folder_decides_the_model(small_golden, tmp_path, monkeypatch):
     write_golden(small_golden, folder)
     model, params = models.from_diffusers(folder)
     assert models.from_diffusers(folder.parent)[0] == model
-    monkeypatch.setattr(convert, "_read_tensors", None)  # No weight is read.
+    monkeypatch.setattr(convert, "read_tensors", None)  # No weight is read.
     monkeypatch.chdir(tmp_path)
     for path in (folder, folder.parent, "pipeline"):
         config = ModelConfig(folder=str(path))

@@ -1,20 +1,22 @@
 """Checkpoints of diffusers' `UNet2DModel`, read and written without PyTorch."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dtrak_jax.checks import check_fields, one_of
-from dtrak_jax.files import at, read_json, write_bytes, write_json
+from dtrak_jax.files import at, read_json, write_json
 from dtrak_jax.models.config import ModelConfig
 from dtrak_jax.models.functions import build, parameter_shapes
+from dtrak_jax.models.tensors import (
+    read_tensors,
+    tensor_names,
+    to_params,
+    to_tensors,
+    write_tensors,
+)
 from dtrak_jax.models.unet import UNet2D
 
 CONFIG = "config.json"
@@ -69,12 +71,6 @@ IGNORED = (
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Layers of the attention as diffusers <= 0.17 names them, and as it does now."""
 
-AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-"""The axes of a parameter in PyTorch's order: (out, in) or (out, in, height, width)."""
-
-TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-"""The types that tensors may have, by their names in a safetensors file."""
-
 
 def resolve(config: ModelConfig) -> ModelConfig:
     """Returns the settings of the model itself: those in `config.folder`, if it is set.
@@ -88,16 +84,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     if not config.folder:
         return config
     folder = _model_folder(config.folder)
-    path = folder / WEIGHTS
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(
-            min(length, 100_000_000)
-        )  # By specification it is no longer.
-    try:
-        names = set(map(current_name, json.loads(header)))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    names = set(map(current_name, tensor_names(folder / WEIGHTS)))
     return model_config(read_json(folder / CONFIG), names)
 
 
@@ -114,9 +101,11 @@ def from_diffusers(folder: epath.PathLike) -> tuple[UNet2D, dict]:
         missing, left over, misshapen or not of floating point; or a file is damaged.
     """
     folder = _model_folder(folder)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     model = build(model_config(read_json(folder / CONFIG), tensors))
-    return model, jax.device_put(parameters(model, tensors))
+    params = to_params(parameter_shapes(model), tensors, folder / WEIGHTS)
+    return model, jax.device_put(params)
 
 
 def _model_folder(folder: epath.PathLike) -> epath.Path:
@@ -133,20 +122,6 @@ def _model_folder(folder: epath.PathLike) -> epath.Path:
             "call save_pretrained.)"
         )
     return folder
-
-
-def _read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a safetensors file by the names that diffusers has now."""
-    try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    tensors = {}
-    for name, entry in entries:
-        one_of(f"{path}: the type of {name}", entry["dtype"], TYPES)
-        content = np.frombuffer(entry["data"], TYPES[entry["dtype"]])
-        tensors[current_name(name)] = content.reshape(entry["shape"])
-    return tensors
 
 
 def current_name(name: str) -> str:
@@ -187,47 +162,6 @@ def model_config(settings: Mapping, tensors: Collection[str]) -> ModelConfig:
     return config
 
 
-def parameters(model: UNet2D, tensors: Mapping) -> dict:
-    """Returns the parameters of a model, made of tensors by diffusers' names and axes.
-
-    Raises:
-      ValueError: a tensor is missing, left over or misshapen.
-    """
-    tensors = dict(tensors)
-    params = {}
-    for path, leaf in flatten_dict(parameter_shapes(model)).items():
-        name, axes = tensor_name(path), AXES[leaf.ndim]
-        shape = tuple(leaf.shape[axis] for axis in axes)
-        if name not in tensors:
-            raise ValueError(
-                f"{WEIGHTS} has no tensor {name} of shape {shape}, which {CONFIG} "
-                "calls for."
-            )
-        tensor = tensors.pop(name)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{WEIGHTS}: {name} has shape {tensor.shape}; by {CONFIG} it must "
-                f"be {shape}."
-            )
-        params[path] = tensor.astype(np.float32).transpose(np.argsort(axes))
-    for name, tensor in tensors.items():
-        raise ValueError(
-            f"{WEIGHTS} has a tensor {name} of shape {tensor.shape}, for which the "
-            f"model of {CONFIG} has no place."
-        )
-    return unflatten_dict(params)
-
-
-def tensor_name(path: tuple[str, ...]) -> str:
-    """Returns diffusers' name of a parameter.
-
-    That of ("up_blocks_0", "conv", "kernel") is up_blocks.0.conv.weight.
-    """
-    *modules, leaf = path
-    modules = [re.sub(r"(s|to_out)_(\d+)$", r"\1.\2", name) for name in modules]
-    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
-
-
 def to_diffusers(model: UNet2D, params: dict, folder: epath.PathLike) -> None:
     """Writes a folder that diffusers' `UNet2DModel.from_pretrained` loads.
 
@@ -238,10 +172,5 @@ def to_diffusers(model: UNet2D, params: dict, folder: epath.PathLike) -> None:
     settings = {name: getattr(config, name) for name in DEFAULTS}
     groups = config.norm_num_groups if config.mid_attention_norm else None
     settings |= {"_class_name": "UNet2DModel", "attn_norm_num_groups": groups}
-    tensors = {
-        tensor_name(path): np.ascontiguousarray(leaf.transpose(AXES[leaf.ndim]))
-        for path, leaf in flatten_dict(jax.device_get(params)).items()
-    }
-    weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    write_bytes(at(folder) / WEIGHTS, weights)
+    write_tensors(at(folder) / WEIGHTS, to_tensors(params))
     write_json(at(folder) / CONFIG, settings)

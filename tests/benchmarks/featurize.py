@@ -10,7 +10,8 @@ import numpy as np
 
 import dtrak_jax as dtrak
 from dtrak_jax import models
-from dtrak_jax.models import convert
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.tensors import to_params
 from tests.benchmarks import peers
 from tests.benchmarks.rows import Row, in_turn
 from tests.benchmarks.stage import BATCH
@@ -76,12 +77,12 @@ def gradient_error(work: Workload, gradient, one, x_t, t) -> float:
     exact = dtrak.featurize(
         one, work.params, work.images[:count], dtrak.Projection("none")
     )
-    model = models.build(work.config.model)
+    shapes = parameter_shapes(models.build(work.config.model))
     theirs = []
     for x, s in zip(x_t[:, :count], t, strict=True):
         found = gradient(peers.torch.from_numpy(x), s)
         trees = [
-            convert.parameters(model, {n: g[i].numpy() for n, g in found.items()})
+            to_params(shapes, {n: g[i].numpy() for n, g in found.items()}, "torch")
             for i in range(count)
         ]
         leaves = [jax.tree.leaves(tree) for tree in trees]

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from dtrak_jax import models, training
-from dtrak_jax.models import convert
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.tensors import to_params
 from dtrak_jax.rng import fold_in, stream
 from dtrak_jax.training import Member, batch
 from tests.benchmarks import peers
@@ -116,7 +117,7 @@ def step_error(work: Workload) -> float:
 
     peers.train(network, work, batches(work, member), draw)
     tensors = {n: p.detach().numpy() for n, p in network.named_parameters()}
-    theirs = convert.parameters(model, tensors)
+    theirs = to_params(parameter_shapes(model), tensors, "torch")
 
     def flat(tree, index=...):
         leaves = (np.asarray(leaf)[index] for leaf in jax.tree.leaves(tree))
