@@ -3,8 +3,8 @@
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import from_pixels, preprocess, to_picture, to_pixels
-from dtrak_jax.data.sources import Splits, load, load_queries
-from dtrak_jax.data.splits import choose, subset_mask
+from dtrak_jax.data.sources import load_queries
+from dtrak_jax.data.splits import Splits, choose, load, subset_mask
 
 __all__ = [
     "DataConfig",

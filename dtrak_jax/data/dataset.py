@@ -32,11 +32,7 @@ class Dataset:
 
     @classmethod
     def of(cls, images: np.ndarray, ids: np.ndarray) -> "Dataset":
-        """Returns the data set of images that are in memory already.
-
-        Raises:
-          ValueError: images or ids are wrong, see `check_images` and `check_ids`.
-        """
+        """Returns the data set of images that are in memory already."""
         check_ids(ids, len(images))
         if len(images):
             check_images(images)
@@ -44,13 +40,14 @@ class Dataset:
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """Returns the data set of the examples with these indices."""
-        return Dataset(
+        return replace(
+            self,
             ids=self.ids[rows],
             read=lambda index: self.read(rows[index]),
             labels=None if self.labels is None else self.labels[rows],
-            label_names=self.label_names,
             captions=None if self.captions is None else self.captions[rows],
             groups={name: column[rows] for name, column in self.groups.items()},
+            recorded=None if self.recorded is None else self.recorded[rows],
         )
 
     def __len__(self) -> int:
@@ -60,9 +57,7 @@ class Dataset:
     def images(self) -> np.ndarray:
         """The pixels, float32 [n, size, size, channels] in [-1, 1].
 
-        Raises:
-          ValueError: an image is damaged, cannot be used, or is not the recorded one;
-            the error names it.
+        An image that is damaged, or is not the recorded one, is a ValueError.
         """
         images = []
         for index in tqdm(range(len(self)), "reading images", disable=None, delay=2):
@@ -83,10 +78,7 @@ class Dataset:
 
     @functools.cached_property
     def digests(self) -> np.ndarray:
-        """The hash of each image's pixels, str [n]; decodes them if none are recorded.
-
-        An id does not say which pixels a computation has seen.
-        """
+        """The hash of each image's pixels, str [n]; decodes them if none are recorded."""
         return image_digests(self.images) if self.recorded is None else self.recorded
 
     @functools.cached_property
@@ -103,13 +95,9 @@ class Dataset:
     def recorded_in(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
         """Returns the data set that refuses other pixels than those that were recorded.
 
-        Args:
-          saved: the `columns` and the `digests` of an earlier stage, with "ROLE_" before
-            their names.
-          role: "train" or "validation".
-
-        Raises:
-          ValueError: ids, labels or groups are others than those recorded.
+        `saved` has the `columns` and the `digests` that an earlier stage saw, with
+        "train_" or "validation_" before their names. Other ids, labels or groups are a
+        ValueError here, and other pixels one in `images`.
         """
         for name, column in self.columns().items():
             recorded = saved.get(f"{role}_{name}", column)

@@ -3,40 +3,30 @@
 import csv
 import io
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from PIL import Image
 
-from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import decode
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def folder(config: DataConfig, split: str, prepare: Callable) -> Dataset:
-    """Opens the folder `config.name`, which has no splits; see `pictures`."""
-    return pictures(config.name, prepare, config.csv, config.groups)
-
-
 def pictures(
     path: str,
-    prepare: Callable,
+    prepare: Callable[[Image.Image], np.ndarray],
     csv_name: str = "",
-    groups: Collection[str] = (),
+    groups: Sequence[str] = (),
     setting: str = "data.name",
 ) -> Dataset:
-    """Opens the PNG and JPEG files below a folder, sorted by path.
+    """Returns the PNG and JPEG files below a folder, sorted by path.
 
     Ids are paths relative to the folder, with forward slashes; hidden files are left
-    out, and links are followed.
-
-    If a CSV in the folder is named, the files are those that it lists, and `groups` are
-    columns of it. `setting` is the name of the setting that gives the path.
-
-    Raises:
-      ValueError: a folder, file, column or cell is missing, or wrong.
+    out, and links are followed. If a CSV in the folder is named, the files are those
+    that it lists, and `groups` are columns of it. Errors call the path `setting`.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -49,31 +39,25 @@ def pictures(
         column: np.array([rows[name][column] for name in ids])
         for column in rows[ids[0]]
     }
-    names, numbers = (), None
+    label_names, labels = (), None
     if "label" in columns:
-        names, numbers = np.unique(columns["label"], return_inverse=True)
+        label_names, labels = np.unique(columns["label"], return_inverse=True)
     return Dataset(
         ids=np.array(ids),
         read=lambda index: prepare(decode(root / ids[index])),
-        labels=numbers,
-        label_names=tuple(map(str, names)),
+        labels=labels,
+        label_names=tuple(map(str, label_names)),
         captions=columns.get("caption"),
         groups={column: columns[column] for column in groups},
     )
 
 
-def _find(root: Path) -> dict[str, dict]:
-    """Returns the relative paths of all images below a folder, without columns.
-
-    Raises:
-      ValueError: there are none, a link leads back to a folder that it is in, or a name
-        is not UTF-8.
-    """
+def _find(root: Path) -> dict[str, dict[str, str]]:
+    """Returns the relative paths of all images below a folder, without columns."""
     names = {}
     for parent, folders, files in os.walk(root, followlinks=True):
-        place = Path(parent).absolute()
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for link in (place / name for name in folders):
+        for link in (Path(parent).absolute() / name for name in folders):
             above = (folder.resolve() for folder in link.parents)
             if link.is_symlink() and link.resolve() in above:
                 raise ValueError(f"The link {link} leads to a folder that it is in.")
@@ -92,22 +76,19 @@ def _find(root: Path) -> dict[str, dict]:
 
 
 def _read_csv(
-    root: Path, path: Path, groups: Collection[str]
+    root: Path, path: Path, groups: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """Returns {file: {column: cell}} of a CSV, with every row checked.
-
-    Columns are `label` and `caption`, if the CSV has them, and the groups.
-    """
+    """Returns {file: {column: cell}} of a CSV: label and caption, if any, and groups."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
-    # The reader is strict: a quote that is opened and never closed would swallow the rows below.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # A quote that is never closed would swallow the rows below if not for `strict`.
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     rows = {}
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        columns = _columns(reader.fieldnames, path, groups)
+        columns = _columns(path, reader.fieldnames, groups)
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row:
@@ -133,22 +114,21 @@ def _read_csv(
     return rows
 
 
-def _columns(header: list[str], path: Path, groups: Collection[str]) -> list[str]:
-    """Returns the columns to read: `file`, `label` and `caption` if any, the groups."""
-    columns = [name for name in ("label", "caption") if name in header]
+def _columns(path: Path, header: list[str], groups: Sequence[str]) -> list[str]:
+    """Returns the columns to read, each of which must be in the header once."""
+    known = [name for name in ("label", "caption") if name in header]
     listed = ", ".join(header) or "(none)"
-    if "file" not in header or not (columns or groups):
+    if "file" not in header or not (known or groups):
         raise ValueError(
             f"{path} has the columns {listed}; it must have `file`, and `label` or "
             "`caption`."
         )
-    for name in groups:
+    columns = list(dict.fromkeys(["file", *known, *groups]))
+    for name in columns:
         if name not in header:
             raise ValueError(
                 f"data.groups has {name!r}; {path} has the columns {listed}."
             )
-    columns = list(dict.fromkeys(["file", *columns, *groups]))
-    for name in columns:
         if header.count(name) > 1:
             raise ValueError(f"{path} has the column `{name}` more than once.")
     return columns

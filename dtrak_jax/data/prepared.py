@@ -2,23 +2,34 @@
 
 import difflib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 from tqdm import tqdm
 
 from dtrak_jax.checks import one_of
-from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import decode, to_picture
 
 CAPTIONS = ("caption", "text", "prompt")
 """The names by which a text feature is taken to be the caption, best first."""
 
+PREPARE = (
+    "Prepare it once, on any machine with TensorFlow: pip install tensorflow-cpu "
+    "&& tfds build {} --file_format=array_record (with --data_dir=DIR, and "
+    "TFDS_DATA_DIR=DIR afterwards, to have it elsewhere)."
+)
 
-def prepared(config: DataConfig, split: str, prepare: Callable) -> Dataset:
-    """Opens a split of a data set that tensorflow-datasets has prepared.
+
+def prepared(
+    name: str,
+    split: str,
+    groups: Sequence[str],
+    prepare: Callable[[Image.Image], np.ndarray],
+) -> Dataset:
+    """Returns a split of a data set that tensorflow-datasets has prepared.
 
     Its files must be array_record; TensorFlow is not needed. The image is the feature
     called "image", or else the only `Image` or `Tensor` [h, w, c] of uint8; the label
@@ -26,51 +37,44 @@ def prepared(config: DataConfig, split: str, prepare: Callable) -> Dataset:
     with a name in `CAPTIONS`; groups are features of the type `Text` or `ClassLabel`.
     An id is the record's own `Text` called "id", or else "train-000012", the split and
     the position in it.
-
-    Raises:
-      ValueError: the data set, split or a feature is missing, or of another type.
     """
-    builder = _builder(config.name)
+    builder = _builder(name)
     features = builder.info.features
-    texts = {key for key in features if isinstance(features[key], tfds.features.Text)}
+    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
     classes = [
         key for key in features if isinstance(features[key], tfds.features.ClassLabel)
     ]
-    label = "label" if "label" in classes else None
-    if len(classes) == 1:
-        (label,) = classes
-    caption = next((name for name in CAPTIONS if name in texts), None)
-    for name in config.groups:
-        one_of("data.groups", name, sorted([*texts, *classes]))
+    label = classes[0] if len(classes) == 1 else "label"
+    label = label if label in classes else None
+    caption = next((key for key in CAPTIONS if key in texts), None)
+    for key in groups:
+        one_of("data.groups", key, sorted([*texts, *classes]))
 
-    image = _image(config.name, features)
+    image = _image(name, features)
     ids, records = _open(builder, split, image)
-    used = {"id", label, caption, *config.groups} & {*texts, *classes}
-    columns = {key: [] for key in used}
-    positions = range(len(ids) if used else 0)
-    description = f"labels of {config.name} {split}"
-    for index in tqdm(positions, description, disable=None, delay=2):
+    columns = {key: [] for key in {"id", label, caption, *groups} & {*texts, *classes}}
+    positions = range(len(ids) if columns else 0)
+    for index in tqdm(positions, f"labels of {name} {split}", disable=None, delay=2):
         record = records[index]
-        for key in used:
-            value = record[key]
-            columns[key].append(value.decode() if key in texts else int(value))
+        for key, column in columns.items():
+            column.append(record[key].decode() if key in texts else int(record[key]))
     ids = columns["id"] if "id" in texts else ids
-
-    def group(name: str) -> np.ndarray:
-        column = columns[name]
-        if name not in texts:
-            names = [*features[name].names, ""]  # The label -1 stands for none.
-            column = [names[number] for number in column]
-        if "" in column:
-            raise ValueError(
-                f"data.groups has {name!r}, which is empty for {ids[column.index('')]}."
-            )
-        return np.array(column, str)
 
     def read(index: int) -> np.ndarray:
         content = records[index][image]
         encoded = isinstance(content, bytes)
         return prepare(decode(io.BytesIO(content)) if encoded else to_picture(content))
+
+    def group(key: str) -> np.ndarray:
+        column = columns[key]
+        if key in classes:
+            names = [*features[key].names, ""]  # The label -1 stands for none.
+            column = [names[number] for number in column]
+        if "" in column:
+            raise ValueError(
+                f"data.groups has {key!r}, which is empty for {ids[column.index('')]}."
+            )
+        return np.array(column, str)
 
     return Dataset(
         ids=np.array(ids, str),
@@ -78,7 +82,7 @@ def prepared(config: DataConfig, split: str, prepare: Callable) -> Dataset:
         labels=np.array(columns[label], int) if label else None,
         label_names=tuple(features[label].names) if label else (),
         captions=np.array(columns[caption], str) if caption else None,
-        groups={name: group(name) for name in config.groups},
+        groups={key: group(key) for key in groups},
     )
 
 
@@ -97,21 +101,12 @@ def _builder(name: str) -> tfds.core.DatasetBuilder:
         raise ValueError(f"data.name is {name!r}: {error}") from error
     if not builder.data_path.exists():
         raise ValueError(
-            f"{name} is not prepared in {builder.data_path}. {_how_to_prepare(name)}"
+            f"{name} is not prepared in {builder.data_path}. {PREPARE.format(name)}"
         )
     return builder
 
 
-def _how_to_prepare(name: str) -> str:
-    """Returns the instructions for preparing a data set, which is done once."""
-    return (
-        "Prepare it once, on any machine with TensorFlow: pip install tensorflow-cpu "
-        f"&& tfds build {name} --file_format=array_record (with --data_dir=DIR, and "
-        "TFDS_DATA_DIR=DIR afterwards, to have it elsewhere)."
-    )
-
-
-def _image(name: str, features) -> str:
+def _image(name: str, features: tfds.features.FeaturesDict) -> str:
     """Returns the name of the feature that is the image."""
     kinds = tfds.features.Image, tfds.features.Tensor
     images = [
@@ -130,11 +125,10 @@ def _image(name: str, features) -> str:
     return images[0]
 
 
-def _open(builder: tfds.core.DatasetBuilder, split: str, image: str):
-    """Returns the positions in a split or slice, as "train-000012", and the records.
-
-    Images in the records are as they are stored.
-    """
+def _open(
+    builder: tfds.core.DatasetBuilder, split: str, image: str
+) -> tuple[list[str], Sequence[dict]]:
+    """Returns the positions in a split or slice, as "train-000012", and the records."""
     splits = builder.info.splits
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
@@ -145,7 +139,7 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, image: str):
         for part in parts
         for position in range(splits[part.splitname].num_examples)[part.from_ : part.to]
     ]
-    # Tensors are stored plain, and skipping their decoding would lose their shape.
+    # Images stay encoded. Tensors are stored plain, and would lose their shape.
     encoded = isinstance(builder.info.features[image], tfds.features.Image)
     decoders = {image: tfds.decode.SkipDecoding()} if encoded else None
     try:
@@ -154,5 +148,5 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, image: str):
         raise ValueError(
             f"{builder.name} is prepared in {builder.data_path} as "
             f"{builder.info.file_format.value}, which cannot be read without "
-            f"TensorFlow. {_how_to_prepare(builder.name)}"
+            f"TensorFlow. {PREPARE.format(builder.name)}"
         ) from error

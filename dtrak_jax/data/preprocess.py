@@ -8,11 +8,7 @@ from PIL import Image, ImageOps
 
 
 def decode(file: Path | BinaryIO) -> Image.Image:
-    """Returns the image in a file, the way up that its EXIF data asks for.
-
-    Raises:
-      ValueError: the file is no image or damaged.
-    """
+    """Returns the image in a file, the way up that its EXIF data asks for."""
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image)
@@ -31,16 +27,12 @@ def preprocess(
     int(size * long / short), bilinear with antialiasing; CenterCrop(size);
     x / 127.5 - 1. The offset of a crop is (side - size) / 2 rounded half to even.
 
-    Args:
-      image: an image of at most 8 bits per channel; or of mode "F" (one float
-        channel), whose pixels must be in [-1, 1] already and are not scaled.
-      size: height and width of the result, float32 [size, size, channels].
-      channels: 1 or 3.
-      center_crop: side of the square that is cut out first; 0 cuts nothing.
+    Pixels of an image of mode "F" (one float channel) must be in [-1, 1] already and
+    are not scaled. An image that is smaller than `center_crop` (torchvision would pad
+    it with black) or has more than 8 bits per channel is a ValueError.
 
-    Raises:
-      ValueError: the image is smaller than `center_crop` (torchvision would silently
-        pad it with black) or has more than 8 bits per channel, or `channels` is wrong.
+    Returns:
+      float32 [size, size, channels].
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; images have 1 (grey) or 3 (RGB).")

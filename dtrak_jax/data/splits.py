@@ -1,16 +1,83 @@
 """Choices of examples, which depend on a seed and on ids, and on nothing else.
 
 A choice uses no random number generator, so that it stays the same under every version
-of NumPy and JAX, and no positions, so that it does not depend on the order in which a
-data set happens to be stored.
+of NumPy and JAX, and no positions, so that the order of a data set does not matter.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax.checks import check_ids
+from dtrak_jax.data.config import DataConfig
+from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.sources import open_source
+
+
+class Splits(NamedTuple):
+    """The training images and the validation images, which are disjoint by id."""
+
+    train: Dataset
+    validation: Dataset
+
+
+def load(config: DataConfig, size: int, channels: int) -> Splits:
+    """Chooses the images that a configuration asks for; none is decoded yet.
+
+    Both choices are functions of `config.seed`, ids and labels, and give every label
+    its share (`choose`). Validation images come from `config.validation_split` where
+    the source is tfds, and from the same examples as training images otherwise; an
+    example whose id a training image has is never one. Images are ordered as in their
+    source and never mirrored: mirroring belongs to training.
+
+    Raises:
+      ValueError: a source, split, label, group or file is missing or wrong, or there
+        are too few examples.
+    """
+    source = open_source(config, config.train_split, size, channels)
+    train = _choose(config, "train", _labelled(source, config.labels))
+    split = config.validation_split
+    if config.source == "tfds" and config.validation and split != config.train_split:
+        source = open_source(config, split, size, channels)
+    pool = _labelled(source, config.labels)
+    pool = pool.take(np.flatnonzero(~np.isin(pool.ids, train.ids)))
+    return Splits(train, _choose(config, "validation", pool))
+
+
+def _labelled(source: Dataset, names: tuple[str, ...]) -> Dataset:
+    """Returns the examples that have one of these labels; without names all.
+
+    A number is the index of a label, unless labels are named by numbers themselves.
+    """
+    if not names:
+        return source
+    if source.labels is None:
+        raise ValueError(f"data.labels is {names}, but these images have no labels.")
+    numbers = {name: number for number, name in enumerate(source.label_names)}
+    allowed = ", ".join(numbers)
+    if not any(map(str.isdecimal, numbers)):
+        allowed += f"; or a number from 0 to {len(numbers) - 1}"
+        numbers |= {str(number): number for number in range(len(numbers))}
+    for name in names:
+        if name not in numbers:
+            raise ValueError(f"data.labels has {name!r}; it must be one of: {allowed}.")
+    chosen = [numbers[name] for name in names]
+    return source.take(np.flatnonzero(np.isin(source.labels, chosen)))
+
+
+def _choose(config: DataConfig, role: str, pool: Dataset) -> Dataset:
+    """Returns the examples out of `pool` that are to have a role."""
+    count = getattr(config, role)
+    if count > len(pool):
+        labels = f" with data.labels={config.labels}" if config.labels else ""
+        apart = " that are not training images" if role == "validation" else ""
+        raise ValueError(
+            f"data.{role} is {count}, but there are only {len(pool)} examples"
+            f"{labels}{apart}."
+        )
+    return pool.take(choose(pool.ids, pool.labels, count, config.seed, role))
 
 
 def choose(
@@ -20,7 +87,7 @@ def choose(
     seed: int,
     stream: str,
 ) -> np.ndarray:
-    """Returns the indices of `count` examples, with its share of every label.
+    """Returns the indices of `count` examples, ascending, with its share of every label.
 
     If m of n examples have a label, floor(count * m / n) with that label are chosen,
     or one more: the labels with the largest remainders get one more until
@@ -35,12 +102,6 @@ def choose(
       count: the number of examples to choose, from 0 to n.
       seed: any integer.
       stream: the name of the choice; choices of different names are independent.
-
-    Returns:
-      [count] indices into `ids`, ascending.
-
-    Raises:
-      ValueError: an id is repeated.
     """
     n = len(ids)
     check_ids(ids, n)

@@ -50,7 +50,7 @@ class SampleConfig:
 
 
 def build_schedule(settings: DiffusionConfig) -> Schedule:
-    """The noise schedule that a run's settings describe."""
+    """Returns the noise schedule that settings describe."""
     if settings.schedule == "cosine":
         return SCHEDULES["cosine"](settings.steps, settings.prediction)
     return SCHEDULES[settings.schedule](

@@ -17,10 +17,8 @@ def denoising_loss(
 ) -> jax.Array:
     """Returns the simple loss of every example, [B] (Ho et al. 2020, eq. 14).
 
-    l_b = (1/d) |predict(x_t, t) - target|^2, where d is the number of outputs.
-
-    x are images [B, ...], t timesteps [B] and eps standard normal noise [B, ...];
-    `predict` maps (x_t, t) to predictions, and `schedule` says what the target is.
+    l_b = (1/d) |predict(x_t, t) - target|^2, where d is the number of outputs, for
+    images x [B, ...], timesteps t [B] and standard normal noise eps [B, ...].
     """
     residual = predict(schedule.add_noise(x, eps, t), t) - schedule.target(x, eps, t)
     return jnp.mean(residual**2, axis=tuple(range(1, residual.ndim)))

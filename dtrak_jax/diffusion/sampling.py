@@ -35,9 +35,6 @@ class Sampler:
     prediction. "ddim" keeps that eps when x was clipped, as the reference does.
     "ancestral" is eta = 1 with eps recomputed from the clipped x: the posterior of
     Ho et al. 2020, eq. 7.
-
-    Raises:
-      ValueError: a setting is out of range.
     """
 
     schedule: Schedule
@@ -89,35 +86,31 @@ def sample(
     Returns:
       float32 [n, *shape]; with `trajectory` a pair of these and of the predicted
       images in the order of `sampling_timesteps`, float32 [n, steps, *shape].
-
-    Raises:
-      ValueError: `cond` has not n rows.
     """
     count = len(seeds)
     for leaf in jax.tree.leaves(cond):
         if len(leaf) != count:
             raise ValueError(f"cond has {len(leaf)} rows; there are {count} seeds.")
     mesh = parallel.mesh(jax.local_devices())
-    step = step_function(apply, sampler, mesh)
-    params = parallel.put(params, mesh)
+    step, params = step_function(apply, sampler, mesh), parallel.put(params, mesh)
     size = batch_of(count, batch_size, mesh.size)
     padded = count + -count % size
-    seeds, cond = jax.tree.map(
+    inputs = jax.tree.map(
         lambda leaf: parallel.pad(np.asarray(leaf), padded),
         (np.asarray(seeds, np.uint32), cond),
     )
-    stride = sampler.schedule.steps // sampler.steps
     timesteps = sampling_timesteps(sampler.schedule, sampler.steps)
+    moves = list(zip(timesteps, np.append(timesteps[1:], -1), strict=True))
     images = np.zeros((padded, *shape), np.float32)
-    predicted = np.zeros((padded, len(timesteps) * trajectory, *shape), np.float32)
-    total = padded // size * sampler.steps
+    predicted = np.zeros((padded, len(moves) * trajectory, *shape), np.float32)
+    total = padded // size * len(moves)
     with tqdm(total=total, desc="sample", unit="step", disable=None, leave=None) as bar:
-        for start in range(0, count, size):
+        for start in range(0, padded, size):
             rows = slice(start, start + size)
-            batch_seeds, batch_cond = jax.tree.map(itemgetter(rows), (seeds, cond))
+            batch_seeds, batch_cond = jax.tree.map(itemgetter(rows), inputs)
             x = parallel.put(_initial_noise(batch_seeds, shape), mesh, P("data"))
-            for i, t in enumerate(timesteps):
-                x, x_0 = step(params, x, batch_seeds, batch_cond, t, t - stride)
+            for i, (t, s) in enumerate(moves):
+                x, x_0 = step(params, x, batch_seeds, batch_cond, t, s)
                 if trajectory:
                     predicted[rows, i] = x_0
                 bar.update()
@@ -136,8 +129,7 @@ def sample_program(
 ) -> tuple[Program, int]:
     """Returns the program of a sampling step, and how often `sample` calls it.
 
-    The program is that for `count` images without conditions; `params` may be shapes,
-    and the devices share the images of a step.
+    It samples `count` images without conditions; `params` may be shapes.
     """
     mesh = parallel.mesh(devices)
     size = batch_of(count, batch_size, mesh.size)
@@ -150,10 +142,7 @@ def sample_program(
 
 
 def batch_of(count: int, batch_size: int, devices: int) -> int:
-    """Returns the number of images in a sampling step, a multiple of `devices`.
-
-    It is `batch_size` for each device, or fewer if `count` images need fewer.
-    """
+    """Returns the number of images in a step, `batch_size` or fewer for each device."""
     size = max(1, min(batch_size * devices, count))
     return size + -size % devices
 
@@ -175,8 +164,8 @@ def sampling_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns x_s and the predicted images x, both [B, ...]; see `Sampler`.
 
-    All images have the same timestep t and come to the same s, which is negative at the
-    end; z is standard normal noise [B, ...], or None if the step adds none.
+    All images go from timestep t to s, which is negative at the end; z is standard
+    normal noise [B, ...], or None if the step adds none.
     """
     schedule = sampler.schedule
     x, eps = schedule.denoise(prediction, x_t, jnp.full(len(x_t), t))

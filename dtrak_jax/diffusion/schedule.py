@@ -25,10 +25,13 @@ DIFFUSERS_CHOICES = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (False,),
 }
-"""Fields of diffusers' schedulers, and their values that a `Schedule` can have.
+"""Fields of diffusers' schedulers, and the values that a `Schedule` can have.
 
-The first one is diffusers' default.
+The first value is diffusers' default.
 """
+
+DIFFUSERS_NUMBERS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+"""Numeric fields of diffusers' schedulers, and the defaults of its DDPMScheduler."""
 
 DIFFUSERS_SAMPLING = (
     "clip_sample",
@@ -54,9 +57,6 @@ class Schedule:
     x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) eps, t = 0 ... T-1, with
     alpha_t = 1 - beta_t and alpha_bar_t the product of alpha_0 ... alpha_t
     (Ho et al. 2020, eq. 4).
-
-    Raises:
-      ValueError: a beta or the prediction is not allowed.
     """
 
     betas: tuple[float, ...]
@@ -76,9 +76,8 @@ class Schedule:
     def from_diffusers(cls, folder: epath.PathLike) -> "Schedule":
         """Returns the schedule that a folder of diffusers describes.
 
-        The folder is that of a pipeline, with scheduler/scheduler_config.json, or that
-        of a scheduler, with scheduler_config.json. Fields that say how to sample are
-        not read.
+        It is the folder of a pipeline, with scheduler/scheduler_config.json, or that of
+        a scheduler. Fields that say how to sample are not used.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -92,19 +91,16 @@ class Schedule:
                 f"{folder} has no scheduler/{DIFFUSERS_FILE} and no {DIFFUSERS_FILE}; "
                 "it must be the folder of a diffusers pipeline or scheduler."
             )
-        settings = read_json(path)
+        settings = {field: allowed[0] for field, allowed in DIFFUSERS_CHOICES.items()}
+        settings |= DIFFUSERS_NUMBERS
+        known = {*settings, *DIFFUSERS_SAMPLING}
+        settings |= read_json(path)
         for field, allowed in DIFFUSERS_CHOICES.items():
-            one_of(f"{path}: {field}", settings.get(field, allowed[0]), allowed)
-        known = {"num_train_timesteps", "beta_start", "beta_end"}
-        check_fields(
-            str(path), settings, {*known, *DIFFUSERS_CHOICES, *DIFFUSERS_SAMPLING}
-        )
-        # The values that a file leaves out are those of diffusers' DDPMScheduler.
-        steps = settings.get("num_train_timesteps", 1000)
-        start, end = settings.get("beta_start", 1e-4), settings.get("beta_end", 0.02)
-        kind = settings.get("beta_schedule", "linear")
-        prediction = settings.get("prediction_type", "epsilon")
-        prediction = prediction.removesuffix("_prediction")
+            one_of(f"{path}: {field}", settings[field], allowed)
+        check_fields(str(path), settings, known)
+        steps, start, end = (settings[field] for field in DIFFUSERS_NUMBERS)
+        kind = settings["beta_schedule"]
+        prediction = settings["prediction_type"].removesuffix("_prediction")
         at_least(f"{path}: num_train_timesteps", steps, 1)
         if kind == "squaredcos_cap_v2":
             return cosine_schedule(steps, prediction)
@@ -124,10 +120,10 @@ class Schedule:
 
     @functools.cached_property
     def elbo_weights(self) -> np.ndarray:
-        """The weights beta_t / (2 alpha_t (1 - alpha_bar_t)), float32 [T].
+        """The weights of |eps_hat - eps|^2 in the variational bound, float32 [T].
 
-        They are the weights of |eps_hat - eps|^2 in the variational bound with the
-        variance fixed to beta_t (Ho et al. 2020, eq. 12).
+        They are beta_t / (2 alpha_t (1 - alpha_bar_t)), for a variance that is fixed to
+        beta_t (Ho et al. 2020, eq. 12).
         """
         beta = np.asarray(self.betas)
         alpha_bar = np.cumprod(1.0 - beta)
