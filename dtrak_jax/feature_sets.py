@@ -105,20 +105,22 @@ def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
             store=path,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
-            made_from=made_from(run, feature_set),
-            description=f"featurize {feature_set.store.removeprefix('features/')}",
         )
-    return Store.load(path).features(tuple(feature_set.task.measurements))
+        Store.load(path).note(_made_from(run, feature_set))
+    return Store.load(path).features(feature_set.task.measurements)
 
 
 def is_made(run: Run, feature_set: FeatureSet) -> bool:
     """Returns whether features are there, and what they are made from is the same."""
-    names = tuple(feature_set.task.measurements)
-    path = run.workdir / feature_set.store
-    return Store.is_finished_for(path, made_from(run, feature_set), names)
+    try:
+        store = Store.load(run.workdir / feature_set.store)
+    except FileNotFoundError:
+        return False
+    made_from = _made_from(run, feature_set)
+    return store.is_made_from(made_from, feature_set.task.measurements)
 
 
-def made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
+def _made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
     """Returns what decides the features, known without tracing or decoding."""
     task = {
         field.name: getattr(feature_set.task, field.name)

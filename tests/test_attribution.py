@@ -169,7 +169,8 @@ def as_features(array, **fingerprint):
     """Gradients of the loss in memory, as `featurize` returns them."""
     made = {"noise": "common", "timesteps": [5, 500], "draws": 1} | fingerprint
     ids = tuple(f"i{i}" for i in range(array.shape[-2]))
-    return dtrak.Features("loss", ids, ts.array(array), None, None, made)
+    beside = np.zeros(array.shape[:-1])
+    return dtrak.Features("loss", ids, ts.array(array), beside, beside, made)
 
 
 def use_all(kernels, query):

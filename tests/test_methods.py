@@ -272,7 +272,8 @@ class SmallRun:
         phi = np.random.default_rng(seed).normal(size=(2, sizes[examples], 9))
         array = ts.array(phi.astype(np.float32))
         ids = [f"{examples}{i}" for i in range(len(phi[0]))]
-        return dtrak.Features(measurement, ids, array, None, None, {"noise": "common"})
+        made, beside = {"noise": "common"}, np.zeros(phi.shape[:-1])
+        return dtrak.Features(measurement, ids, array, beside, beside, made)
 
     def kernels(self, measurement, folder=""):
         train = self.features("train", measurement, folder)

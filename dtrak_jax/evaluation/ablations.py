@@ -47,7 +47,7 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
     if parallel.agreed(path.exists() and files.read_json(path)["truth"] == against):
         return files.read_json(path)["rows"]
     train, *queries = (
-        _features(run, arm.spec, name)[arm.measurement].pairs(arm.pairs)
+        _features(run, arm.spec, name)[arm.measurement][arm.pairs]
         for name in ("train", *truth)
     )
     rows = list(arm_rows(arm, train, np.concatenate(queries, axis=1), truth))

@@ -37,7 +37,6 @@ def distortion(
     """
     if len(images) < 2:
         raise ValueError("distortion compares pairs: give two or more images.")
-    options = {"description": "distortion"} | options
     exact = featurize(task, params, images, Projection("none"), **options)
     projected = featurize(task, params, images, projection, **options)
     if isinstance(exact, Features):
@@ -61,5 +60,5 @@ def _compare(exact: Features, projected: Features) -> Distortion:
         rms=float(np.sqrt(np.mean(off**2))),
         largest=float(np.abs(off).max()),
         norm_rms=float(np.sqrt(np.mean(diagonal**2))),
-        examples=len(exact),
+        examples=len(exact.ids),
     )

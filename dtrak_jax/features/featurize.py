@@ -34,12 +34,12 @@ def featurize(
     ids: Sequence[str] | None = None,
     cond: object = None,
     store: epath.PathLike | None = None,
-    made_from: dict | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
-    description: str = "featurize",
 ) -> Features | dict[str, Features]:
     """Computes phi_j(x) = P grad_params f(x, j) for every image x and pair j of a task.
+
+    Batch size and devices change results by rounding only.
 
     Args:
       task: what is differentiated, and with which noise.
@@ -53,13 +53,9 @@ def featurize(
       cond: a pytree of arrays with n rows that are passed on to the network, or None.
       store: a folder to keep the features in; what it has already is not computed
         again. In memory if None.
-      made_from: a small dict for JSON that the store keeps; see `Store.is_finished_for`.
-      batch_size: noised images at once on each device; limits memory, and changes
-        results by rounding only.
+      batch_size: noised images at once on each device; limits memory.
       proj_devices: the number of devices of a process that share the columns of a dense
-        projection, whose entries each of them would make otherwise; changes results by
-        rounding only.
-      description: of the progress bar.
+        projection, whose entries each of them would make otherwise.
 
     Returns:
       The features; or {measurement: features} if the task has a tuple of them.
@@ -86,12 +82,11 @@ def featurize(
         "shape": list(layout.shape(len(ids))),
         "pairs": layout.pairs,
         "rows_per_chunk": layout.rows_per_chunk,
-        "made_from": made_from,
     }
     target = Store.open_or_create(store, metadata | hashes)
     examples = images, id_words(ids), np.arange(len(ids), dtype=np.int32), cond
     network = parallel.put(network, mesh)
-    _write_missing(task, programs, network, target, examples, description)
+    _write_missing(task, programs, network, target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
     features = target.features(task.measurements)
@@ -168,20 +163,15 @@ def step_programs(
 
 
 def _write_missing(
-    task: Task,
-    programs: StepPrograms,
-    network: tuple,
-    target: Store,
-    examples: tuple,
-    description: str,
+    task: Task, programs: StepPrograms, network: tuple, target: Store, examples: tuple
 ) -> None:
     """Computes and writes the features that are missing in the store."""
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
     started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
-    with tqdm(
-        total=len(ids), initial=done, desc=description, unit="image", disable=None
-    ) as bar:
+    names = ["featurize", *(target.folder.parts[-2:] if target.folder else ())]
+    progress = {"initial": done, "unit": "image", "disable": None}
+    with tqdm(None, " ".join(names), len(ids), **progress) as bar:
         # The devices go on with the next chunk while this one is written.
         for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
             names = ids[chunk]

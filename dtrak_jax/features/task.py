@@ -71,11 +71,6 @@ class Task:
     seed: int = 0
 
     def __post_init__(self):
-        if not callable(self.apply):
-            raise TypeError(
-                f"apply is {self.apply!r}; it must be a function "
-                "(params, x, t, cond) -> prediction."
-            )
         one_of("strategy", self.strategy, get_args(Strategy))
         one_of("noise", self.noise, get_args(Noise))
         at_least("noise_batch", self.noise_batch, 1)
