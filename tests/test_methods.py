@@ -581,7 +581,7 @@ def test_an_ensembles_scores_are_the_mean_of_its_models():
     assert mean.eigenvalues is None
     other = dtrak.attribute(*models[0], damping=0.3)
     assert ensemble_mean([members[0], other]).damping is None
-    assert ensemble_mean([plain_scores()]).method == "trak-ensemble"
+    assert ensemble_mean([plain_scores()]).method == "trak"
 
 
 def test_ensembles_of_what_does_not_belong_together():
