@@ -15,6 +15,7 @@ from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint
+from dtrak_jax.features.gradients import network_inputs, network_params, variables
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns
 from dtrak_jax.features.store import Features, Store
@@ -75,8 +76,7 @@ def featurize(
         task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
     )
     layout, network = programs.layout, (params, frozen, programs.sketches)
-    hashes = example_hashes(ids, images, cond)
-    inputs = gradients.network_inputs(images, cond, 1)
+    hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
     metadata = {
         "fingerprint": fingerprint(task, network, projection, inputs, hashes),
         "shape": list(layout.shape(len(ids))),
@@ -85,8 +85,7 @@ def featurize(
     }
     target = Store.open_or_create(store, metadata | hashes)
     examples = images, id_words(ids), np.arange(len(ids), dtype=np.int32), cond
-    network = parallel.put(network, mesh)
-    _write_missing(task, programs, network, target, examples)
+    _write_missing(task, programs, parallel.put(network, mesh), target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
     features = target.features(task.measurements)
@@ -106,7 +105,7 @@ def example_mesh(devices: Sequence[jax.Device], proj_devices: int) -> jax.shardi
 class StepPrograms(NamedTuple):
     """The programs of one round: `layout.parts` times gradients, then a projection."""
 
-    layout: Layout  # the sizes, and the number of rounds
+    layout: Layout
     sketches: gradients.Sketches  # an argument of the gradients
     gradients: Program  # makes the gradients of a microbatch
     project: Program  # makes their features
@@ -124,15 +123,15 @@ def step_programs(
     frozen: Params | None = None,
     cond: object = None,
 ) -> StepPrograms:
-    """Returns what `featurize` runs on a mesh; see there, and `example_mesh`.
+    """Returns what `featurize` runs on an `example_mesh`.
 
     Shapes will do for parameters, images and conditions. Nothing is computed but the
     signs of sketches.
     """
     shape = jax.ShapeDtypeStruct
-    p = sum(leaf.size for leaf in gradients.variables(task, params, {}))
+    p = sum(leaf.size for leaf in variables(task, params, {}))
     layout = Layout.of(task, projection, p, batch_size, mesh.size)
-    inputs = gradients.network_inputs(images, cond, 1)
+    inputs = network_inputs(images, cond, 1)
     sketches = channel_sketches(task, params, frozen, projection, inputs)
     network = jax.tree.map(
         lambda leaf: shape(leaf.shape, leaf.dtype), (params, frozen, sketches)
@@ -140,7 +139,7 @@ def step_programs(
     gradient_function = gradients.gradient_function(task, mesh)
 
     def gradient_program(size: int, copies: int) -> Program:
-        x, _, condition = gradients.network_inputs(images, cond, size)
+        x, _, condition = network_inputs(images, cond, size)
         microbatch = Microbatch(
             x=shape((size, 1, *x.shape[1:]), np.float32),
             words=shape((size, 2), np.uint32),
@@ -154,7 +153,7 @@ def step_programs(
     step = plain = gradient_program(layout.size, layout.copies)
     if layout.copies == 1:
         plain = gradient_program(mesh.size, layout.size // mesh.size)
-    sizes = [leaf.size for leaf in gradients.variables(task, params, sketches)]
+    sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = [shape((layout.size, size), np.float32) for size in sizes]
     gradient = dict.fromkeys(task.measurements, parts)
     function = gradients.projection_function(projection, mesh)
@@ -169,9 +168,9 @@ def _write_missing(
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
     started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
-    names = ["featurize", *(target.folder.parts[-2:] if target.folder else ())]
+    folders = target.folder.parts[-2:] if target.folder else ()
     progress = {"initial": done, "unit": "image", "disable": None}
-    with tqdm(None, " ".join(names), len(ids), **progress) as bar:
+    with tqdm(None, " ".join(["featurize", *folders]), len(ids), **progress) as bar:
         # The devices go on with the next chunk while this one is written.
         for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
             names = ids[chunk]
@@ -186,17 +185,16 @@ def _start(
 ) -> list[tuple[tuple, list]]:
     """Has the devices compute a chunk of examples, and does not wait for them.
 
-    Returns (features, squared norms) of each round, and the losses of each of its parts.
+    Returns ((features, squared norms), losses of each part) of each round.
     """
     examples = jax.tree.map(lambda column: np.asarray(column[chunk]), examples)
     add = gradients.addition_function(programs.gradients.mesh)
     rounds = []
-    for first, *rest in microbatches(programs.layout, examples):
-        total, loss = programs.gradients.function(*network, first)
-        losses = [loss]
-        for microbatch in rest:
+    for parts in microbatches(programs.layout, examples):
+        total, losses = None, []
+        for microbatch in parts:
             part, loss = programs.gradients.function(*network, microbatch)
-            total = add(total, part)
+            total = add(total, part) if losses else part
             losses.append(loss)
         rounds.append((programs.project.function(total), losses))
         # Two rounds under way keep the devices busy; more would take memory.
@@ -249,8 +247,8 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
         for path, leaf in named_leaves(tree).items():
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
                 raise ValueError(f"{name}: {path} has entries that are not finite.")
-    x, t, condition = gradients.network_inputs(images, cond, 2)
-    network = gradients.network_params(params, frozen)
+    x, t, condition = network_inputs(images, cond, 2)
+    network = network_params(params, frozen)
     try:
         prediction = jax.eval_shape(task.apply, network, x, t, condition)
     except Exception as error:
