@@ -13,9 +13,9 @@ from sklearn.linear_model import Ridge
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
-from dtrak_jax.attribution import GRID, Damping, Kernels, factorize, kernel, linalg
+from dtrak_jax.attribution import GRID, Damping, Kernels, kernel, linalg
 from dtrak_jax.attribution.influence import solution
-from dtrak_jax.attribution.kernel import driver_for
+from dtrak_jax.attribution.kernel import driver_for, factorize
 
 SCHEDULE = dtrak.linear_schedule()
 

@@ -254,19 +254,6 @@ def test_merged_stores_are_the_store_of_everything(
     assert_same(arrays(again), arrays(whole))
 
 
-def test_scores_of_merged_stores(images, tmp_path):
-    query = featurize(images * 0.5, slice(0, 2))["square"]
-    whole = featurize(images, batch_size=4)["square"]
-    for rows in (slice(0, 5), slice(5, 12)):
-        featurize(images, rows, batch_size=2, store=tmp_path / str(rows.start))
-    merged = dtrak.merge([tmp_path / "0", tmp_path / "5"], tmp_path / "both")
-    found = dtrak.attribute(merged["square"], query)
-    expected = dtrak.attribute(whole, query)
-    limit = 1e-4 * np.abs(expected.scores).max()
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=limit)
-    np.testing.assert_array_equal(found.train_ids, expected.train_ids)
-
-
 def test_an_interrupted_merge_continues(images, tmp_path, small_chunks, stop_after):
     expected = arrays(featurize(images))
     stores = [tmp_path / "0", tmp_path / "1"]
