@@ -19,14 +19,11 @@ from dtrak_jax.run import Run
 class FeatureSet(NamedTuple):
     """Features of some examples under one model, in a store of their own."""
 
-    store: str
-    """The folder of the store in the run directory."""
-    examples: str
-    """"train" or a set of queries."""
+    store: str  # the folder of the store in the run directory
+    examples: str  # "train" or a set of queries
     task: Task
     projection: Projection
-    model: str = ""
-    """The parameters, see `Run.params`."""
+    model: str = ""  # the parameters, see `Run.params`
     images: Callable[[], np.ndarray] | None = None
     """Makes the images, where they are not those of the examples."""
 
@@ -37,7 +34,8 @@ def wanted(run: Run) -> Iterator[FeatureSet]:
     journey = by_folder.pop("journey", None)
     for folder, measurements in by_folder.items():
         for name in ("train", *run.queries):
-            task = run.task(measurement=measurements, noise=_noise_of(run.config, name))
+            noise = noise_of(run.config.features.noise, name)
+            task = run.task(measurement=measurements, noise=noise)
             store = "/".join(filter(None, ("features", folder, name)))
             yield FeatureSet(store, name, task, run.projection, folder)
     if journey and run.is_sampled:
@@ -59,9 +57,8 @@ def folders(config: Config) -> dict[str, tuple[str, ...]]:
     return by_folder
 
 
-def _noise_of(config: Config, examples: str) -> str:
+def noise_of(noise: str, examples: str) -> str:
     """Returns the noise of some examples; cyclic noise shifts only the queries'."""
-    noise = config.features.noise
     return "common" if noise == "cyclic" and examples == "train" else noise
 
 
@@ -70,8 +67,8 @@ def _journey(run: Run) -> FeatureSet:
 
     Journey TRAK (Georgiev et al. 2023, arXiv 2312.06205): gradients of the loss at
     every sampling timestep t, of the image that was predicted there, averaged. Where
-    timesteps are kept apart, at each of the task's own timesteps, of the image that was
-    predicted at the sampling timestep closest to it, so that it meets its kernel.
+    timesteps are kept apart, it is at each of the task's timesteps, of the image that was
+    predicted at the sampling timestep closest to it: so it meets its kernel.
     """
     through = diffusion.sampling_timesteps(run.schedule, run.config.sample.steps)
     task = run.task(measurement=("loss",))
@@ -84,8 +81,7 @@ def _journey(run: Run) -> FeatureSet:
         steps = [int(np.argmin(np.abs(through - t))) for t, _ in task.pairs]
         # One step after the other: all of them may not fit on a device.
         columns = [parallel.gather(predicted[:, i], len(run.seeds)) for i in steps]
-        # As they were predicted, not rounded to pixels, but clipped as training
-        # images are.
+        # They are not rounded to pixels, but clipped as training images are.
         return np.clip(np.stack(columns, axis=1), -1, 1)
 
     return FeatureSet("features/journey", "generated", task, run.projection, "", images)
@@ -105,20 +101,22 @@ def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
             store=path,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
-            made_from=made_from(run, feature_set),
-            description=f"featurize {feature_set.store.removeprefix('features/')}",
         )
-    return Store.load(path).features(tuple(feature_set.task.measurements))
+        Store.load(path).note(_made_from(run, feature_set))
+    return Store.load(path).features(feature_set.task.measurements)
 
 
 def is_made(run: Run, feature_set: FeatureSet) -> bool:
     """Returns whether features are there, and what they are made from is the same."""
-    names = tuple(feature_set.task.measurements)
-    path = run.workdir / feature_set.store
-    return Store.is_finished_for(path, made_from(run, feature_set), names)
+    try:
+        store = Store.load(run.workdir / feature_set.store)
+    except FileNotFoundError:
+        return False
+    made_from = _made_from(run, feature_set)
+    return store.is_made_from(made_from, feature_set.task.measurements)
 
 
-def made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
+def _made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
     """Returns what decides the features, known without tracing or decoding."""
     task = {
         field.name: getattr(feature_set.task, field.name)

@@ -13,9 +13,9 @@ from sklearn.linear_model import Ridge
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
-from dtrak_jax.attribution import GRID, Damping, Kernels, factorize, kernel, linalg
+from dtrak_jax.attribution import GRID, Damping, Kernels, kernel, linalg
 from dtrak_jax.attribution.influence import solution
-from dtrak_jax.attribution.kernel import driver_for
+from dtrak_jax.attribution.kernel import driver_for, factorize
 
 SCHEDULE = dtrak.linear_schedule()
 
@@ -169,7 +169,8 @@ def as_features(array, **fingerprint):
     """Gradients of the loss in memory, as `featurize` returns them."""
     made = {"noise": "common", "timesteps": [5, 500], "draws": 1} | fingerprint
     ids = tuple(f"i{i}" for i in range(array.shape[-2]))
-    return dtrak.Features("loss", ids, ts.array(array), None, None, made)
+    beside = np.zeros(array.shape[:-1])
+    return dtrak.Features("loss", ids, ts.array(array), beside, beside, made)
 
 
 def use_all(kernels, query):

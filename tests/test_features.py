@@ -524,11 +524,6 @@ def test_wrong_tasks(small, changes, message):
         task_of(small, **changes)
 
 
-def test_apply_must_be_a_function():
-    with pytest.raises(TypeError, match="it must be a function"):
-        dtrak.Task("unet", SCHEDULE)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import free_port
+from test_attribution import features, ridge
 
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
@@ -16,26 +17,10 @@ from dtrak_jax.attribution import Scores, iterative, linalg
 from dtrak_jax.config import AttributionConfig
 
 
-def exact(phi, query, damping):
-    """query (phi^T phi + damping I)^-1 phi^T in float64, in the smaller form."""
-    phi, query = phi.astype(np.float64), query.astype(np.float64)
-    if len(phi) <= phi.shape[1]:
-        gram = phi @ phi.T + damping * np.eye(len(phi))
-        return np.linalg.solve(gram, phi @ query.T).T
-    hessian = phi.T @ phi + damping * np.eye(phi.shape[1])
-    return np.linalg.solve(hessian, query.T).T @ phi.T
-
-
 def errors(ours, theirs):
     """Returns the error of every query's scores as a fraction of their norm; 0 / 0 is 0."""
     norms = np.linalg.norm(theirs, axis=1)
     return np.linalg.norm(ours - theirs, axis=1) / np.where(norms, norms, 1)
-
-
-def features(n, k, q=5, seed=0):
-    rng = np.random.default_rng(seed)
-    phi, query = rng.normal(size=(n, k)), rng.normal(size=(q, k))
-    return phi.astype(np.float32), query.astype(np.float32)
 
 
 def steep(n, k, q=5):
@@ -58,7 +43,7 @@ def test_scores_equal_a_float64_solve_on_every_mesh(n, k, devices, monkeypatch):
     query[2] = 0
     for value in (1e-2, 1.0, 100.0):
         ours = iterative.solve(phi, query, value)
-        assert errors(ours, exact(phi, query, value)).max() < iterative.TOLERANCE
+        assert errors(ours, ridge(phi, query, value)).max() < iterative.TOLERANCE
         assert not ours[2].any()
 
 

@@ -12,13 +12,8 @@ from sklearn.linear_model import RidgeCV
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
-from dtrak_jax.attribution import (
-    GRID,
-    Damping,
-    Kernels,
-    Scores,
-    ensemble_mean,
-)
+from dtrak_jax.attribution import GRID, Damping, Kernels, Scores
+from dtrak_jax.attribution.scores import ensemble_mean
 from dtrak_jax.config import Config, EnsembleConfig, TrainConfig
 from dtrak_jax.features.measurements import FUNCTIONS
 from dtrak_jax.methods import METHODS, Method, MethodName, markdown, table
@@ -272,7 +267,8 @@ class SmallRun:
         phi = np.random.default_rng(seed).normal(size=(2, sizes[examples], 9))
         array = ts.array(phi.astype(np.float32))
         ids = [f"{examples}{i}" for i in range(len(phi[0]))]
-        return dtrak.Features(measurement, ids, array, None, None, {"noise": "common"})
+        made, beside = {"noise": "common"}, np.zeros(phi.shape[:-1])
+        return dtrak.Features(measurement, ids, array, beside, beside, made)
 
     def kernels(self, measurement, folder=""):
         train = self.features("train", measurement, folder)
@@ -580,7 +576,7 @@ def test_an_ensembles_scores_are_the_mean_of_its_models():
     assert mean.eigenvalues is None
     other = dtrak.attribute(*models[0], damping=0.3)
     assert ensemble_mean([members[0], other]).damping is None
-    assert ensemble_mean([plain_scores()]).method == "trak-ensemble"
+    assert ensemble_mean([plain_scores()]).method == "trak"
 
 
 def test_ensembles_of_what_does_not_belong_together():

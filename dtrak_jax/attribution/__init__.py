@@ -17,10 +17,9 @@ from dtrak_jax.attribution.kernel import (
     Damping,
     Kernels,
     absolute,
-    factorize,
 )
 from dtrak_jax.attribution.retraining import datamodels, empirical_influence
-from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.similarity import (
     embedding_cosine,
     gas,
@@ -43,8 +42,6 @@ __all__ = [
     "datamodels",
     "embedding_cosine",
     "empirical_influence",
-    "ensemble_mean",
-    "factorize",
     "gas",
     "gradient_cosine",
     "gradient_dot",

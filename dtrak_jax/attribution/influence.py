@@ -4,8 +4,8 @@ At pair j the features of a training example are phi_j(n), in rows Phi_j [n, k],
 those of a query, computed with the same task, parameters and projection, g_j(q). A
 damping is lambda_j in units of that kernel's mean eigenvalue,
 trace(Phi_j Phi_j^T) / min(n, k), or `absolute(lambda)`. The functions take the features
-of a training set or `Kernels`, which share what is decomposed. With several processes
-all must call them, and all get the scores.
+of a training set, [T, n, k] or [n, k], or `Kernels`, which share what is decomposed.
+With several processes all must call them, and all get the scores.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ import numpy as np
 from dtrak_jax.attribution import iterative, linalg
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
+from dtrak_jax.features.store import chunks_of
 
 
 class Solution(NamedTuple):
@@ -25,14 +26,12 @@ class Solution(NamedTuple):
 
       tau(q, n) = sum_j left_qj right_jn / (e_j + lambda),
 
-    left = Phi_q Phi^T V and right = V^T in the dual form, where the kernel is
-    Phi Phi^T = V diag(e) V^T; left = Phi_q V and right = V^T Phi^T in the primal one.
+    left = Phi_q Phi^T V [q, m] and right = V^T [m, n] in the dual form, where the kernel
+    is Phi Phi^T = V diag(e) V^T; left = Phi_q V and right = V^T Phi^T in the primal one.
     """
 
     left: linalg.HostArray
-    """float64 [q, m]."""
     right: linalg.HostArray
-    """float64 [m, n]."""
     kernel: Kernel
 
     def scores(self, damping: float) -> np.ndarray:
@@ -54,23 +53,21 @@ def solution(
     kernel: Kernel,
     phi: np.ndarray,
     query: np.ndarray,
-    rows: slice = slice(None),
+    rows: slice | None = None,
     subsets: np.ndarray | None = None,
 ) -> Solution:
-    """Returns query (phi^T phi + lambda I)^-1 phi[rows]^T as a function of lambda.
+    """Returns query (phi^T phi + lambda I)^-1 phi^T as a function of lambda.
 
-    The kernel is that of phi [n, k], and query [q, k]. With subsets of the rows, bool
-    [M, rows], the scores are their sums over each, [q, M].
+    The kernel is that of phi [n, k], and query [q, k]. Of phi^T some rows may be enough;
+    with subsets of these, bool [M, rows], the scores are their sums over each, [q, M].
     """
     vectors = linalg.put(kernel.eigenvectors)
     if kernel.dual:
         left = linalg.times_transposed(linalg.inner_products(query, phi), vectors)
-        right = (
-            vectors if rows == slice(None) else linalg.put(kernel.eigenvectors[:, rows])
-        )
+        right = linalg.put(kernel.eigenvectors[:, rows]) if rows else vectors
     else:
-        left = linalg.times_transposed(linalg.put(query), vectors)
-        right = linalg.inner_products(vectors, phi[rows])
+        left = linalg.times_transposed(query, vectors)
+        right = linalg.inner_products(vectors, phi[rows] if rows else phi)
     if subsets is not None:
         right = linalg.times_transposed(right, subsets)
     return Solution(left, right, kernel)
@@ -90,12 +87,10 @@ def influence(
         rounding errors.
       MemoryError: min(n, k) is too large to be decomposed on this host.
     """
-    kernels, damping = Kernels.of(train), Damping.of(damping)
-    check_features(kernels.train, query)
     total = 0.0
-    for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
-        value = kernel.lambda_of(damping)
-        if kernels.solver == "cg":
+    for phi, kernel, g in _pairs(train, query):
+        value = kernel.lambda_of(Damping.of(damping))
+        if kernel.eigenvalues is None:
             total = total + iterative.solve(phi, g, value)
         else:
             total = total + solution(kernel, phi, g).scores(value)
@@ -112,11 +107,13 @@ def relative_influence(
     training example whose gradient is 0 has influence 0. Errors are those of
     `influence`, and kernels must be decomposed.
     """
-    # Eigenvectors give the size of a row of zeros their rounding errors.
-    return sum(
-        _over(tau.scores(value), tau.inverse_norms(value) * phi.any(axis=1))
-        for phi, tau, value in _solutions(train, query, damping, "relative influence")
-    )
+    total = 0.0
+    for phi, kernel, g in _pairs(train, query, needed_by="relative influence"):
+        value, tau = kernel.lambda_of(Damping.of(damping)), solution(kernel, phi, g)
+        # Eigenvectors give the size of a row of zeros their rounding errors.
+        sizes = tau.inverse_norms(value) * phi.any(axis=1)
+        total = total + tau.scores(value) * _inverses(sizes)
+    return total
 
 
 def renormalised_influence(
@@ -127,28 +124,32 @@ def renormalised_influence(
     Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using Renormalized
     Influence Estimation" (arXiv 2201.10055). All else is as in `relative_influence`.
     """
-    solutions = _solutions(train, query, damping, "renormalised influence")
-    return sum(
-        _over(tau.scores(value), np.linalg.norm(phi.astype(np.float64), axis=1))
-        for phi, tau, value in solutions
-    )
+    total = 0.0
+    for phi, kernel, g in _pairs(train, query, needed_by="renormalised influence"):
+        value = kernel.lambda_of(Damping.of(damping))
+        sizes = np.linalg.norm(phi.astype(np.float64), axis=1)
+        total = total + solution(kernel, phi, g).scores(value) * _inverses(sizes)
+    return total
 
 
-def _solutions(
-    train: Array | Kernels, query: Array, damping: float | Damping, method: str
-) -> Iterator[tuple[np.ndarray, Solution, float]]:
-    """Yields each pair's training features, its solution, and lambda."""
-    kernels, damping = Kernels.of(train), Damping.of(damping)
+def _pairs(
+    train: Array | Kernels, query: Array, needed_by: str = ""
+) -> Iterator[tuple[np.ndarray, Kernel, np.ndarray]]:
+    """Yields each pair's training features, their kernel, and the queries' features.
+
+    A name of what needs kernels decomposed makes sure that they are.
+    """
+    kernels = Kernels.of(train)
     check_features(kernels.train, query)
-    kernels.require_decomposed(method)
+    if needed_by:
+        kernels.require_decomposed(needed_by)
     for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
-        value = kernel.lambda_of(damping)
-        yield phi, solution(kernel, phi, g), value
+        yield phi, kernel, g
 
 
-def _over(scores: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Returns scores [q, n] over the examples' sizes [n], and 0 where a size is 0."""
-    return scores * np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
+def _inverses(sizes: np.ndarray) -> np.ndarray:
+    """Returns 1 / size, and 0 where a size is 0."""
+    return np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
 
 
 def damping_path(
@@ -162,33 +163,26 @@ def damping_path(
     """Returns the scores of `influence` at every damping, float64 [len(dampings), q, n].
 
     One eigendecomposition of each kernel serves all of them. A damping so small that
-    rounding errors of some kernel would decide the scores gives NaN.
+    rounding errors of some kernel would decide the scores gives NaN. Errors are those of
+    `influence`, and kernels must be decomposed.
 
     Args:
-      train: features of the training set, [T, n, k] or [n, k], or kernels.
-      query: features of the queries, [T, q, k] or [q, k].
-      dampings: values of lambda.
+      train, query, dampings: as in `influence`.
       pooled: take one kernel, that of all pairs,
         tau(q, n) = sum_j g_j(q)^T (sum_i Phi_i^T Phi_i + lambda I)^-1 phi_j(n),
         instead of one for each pair. All T n training features are in memory.
       subsets: of the training set, bool [M, n]: give the sums of the scores over each,
         [len(dampings), q, M], which is what the scores predict for models trained on
         them, at a fraction of the cost.
-
-    Raises:
-      ValueError: the features do not belong together; a damping is not above 0; or
-        kernels that are not decomposed.
-      MemoryError: min(n, k) is too large to be decomposed on this host.
     """
     kernels, dampings = Kernels.of(train), list(map(Damping.of, dampings))
     check_features(kernels.train, query)
     kernels.require_decomposed("a path over dampings")
     if pooled:
         (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]
-        starts = range(0, len(phi), n)
-        pairs = ((phi, kernel, slice(start, start + n)) for start in starts)
+        pairs = ((phi, kernel, rows) for rows in chunks_of(len(phi), n))
     else:
-        pairs = ((phi, kernel, slice(None)) for phi, kernel in kernels)
+        pairs = ((phi, kernel, None) for phi, kernel in kernels)
     total = [0.0] * len(dampings)
     for (phi, kernel, rows), g in zip(pairs, by_pair(query), strict=True):
         tau = solution(kernel, phi, g, rows, subsets)

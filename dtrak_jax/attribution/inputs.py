@@ -4,15 +4,13 @@ They are [T, n, k], kept apart for each pair of a timestep and a noise draw, or 
 averaged.
 """
 
-import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorstore as ts
 
 from dtrak_jax import files
-from dtrak_jax.features.store import Features
+from dtrak_jax.features.fingerprint import EXAMPLES
+from dtrak_jax.features.store import Features, concatenated
 
 Array = Features | np.ndarray
 
@@ -36,11 +34,9 @@ def example_ids(features: Array) -> np.ndarray:
 
 def joined(sets: Sequence[Array]) -> Array:
     """Returns the features of all sets of examples, one set after the other."""
-    if not all(isinstance(features, Features) for features in sets):
-        return np.concatenate([np.asarray(features) for features in sets], axis=-2)
-    phi = ts.concat([features.phi for features in sets], axis=-2)
-    ids = itertools.chain.from_iterable(features.ids for features in sets)
-    return dataclasses.replace(sets[0], ids=tuple(ids), phi=phi)
+    if all(isinstance(features, Features) for features in sets):
+        return concatenated(sets)
+    return np.concatenate([np.asarray(features) for features in sets], axis=-2)
 
 
 def check_features(train: Array, query: Array) -> None:
@@ -64,16 +60,10 @@ def check_features(train: Array, query: Array) -> None:
         )
     if not (isinstance(train, Features) and isinstance(query, Features)):
         return
-    made = train.fingerprint, query.fingerprint
-    free = {"images", "ids", "cond"}
-    if [fingerprint["noise"] for fingerprint in made] == ["common", "cyclic"]:
-        free.add("noise")
-    differing = files.differences(
-        *(
-            {k: v for k, v in fingerprint.items() if k not in free}
-            for fingerprint in made
-        )
-    )
+    free = dict.fromkeys(EXAMPLES)
+    if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
+        free["noise"] = None
+    differing = files.differences(train.fingerprint | free, query.fingerprint | free)
     if differing:
         raise ValueError(
             "training (there) and query (here) features do not belong together: "

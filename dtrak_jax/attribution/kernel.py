@@ -63,19 +63,14 @@ class Kernel(NamedTuple):
     """The kernel Phi Phi^T (dual, n <= k) or Phi^T Phi (primal), [m, m], m = min(n, k)."""
 
     dual: bool
-    mean_eigenvalue: float
-    """trace(Phi Phi^T) / m."""
-    eigenvalues: np.ndarray | None = None
-    """float64 [m], ascending; None if the kernel was not decomposed."""
-    eigenvectors: np.ndarray | None = None
-    """float64 [m, m], one in each row; None if they are not kept."""
+    mean_eigenvalue: float  # trace(Phi Phi^T) / m
+    eigenvalues: np.ndarray | None = None  # float64 [m], ascending; None without them
+    eigenvectors: np.ndarray | None = None  # float64 [m, m], one in each row, or None
 
     def lambda_of(self, damping: Damping, strict: bool = True) -> float:
-        """Returns lambda.
+        """Returns lambda, or raises a ValueError unless it is above 0.
 
-        Raises:
-          ValueError: lambda is not above 0; or so small that rounding errors would
-            decide the scores, where the result is NaN instead unless `strict`.
+        If rounding errors would decide the scores, it is an error too, or else NaN.
         """
         positive("damping", damping.value)
         unit = 1 if damping.absolute else self.mean_eigenvalue
@@ -149,16 +144,14 @@ class Kernels:
 
     Functions that take features of a training set also take this, and share what is
     decomposed: in memory up to `KEPT_IN_MEMORY`, and on disk up to `KEPT_ON_DISK`.
-    Beyond that every function decomposes anew. With several processes all must ask for
-    the same.
+    Beyond that every function decomposes anew. Solver "cg" decomposes nothing. With
+    several processes all must ask for the same.
     """
 
-    train: Array
-    """[T, n, k] or [n, k]."""
+    train: Array  # [T, n, k] or [n, k]
     store: epath.PathLike | None = None
     """The folder of PAIR.npz, made anew if they are of other features; None keeps none."""
     solver: str = "eigh"
-    """"eigh", which decomposes the kernels; or "cg", which does not."""
     seen: dict[int, Kernel] = dataclasses.field(default_factory=dict, repr=False)
     """{pair: kernel} of all that were asked for, some without their eigenvectors."""
 
@@ -219,10 +212,9 @@ class Kernels:
     def _stored(self, pair: int, phi: np.ndarray) -> Kernel:
         """Returns a decomposed kernel, read from the disk if it is there."""
         *pairs, n, k = self.train.shape
-        size = 8 * math.prod(pairs) * min(n, k) ** 2
+        too_large = 8 * math.prod(pairs) * min(n, k) ** 2 > KEPT_ON_DISK
         # Arrays have no fingerprint, by which to know them again.
-        named = isinstance(self.train, Features)
-        if self.store is None or not named or size > KEPT_ON_DISK:
+        if self.store is None or too_large or not isinstance(self.train, Features):
             return factorize(phi)
         path = files.at(self.store) / f"{pair}.npz"
         saved = files.read_npz(path) if path.exists() else {}

@@ -6,13 +6,14 @@ numbers is in float64, which accelerators are slow in or do not have.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
+from dtrak_jax.features.store import chunks_of
 from dtrak_jax.parallel import P, Program
 
 BLOCK = 2**26
@@ -112,11 +113,8 @@ def has_cpu() -> bool:
     return True
 
 
-def put(array: HostArray) -> HostArray:
-    """Returns the array in float64, where `on_host` functions find it without a copy."""
-    if isinstance(array, jax.Array):
-        return array
-    array = np.asarray(array, np.float64)
+def put(array: np.ndarray) -> HostArray:
+    """Returns a float64 array where functions of `on_host` take it without a copy."""
     if not has_cpu():
         return array
     with jax.enable_x64(True), jax.default_device("cpu"):
@@ -124,24 +122,23 @@ def put(array: HostArray) -> HostArray:
 
 
 @on_host
-def times(a: HostArray, b: HostArray) -> HostArray:
+def times(a, b):
     return a @ b.astype("float64")
 
 
 @on_host
-def times_transposed(a: HostArray, b: HostArray) -> HostArray:
-    return a @ b.astype("float64").T
+def times_transposed(a, b):
+    return a.astype("float64") @ b.astype("float64").T
 
 
 @on_host
-def divided_product(a: HostArray, divisors: HostArray, b: HostArray) -> HostArray:
+def divided_product(a, divisors, b):
     """Returns the sum over j of a_qj b_jn / divisors_j [q, n]."""
     return (a / divisors[None]) @ b
 
 
 def inner_products(a: HostArray, phi: np.ndarray) -> HostArray:
-    """Returns a phi^T [m, n], of a [m, k] and float32 phi [n, k]."""
-    a = put(a)
+    """Returns a phi^T, float64 [m, n], of a [m, k] and float32 phi [n, k]."""
     parts = [times_transposed(a, phi[rows]) for rows in row_blocks(phi)]
     return parts[0] if len(parts) == 1 else put(np.concatenate(parts, axis=1))
 
@@ -152,8 +149,6 @@ def weighted_sum(weights: np.ndarray, phi: np.ndarray) -> np.ndarray:
     return sum(np.asarray(times(weights[:, rows], phi[rows])) for rows in blocks)
 
 
-def row_blocks(phi: np.ndarray) -> Iterator[slice]:
-    """Yields so many rows of phi [n, k] at a time that a float64 copy is small."""
-    size = max(1, BLOCK // phi.shape[1])
-    for start in range(0, len(phi), size):
-        yield slice(start, start + size)
+def row_blocks(phi: np.ndarray) -> list[slice]:
+    """Returns so many rows of phi [n, k] at a time that a float64 copy is small."""
+    return chunks_of(len(phi), max(1, BLOCK // phi.shape[1]))

@@ -19,44 +19,31 @@ class Top(NamedTuple):
 
     ids: np.ndarray
     scores: np.ndarray
-    index: np.ndarray
-    """Columns of `Scores.scores`."""
+    index: np.ndarray  # columns of `Scores.scores`
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """The scores of every training example for every query.
 
-    Attributes:
-      scores: float32 [queries, train]; positive means that training on the example
-        lowered the query's loss.
-      train_ids: str [train].
-      query_ids: str [queries].
-      method: its name, such as "dtrak".
-      damping: the setting; None, as the next two, if the method has no kernel.
-      lambdas: the lambda of every kernel whose scores were added [kernels].
-      eigenvalues: of every kernel, ascending [kernels, min(train, k)]; None if solver
-        "cg" made the scores.
-      made_from: a hash of what the scores were made from; "" if nobody keeps it.
+    Positive means that training on the example lowered the query's loss. Damping, lambdas
+    and eigenvalues are None for a method without a kernel.
     """
 
-    scores: np.ndarray
-    train_ids: np.ndarray
-    query_ids: np.ndarray
+    scores: np.ndarray  # float32 [queries, train]
+    train_ids: np.ndarray  # str [train]
+    query_ids: np.ndarray  # str [queries]
     method: str
     damping: Damping | None = None
     lambdas: np.ndarray | None = None
+    """The lambda of every kernel whose scores were added [kernels]."""
     eigenvalues: np.ndarray | None = None
+    """Those of every kernel, ascending [kernels, min(train, k)]; None of solver "cg"."""
     made_from: str = ""
+    """A hash of what the scores were made from; "" if nobody keeps it."""
 
     def top(self, count: int, opposing: bool = False) -> Top:
-        """Returns every query's `count` highest scores, or the lowest if `opposing`.
-
-        The strongest comes first.
-
-        Raises:
-          ValueError: count is not 1 to the number of training examples.
-        """
+        """Returns every query's highest scores, or the lowest, the strongest first."""
         if not 1 <= count <= self.scores.shape[1]:
             raise ValueError(
                 f"count is {count}; it must be 1 to {self.scores.shape[1]}, the "
@@ -96,15 +83,12 @@ class Scores:
 
 
 def ensemble_mean(scores: Sequence[Scores]) -> Scores:
-    """Returns the mean of the raw scores of S models, (1/S) sum_s tau_s(q, n).
+    """Returns the mean of the scores of S models, (1/S) sum_s tau_s(q, n).
 
     Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
     subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
-    The mean keeps a damping that all models share, and no kernel; its method is the
-    models' with "-ensemble" at the end.
-
-    Raises:
-      ValueError: there are none, or two of different methods, queries or training sets.
+    The mean keeps a damping that all models share, and no kernel. Scores that do not
+    belong together raise a ValueError.
     """
     if not scores:
         raise ValueError("scores is empty; an ensemble needs those of a model or more.")
@@ -117,12 +101,9 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
                     "scores of one method for the same queries and training examples, in "
                     "the same order."
                 )
-    total = sum(member.scores.astype(np.float64) for member in scores)
+    mean = sum(member.scores.astype(np.float64) for member in scores) / len(scores)
     dampings = {member.damping for member in scores}
     return Scores(
-        (total / len(scores)).astype(np.float32),
-        first.train_ids,
-        first.query_ids,
-        f"{first.method}-ensemble",
+        *(mean.astype(np.float32), first.train_ids, first.query_ids, first.method),
         first.damping if len(dampings) == 1 else None,
     )

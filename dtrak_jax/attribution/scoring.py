@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 class Inputs(NamedTuple):
     """The arguments that methods' functions take, and where a run has them."""
 
-    words: str
-    """The arguments in words, to follow "made from"."""
+    words: str  # to follow "made from"
     scores: Callable[["Run", "Method"], dict[str, Scores]]
     """Calls the method's function; returns the scores for each set of queries."""
     needs: tuple[str, ...] = ("featurize",)
@@ -72,8 +71,7 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
     """Does so for each model, and returns the mean of their scores."""
     members = [_one_model(run, method, folder) for folder in model_folders(run.config)]
-    means = {q: ensemble_mean([scores[q] for scores in members]) for q in run.queries}
-    return {q: dataclasses.replace(m, method=method.name) for q, m in means.items()}
+    return {q: ensemble_mean([scores[q] for scores in members]) for q in run.queries}
 
 
 def _journey(run: "Run", method: "Method") -> dict[str, Scores]:

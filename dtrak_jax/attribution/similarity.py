@@ -1,4 +1,9 @@
-"""Similarity of gradients, of images and of embeddings; and chance."""
+"""Similarity of gradients, of images and of embeddings; and chance.
+
+Of pair j, phi_j(n) are the features of a training example, [T, n, k] or [n, k], and
+g_j(q) those of a query, of the same task, parameters and projection. What is 0 has
+similarity 0 to everything. What does not belong together raises a ValueError.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +19,8 @@ from dtrak_jax.checks import check_images
 def gradient_dot(train: Array, query: Array) -> np.ndarray:
     """Returns (1/T) sum_j g_j(q) . phi_j(n), float64 [q, n].
 
-    g_j(q) and phi_j(n) are the features of a query and of a training example at pair j,
-    of the same task, parameters and projection. TracIn (arXiv 2002.08484) with one
-    checkpoint; with averaged features the D-TRAK paper's "gradient (dot)".
-
-    Raises:
-      ValueError: the features do not belong together.
+    TracIn (arXiv 2002.08484) with one checkpoint; with averaged features the D-TRAK
+    paper's "gradient (dot)".
     """
     return _mean_over_pairs(lambda g, phi: g @ phi.T, train, query)
 
@@ -29,8 +30,7 @@ def gradient_cosine(train: Array, query: Array) -> np.ndarray:
 
     With features kept apart and common noise this is the score of DMin (arXiv
     2412.08637) and of MOTIVE (arXiv 2601.08828), of projected gradients; with averaged
-    features the D-TRAK paper's "gradient (cos)". A gradient of zeros has similarity 0.
-    Errors are those of `gradient_dot`.
+    features the D-TRAK paper's "gradient (cos)".
     """
     return _mean_over_pairs(lambda g, phi: embedding_cosine(phi, g), train, query)
 
@@ -41,10 +41,6 @@ def tracin(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
     TracInCP of Pruthi et al., "Estimating Training Data Influence by Tracing Gradient
     Descent" (arXiv 2002.08484), with every checkpoint at the same weight; with the
     learning rates that their equation has, this is the case of a constant one.
-
-    Raises:
-      ValueError: there are no features of checkpoints, not equally many of both, or of
-        different examples; or those of a checkpoint do not belong together.
     """
     return _mean_over_checkpoints(gradient_dot, trains, queries)
 
@@ -54,7 +50,7 @@ def gas(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
 
     GAS of Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using
     Renormalized Influence Estimation" (arXiv 2201.10055), with every checkpoint at the
-    same weight. Errors are those of `tracin`.
+    same weight.
     """
     return _mean_over_checkpoints(gradient_cosine, trains, queries)
 
@@ -62,10 +58,7 @@ def gas(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
 def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
     """Returns x_q . x_n of the pixels of images in [-1, 1], float64 [q, n].
 
-    The D-TRAK paper's "raw pixel (dot)".
-
-    Raises:
-      ValueError: the images are of different shapes, or no images.
+    It is the D-TRAK paper's "raw pixel (dot)".
     """
     train, query = _pixels(train_images, query_images)
     return query @ train.T
@@ -74,8 +67,7 @@ def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
 def pixel_cosine(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
     """Returns x_q . x_n / (||x_q|| ||x_n||) of the pixels, float64 [q, n].
 
-    The D-TRAK paper's "raw pixel (cos)". An image of zeros has similarity 0. Errors are
-    those of `pixel_dot`.
+    It is the D-TRAK paper's "raw pixel (cos)".
     """
     return embedding_cosine(*_pixels(train_images, query_images))
 
@@ -84,10 +76,7 @@ def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Returns e_q . e_n / (||e_q|| ||e_n||), float64 [q, n], of embeddings [q, d], [n, d].
 
     With the embeddings of CLIP's image encoder (arXiv 2103.00020) this is the D-TRAK
-    paper's "CLIP similarity". An embedding of zeros has similarity 0.
-
-    Raises:
-      ValueError: other shapes.
+    paper's "CLIP similarity".
     """
     if train.ndim != 2 or query.ndim != 2 or train.shape[1] != query.shape[1]:
         raise ValueError(

@@ -16,7 +16,7 @@ from dtrak_jax.digests import digest
 from dtrak_jax.evaluation import lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
 from dtrak_jax.evaluation.lds import RetrainedLosses
-from dtrak_jax.feature_sets import FeatureSet, featurize
+from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
 from dtrak_jax.features import Features, Projection
 from dtrak_jax.run import Run
 
@@ -47,7 +47,7 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
     if parallel.agreed(path.exists() and files.read_json(path)["truth"] == against):
         return files.read_json(path)["rows"]
     train, *queries = (
-        _features(run, arm.spec, name)[arm.measurement].pairs(arm.pairs)
+        _features(run, arm.spec, name)[arm.measurement][arm.pairs]
         for name in ("train", *truth)
     )
     rows = list(arm_rows(arm, train, np.concatenate(queries, axis=1), truth))
@@ -58,13 +58,11 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
 
 def _features(run: Run, spec: FeatureSpec, name: str) -> dict[str, Features]:
     """Returns the features of one set of images, in a store of the spec's."""
-    # Cyclic noise shifts only the queries' noise.
-    shifted = spec.noise == "cyclic" and name == "train"
     task = run.task(
         measurement=spec.measurements,
         timesteps=spec.timesteps,
         draws=spec.draws,
-        noise="common" if shifted else spec.noise,
+        noise=noise_of(spec.noise, name),
         per_timestep=True,
         seed=spec.seed,
     )

@@ -28,16 +28,12 @@ def distortion(
 ) -> Distortion | dict[str, Distortion]:
     """Measures the distortion of a projection on the gradients of some images.
 
-    Holds their whole gradients in memory: len(images) x p numbers for each pair of a
-    timestep and a draw, so give it a handful of images, two or more. The arguments are
-    those of `featurize`.
-
-    Returns:
-      The errors; or {measurement: errors} if the task has a tuple of them.
+    It holds their whole gradients in memory, len(images) x p numbers for each pair of a
+    timestep and a draw: give it a handful of images, two or more. The arguments are those
+    of `featurize`; a tuple of measurements gives {measurement: errors}.
     """
     if len(images) < 2:
         raise ValueError("distortion compares pairs: give two or more images.")
-    options = {"description": "distortion"} | options
     exact = featurize(task, params, images, Projection("none"), **options)
     projected = featurize(task, params, images, projection, **options)
     if isinstance(exact, Features):
@@ -61,5 +57,5 @@ def _compare(exact: Features, projected: Features) -> Distortion:
         rms=float(np.sqrt(np.mean(off**2))),
         largest=float(np.abs(off).max()),
         norm_rms=float(np.sqrt(np.mean(diagonal**2))),
-        examples=len(exact),
+        examples=len(exact.ids),
     )

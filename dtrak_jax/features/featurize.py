@@ -15,6 +15,7 @@ from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint
+from dtrak_jax.features.gradients import network_inputs, network_params, variables
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns
 from dtrak_jax.features.store import Features, Store
@@ -34,12 +35,12 @@ def featurize(
     ids: Sequence[str] | None = None,
     cond: object = None,
     store: epath.PathLike | None = None,
-    made_from: dict | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
-    description: str = "featurize",
 ) -> Features | dict[str, Features]:
     """Computes phi_j(x) = P grad_params f(x, j) for every image x and pair j of a task.
+
+    Batch size and devices change results by rounding only.
 
     Args:
       task: what is differentiated, and with which noise.
@@ -53,13 +54,9 @@ def featurize(
       cond: a pytree of arrays with n rows that are passed on to the network, or None.
       store: a folder to keep the features in; what it has already is not computed
         again. In memory if None.
-      made_from: a small dict for JSON that the store keeps; see `Store.is_finished_for`.
-      batch_size: noised images at once on each device; limits memory, and changes
-        results by rounding only.
+      batch_size: noised images at once on each device; limits memory.
       proj_devices: the number of devices of a process that share the columns of a dense
-        projection, whose entries each of them would make otherwise; changes results by
-        rounding only.
-      description: of the progress bar.
+        projection, whose entries each of them would make otherwise.
 
     Returns:
       The features; or {measurement: features} if the task has a tuple of them.
@@ -79,19 +76,16 @@ def featurize(
         task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
     )
     layout, network = programs.layout, (params, frozen, programs.sketches)
-    hashes = example_hashes(ids, images, cond)
-    inputs = gradients.network_inputs(images, cond, 1)
+    hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
     metadata = {
         "fingerprint": fingerprint(task, network, projection, inputs, hashes),
         "shape": list(layout.shape(len(ids))),
         "pairs": layout.pairs,
         "rows_per_chunk": layout.rows_per_chunk,
-        "made_from": made_from,
     }
     target = Store.open_or_create(store, metadata | hashes)
     examples = images, id_words(ids), np.arange(len(ids), dtype=np.int32), cond
-    network = parallel.put(network, mesh)
-    _write_missing(task, programs, network, target, examples, description)
+    _write_missing(task, programs, parallel.put(network, mesh), target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
     features = target.features(task.measurements)
@@ -111,7 +105,7 @@ def example_mesh(devices: Sequence[jax.Device], proj_devices: int) -> jax.shardi
 class StepPrograms(NamedTuple):
     """The programs of one round: `layout.parts` times gradients, then a projection."""
 
-    layout: Layout  # the sizes, and the number of rounds
+    layout: Layout
     sketches: gradients.Sketches  # an argument of the gradients
     gradients: Program  # makes the gradients of a microbatch
     project: Program  # makes their features
@@ -129,15 +123,15 @@ def step_programs(
     frozen: Params | None = None,
     cond: object = None,
 ) -> StepPrograms:
-    """Returns what `featurize` runs on a mesh; see there, and `example_mesh`.
+    """Returns what `featurize` runs on an `example_mesh`.
 
     Shapes will do for parameters, images and conditions. Nothing is computed but the
     signs of sketches.
     """
     shape = jax.ShapeDtypeStruct
-    p = sum(leaf.size for leaf in gradients.variables(task, params, {}))
+    p = sum(leaf.size for leaf in variables(task, params, {}))
     layout = Layout.of(task, projection, p, batch_size, mesh.size)
-    inputs = gradients.network_inputs(images, cond, 1)
+    inputs = network_inputs(images, cond, 1)
     sketches = channel_sketches(task, params, frozen, projection, inputs)
     network = jax.tree.map(
         lambda leaf: shape(leaf.shape, leaf.dtype), (params, frozen, sketches)
@@ -145,7 +139,7 @@ def step_programs(
     gradient_function = gradients.gradient_function(task, mesh)
 
     def gradient_program(size: int, copies: int) -> Program:
-        x, _, condition = gradients.network_inputs(images, cond, size)
+        x, _, condition = network_inputs(images, cond, size)
         microbatch = Microbatch(
             x=shape((size, 1, *x.shape[1:]), np.float32),
             words=shape((size, 2), np.uint32),
@@ -159,7 +153,7 @@ def step_programs(
     step = plain = gradient_program(layout.size, layout.copies)
     if layout.copies == 1:
         plain = gradient_program(mesh.size, layout.size // mesh.size)
-    sizes = [leaf.size for leaf in gradients.variables(task, params, sketches)]
+    sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = [shape((layout.size, size), np.float32) for size in sizes]
     gradient = dict.fromkeys(task.measurements, parts)
     function = gradients.projection_function(projection, mesh)
@@ -168,20 +162,15 @@ def step_programs(
 
 
 def _write_missing(
-    task: Task,
-    programs: StepPrograms,
-    network: tuple,
-    target: Store,
-    examples: tuple,
-    description: str,
+    task: Task, programs: StepPrograms, network: tuple, target: Store, examples: tuple
 ) -> None:
     """Computes and writes the features that are missing in the store."""
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
     started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
-    with tqdm(
-        total=len(ids), initial=done, desc=description, unit="image", disable=None
-    ) as bar:
+    folders = target.folder.parts[-2:] if target.folder else ()
+    progress = {"initial": done, "unit": "image", "disable": None}
+    with tqdm(None, " ".join(["featurize", *folders]), len(ids), **progress) as bar:
         # The devices go on with the next chunk while this one is written.
         for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
             names = ids[chunk]
@@ -196,17 +185,16 @@ def _start(
 ) -> list[tuple[tuple, list]]:
     """Has the devices compute a chunk of examples, and does not wait for them.
 
-    Returns (features, squared norms) of each round, and the losses of each of its parts.
+    Returns ((features, squared norms), losses of each part) of each round.
     """
     examples = jax.tree.map(lambda column: np.asarray(column[chunk]), examples)
     add = gradients.addition_function(programs.gradients.mesh)
     rounds = []
-    for first, *rest in microbatches(programs.layout, examples):
-        total, loss = programs.gradients.function(*network, first)
-        losses = [loss]
-        for microbatch in rest:
+    for parts in microbatches(programs.layout, examples):
+        total, losses = None, []
+        for microbatch in parts:
             part, loss = programs.gradients.function(*network, microbatch)
-            total = add(total, part)
+            total = add(total, part) if losses else part
             losses.append(loss)
         rounds.append((programs.project.function(total), losses))
         # Two rounds under way keep the devices busy; more would take memory.
@@ -259,8 +247,8 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
         for path, leaf in named_leaves(tree).items():
             if not np.isfinite(np.asarray(leaf, np.float32)).all():
                 raise ValueError(f"{name}: {path} has entries that are not finite.")
-    x, t, condition = gradients.network_inputs(images, cond, 2)
-    network = gradients.network_params(params, frozen)
+    x, t, condition = network_inputs(images, cond, 2)
+    network = network_params(params, frozen)
     try:
         prediction = jax.eval_shape(task.apply, network, x, t, condition)
     except Exception as error:

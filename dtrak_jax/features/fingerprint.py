@@ -39,10 +39,7 @@ def example_hashes(ids: Sequence[str], images: np.ndarray, cond: object) -> Hash
 
 
 def examples_fingerprint(hashes: Hashes) -> dict[str, str | None]:
-    """Returns the fields of a fingerprint that tell of the examples, in this order.
-
-    They are made of `example_hashes` alone, which stores keep and `merge` joins.
-    """
+    """Returns the fields `EXAMPLES`, made of hashes that stores keep and `merge` joins."""
     return {
         field: None if column is None else digests.digest(*column)
         for field, column in hashes.items()
@@ -58,9 +55,8 @@ def fingerprint(
 ) -> dict[str, object]:
     """Returns what features depend on, apart from rounding.
 
-    Functions of the user's are known by the program that JAX makes of them, so an
-    edited network or measurement does not go unnoticed. The inputs are the shapes of
-    (x, t, cond) for one image.
+    Functions are known by the program that JAX makes of them, so that an edited network
+    or measurement is noticed. The inputs are the shapes of (x, t, cond) for one image.
     """
     (params, frozen, sketches), (x, t, cond) = network, inputs
     scalar = jax.ShapeDtypeStruct((), np.int32)

@@ -56,8 +56,7 @@ def chosen_leaves(task: Task, params: Params) -> list[int]:
 def variables(task: Task, params: Params, sketches: Sketches) -> list[jax.Array]:
     """Returns what is differentiated: the chosen leaves of the parameters.
 
-    In place of a weight that is sketched there are zeros, the gradient with respect to
-    which is the sketch.
+    A weight that is sketched has zeros in its place, whose gradient is the sketch.
     """
     leaves = dict(enumerate(jax.tree.leaves(params)))
     for i, (inputs, outputs) in sketches.items():
@@ -70,9 +69,9 @@ def variables(task: Task, params: Params, sketches: Sketches) -> list[jax.Array]
 def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
     """Compiles (params, frozen, Sketches, Microbatch) -> gradients and losses.
 
-    The results are {measurement: gradient} and the mean squared error of every noised
-    image [S, R]. A gradient is a list of parts float32 [S, p_i], one for each variable,
-    since joining them to [S, p] would take a copy of all.
+    The results are {measurement: gradient}, and the mean squared error of every noised
+    image [S, R]. A gradient is a list of parts [S, p_i], one for each variable: joined to
+    [S, p] they would be there twice.
     """
 
     def gradients(params, frozen, sketches, microbatch):

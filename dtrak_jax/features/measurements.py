@@ -60,17 +60,15 @@ def elbo(prediction, target, t, schedule):
 
 FUNCTIONS = {f.__name__: f for f in (loss, square, mean, l1, l2, linf, elbo)}
 
-ALIASES = {
+MEASUREMENTS = {name: name for name in FUNCTIONS} | {
     "mean-squared-l2-norm": "square",
     "l1-norm": "l1",
     "l2-norm": "l2",
     "linf-norm": "linf",
     "weighted-mse": "elbo",
 }
-"""The names that the D-TRAK paper's code gives to some measurements."""
-
-MEASUREMENTS = {name: name for name in FUNCTIONS} | ALIASES
-"""Every accepted name of a measurement, with the name it stands for."""
+"""Every accepted name of a measurement, such as those of the D-TRAK paper's code, with
+the name it stands for."""
 
 MeasurementName = Literal[tuple(MEASUREMENTS)]
 

@@ -1,8 +1,7 @@
 """Features in memory or on disk, written a chunk of rows at a time."""
 
 import dataclasses
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import tensorstore as ts
@@ -18,52 +17,31 @@ def chunks_of(n: int, rows: int) -> list[slice]:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The features of one measurement; `np.asarray` gives the array.
-
-    Attributes:
-      measurement: its name.
-      ids: the names of the n examples.
-      phi: float32 [T, n, k], T pairs of a timestep and a draw kept apart, or [n, k]
-        averaged. It is a TensorStore, so that rows are read when they are needed.
-      squared_norms: |g|^2 of the gradients before projection, [T, n] or [n]; where they
-        are not formed ("factorized"), of the sketches that are, right in expectation.
-      losses: mean squared error of every noised image [T, n]; the residual's norm is
-        sqrt(d * losses), d the number of outputs.
-      fingerprint: all that decides the values.
-    """
+    """The features of one measurement; `np.asarray` gives the array, an index a part."""
 
     measurement: str
     ids: tuple[str, ...]
     phi: ts.TensorStore
+    """float32 [T, n, k], T pairs of a timestep and a draw kept apart, or [n, k] averaged.
+    Rows are read when they are needed."""
     squared_norms: np.ndarray
+    """|g|^2 of the gradients before projection, [T, n] or [n]; where they are not formed
+    ("factorized"), of the sketches that are, right in expectation."""
     losses: np.ndarray
+    """The mean squared error of every noised image [T, n]; the residual's norm is
+    sqrt(d * losses), d the number of outputs."""
     fingerprint: dict
+    """All that decides the values."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape [T, n, k], or [n, k]."""
         return tuple(self.phi.shape)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self._read(...), dtype=dtype)
+        return np.asarray(self[...], dtype=dtype)
 
-    def by_pair(self) -> Iterator[np.ndarray]:
-        """Yields each pair's features [n, k] in turn; just one array if averaged."""
-        pairs = [...] if self.phi.ndim == 2 else range(self.phi.shape[0])
-        yield from map(self._read, pairs)
-
-    def rows(self, rows: slice) -> np.ndarray:
-        """Returns the features of some examples, [T, rows, k] or [rows, k]."""
-        return self._read((..., rows, slice(None)))
-
-    def pairs(self, positions: list[int]) -> np.ndarray:
-        """Returns the features of some pairs, [len(positions), n, k]."""
-        return self._read(positions)
-
-    def _read(self, index) -> np.ndarray:
+    def __getitem__(self, index) -> np.ndarray:
         try:
             array = self.phi[index].read().result()
         except ValueError as error:
@@ -77,6 +55,11 @@ class Features:
                 "store and run featurize again."
             )
         return array
+
+    def by_pair(self) -> Iterator[np.ndarray]:
+        """Yields each pair's features [n, k] in turn; just one array if averaged."""
+        pairs = [...] if self.phi.ndim == 2 else range(self.phi.shape[0])
+        yield from map(self.__getitem__, pairs)
 
     @classmethod
     def load(cls, store: epath.PathLike, measurement: str) -> "Features":
@@ -93,6 +76,17 @@ class Features:
                 f"those of {', '.join(saved.phi)}."
             )
         return saved.features([measurement])[measurement]
+
+
+def concatenated(parts: Sequence[Features]) -> Features:
+    """Returns the features of all parts' examples, to be read where they are."""
+    return dataclasses.replace(
+        parts[0],
+        ids=tuple(name for part in parts for name in part.ids),
+        phi=ts.concat([part.phi for part in parts], axis=-2),
+        squared_norms=np.concatenate([part.squared_norms for part in parts], axis=-1),
+        losses=np.concatenate([part.losses for part in parts], axis=-1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +127,6 @@ class Store:
                 f"the store {folder} holds other features: {differs[0]}. Name another "
                 "store, or delete it."
             )
-        made_from = _as_json(metadata.get("made_from"))
-        if made_from not in (None, saved.get("made_from")):
-            saved["made_from"] = made_from
-            if parallel.is_main_process():
-                files.write_json(path, saved)
         return cls.open(folder, saved)
 
     @classmethod
@@ -172,22 +161,23 @@ class Store:
             array("losses", [metadata["pairs"]]),
         )
 
-    @classmethod
-    def is_finished_for(
-        cls, folder: epath.PathLike, made_from: dict, measurements: Collection[str]
-    ) -> bool:
-        """Returns True if the folder holds these features of every example.
+    def note(self, made_from: dict[str, str]) -> None:
+        """Keeps in the metadata what the features were made from; see `is_made_from`."""
+        if parallel.is_main_process():
+            metadata = self.metadata | {"made_from": made_from}
+            files.write_json(self.folder / "metadata.json", metadata)
 
-        Nothing is traced or hashed: it trusts what `featurize` was told of `made_from`.
-        Processes may see different answers while others write.
+    def is_made_from(
+        self, made_from: dict[str, str], measurements: Collection[str]
+    ) -> bool:
+        """Returns True if it has these features of every example, as `note` was told.
+
+        Unlike a comparison of fingerprints, nothing is traced or hashed. Processes may
+        see different answers while others write.
         """
-        try:
-            store = cls.load(folder)
-        except FileNotFoundError:
-            return False
-        known = store.metadata.get("made_from") == _as_json(made_from)
-        present = store.phi.keys() >= set(measurements)
-        return known and present and bool(store._done().all())
+        same = self.metadata.get("made_from") == made_from
+        present = self.phi.keys() >= set(measurements)
+        return same and present and bool(self._done().all())
 
     def _done(self) -> np.ndarray:
         """Returns True for each row that is there."""
@@ -247,11 +237,6 @@ class Store:
             )
 
         return {name: features(name) for name in measurements}
-
-
-def _as_json(value: dict | None) -> dict | None:
-    """Returns the value as it would be read from a JSON file: tuples are lists."""
-    return json.loads(json.dumps(value))
 
 
 def _zarr(path: epath.Path, shape: list[int], chunk: list[int]) -> ts.TensorStore:

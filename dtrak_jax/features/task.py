@@ -32,9 +32,8 @@ class Task:
 
     Attributes:
       apply: the network, (params, x [B,H,W,C], t [B], cond) -> prediction [B,H,W,C];
-        any pure function, params any pytree. `cond` is None, or the rows for these
-        images of the pytree that `featurize` was given. Where `featurize` is given
-        frozen parameters, the first argument is (params, frozen).
+        any pure function, params any pytree, or (params, frozen) where `featurize` is
+        given both. `cond` is None, or these images' rows of what `featurize` is given.
       schedule: the noise schedule that the network was trained with.
       measurement: f: a name, a function (prediction, target, t, schedule) -> scalar of
         one image, or a tuple of them, whose gradients then share one forward pass.
@@ -71,11 +70,6 @@ class Task:
     seed: int = 0
 
     def __post_init__(self):
-        if not callable(self.apply):
-            raise TypeError(
-                f"apply is {self.apply!r}; it must be a function "
-                "(params, x, t, cond) -> prediction."
-            )
         one_of("strategy", self.strategy, get_args(Strategy))
         one_of("noise", self.noise, get_args(Noise))
         at_least("noise_batch", self.noise_batch, 1)
@@ -84,12 +78,11 @@ class Task:
         pattern("parameters", self.parameters)
         if isinstance(self.measurement, list):
             object.__setattr__(self, "measurement", tuple(self.measurement))
-        if not isinstance(self.timesteps, int):
-            timesteps = tuple(int(t) for t in self.timesteps)
-            object.__setattr__(self, "timesteps", timesteps)
         steps = self.schedule.steps
         if isinstance(self.timesteps, int):
             between("timesteps", self.timesteps, 1, steps)
+        else:
+            object.__setattr__(self, "timesteps", tuple(map(int, self.timesteps)))
         if not self.grid or not set(self.grid) <= set(range(steps)):
             raise ValueError(
                 f"timesteps is {self.grid}; it must name one or more of 0 to {steps - 1}."
@@ -107,8 +100,8 @@ class Task:
     @functools.cached_property
     def measurements(self) -> dict[str, Measurement]:
         """The measurements by name."""
-        alone = not isinstance(self.measurement, tuple)
-        return dict(map(named, (self.measurement,) if alone else self.measurement))
+        several = isinstance(self.measurement, tuple)
+        return dict(map(named, self.measurement if several else (self.measurement,)))
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
@@ -125,16 +118,12 @@ class Task:
         return tuple((t, draw) for t in self.grid for draw in range(self.draws))
 
     def eps(
-        self,
-        pair: jax.Array,
-        words: jax.Array,
-        position: jax.Array,
-        shape: tuple[int, ...],
+        self, pair: jax.Array, words: jax.Array, position: jax.Array, shape: tuple
     ) -> jax.Array:
         """Returns the noise of one image at one pair, an index into `pairs`.
 
-        The image is given by the words of its id [2], see `rng.id_words`, and by its
-        position in its data set.
+        The image is known by the `rng.id_words` of its id [2] and its position in the
+        data set.
         """
         if self.noise == "cyclic":
             pair = (pair + 1) % len(self.pairs)

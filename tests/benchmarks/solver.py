@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 
-from dtrak_jax.attribution import factorize
 from dtrak_jax.attribution.influence import solution
+from dtrak_jax.attribution.kernel import factorize
 from tests.benchmarks import missing_peers
 from tests.benchmarks.rows import Row, in_turn
 
