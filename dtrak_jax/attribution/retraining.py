@@ -3,13 +3,13 @@
 masks, bool [M, n], says on which of the n training examples each of M models was
 trained; outputs [M, q] is the loss of each query under each model. Both methods predict
 the loss and are negated, so that a positive score means what it does for all methods:
-training on the example lowered the query's loss. They raise a ValueError for wrong
-shapes, types or settings, and for outputs that are not finite.
+training on the example lowered the query's loss.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.linalg
 
 from dtrak_jax.checks import at_least, positive
 
@@ -20,6 +20,9 @@ def empirical_influence(masks: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     Feldman and Zhang, "What Neural Networks Memorize and Why" (arXiv 2008.03703), F
     being the loss. An example that is in all subsets or in none has influence 0:
     nothing is known of it.
+
+    Raises:
+      ValueError: wrong shapes or types, or outputs that are not finite.
     """
     masks, outputs = _checked(masks, outputs)
     inside = masks.sum(axis=0)
@@ -39,13 +42,15 @@ def datamodels(
     Linear datamodels, Ilyas et al. (arXiv 2202.00622), fitted by ridge regression as
     the D-TRAK paper does. For each query the weights equal scikit-learn's
     `RidgeCV(alphas, cv=folds).fit(masks, F(q)).coef_`, that is, its penalty is the one
-    with the best mean of R^2 over contiguous folds, the first of equals; all queries
-    share the fits. M must be at least twice the number of folds.
-    """
-    from sklearn.linear_model import Ridge
-    from sklearn.metrics import r2_score
-    from sklearn.model_selection import KFold
+    with the best mean of R^2 over contiguous folds, the first of equals.
 
+    M models are fewer than n examples, so the regression is solved in the dual form,
+    w = X^T (X X^T + alpha I)^-1 y of centred X and y: for a fold and an alpha, one
+    M x M system serves all queries. M must be at least twice the number of folds.
+
+    Raises:
+      ValueError: wrong shapes, types or settings, or outputs that are not finite.
+    """
     masks, outputs = _checked(masks, outputs)
     at_least("folds", folds, 2)
     if not len(alphas):
@@ -57,18 +62,42 @@ def datamodels(
             f"masks has {len(masks)} models; cross-validation with folds={folds} needs "
             f"at least {2 * folds}, two in each fold."
         )
-    masks = masks.astype(np.float64)
-    quality = np.zeros((len(alphas), outputs.shape[1]))
-    for train, test in KFold(folds).split(masks):
-        for i, alpha in enumerate(alphas):
-            model = Ridge(alpha=alpha).fit(masks[train], outputs[train])
-            predicted = model.predict(masks[test])
-            quality[i] += r2_score(outputs[test], predicted, multioutput="raw_values")
+    centred = masks - masks.mean(axis=0)
+    targets = outputs - outputs.mean(axis=0)
+    gram = centred @ centred.T
+    tests = np.array_split(np.arange(len(masks)), folds)
+    quality = np.mean([_r2(gram, targets, test, alphas) for test in tests], axis=0)
     best = np.argmax(quality, axis=0)
-    fits = [Ridge(alpha=alpha).fit(masks, outputs).coef_ for alpha in alphas]
-    # Of a single query, coef_ has one axis.
-    weights = np.reshape(fits, (len(alphas), len(best), -1))
-    return -weights[best, np.arange(len(best))]
+    dual = np.empty_like(targets)
+    for i, alpha in enumerate(alphas):
+        dual[:, best == i] = _dual_ridge(gram, targets[:, best == i], alpha)
+    return -(dual.T @ centred)
+
+
+def _r2(gram, targets, test, alphas) -> np.ndarray:
+    """Returns R^2 on the models `test` of ridge regressions on the rest [alphas, q].
+
+    Where the targets do not vary it is 1 or 0, as in scikit-learn.
+    """
+    train = np.setdiff1d(np.arange(len(gram)), test)
+    # Products of masks centred over the models of `train`, from those centred over all.
+    mean = gram[train].mean(axis=0)
+    gram = gram - mean - mean[:, None] + mean[train].mean()
+    targets = targets - targets[train].mean(axis=0)
+    truth = targets[test]
+    total = np.sum((truth - truth.mean(axis=0)) ** 2, axis=0)
+    varies, values = total > 0, []
+    for alpha in alphas:
+        dual = _dual_ridge(gram[np.ix_(train, train)], targets[train], alpha)
+        residual = np.sum((truth - gram[np.ix_(test, train)] @ dual) ** 2, axis=0)
+        quality = 1 - residual / np.where(varies, total, 1)
+        values.append(np.where(varies, quality, residual == 0))
+    return np.array(values)
+
+
+def _dual_ridge(gram: np.ndarray, targets: np.ndarray, alpha: float) -> np.ndarray:
+    """Returns (gram + alpha I)^-1 targets, [M, q]."""
+    return scipy.linalg.solve(gram + alpha * np.eye(len(gram)), targets, assume_a="pos")
 
 
 def _checked(masks, outputs) -> tuple[np.ndarray, np.ndarray]:
