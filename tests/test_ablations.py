@@ -10,7 +10,7 @@ from conftest import DIGITS
 from dtrak_jax.evaluation import lds
 from dtrak_jax.evaluation.ablations import arm_rows
 from dtrak_jax.evaluation.arms import KERNELS, STUDIES, arms
-from dtrak_jax.evaluation.lds import RetrainedLosses
+from dtrak_jax.evaluation.truth import RetrainedLosses
 
 CONFIG = runpy.run_path(str(DIGITS))["get_config"]()
 ARMS = arms(CONFIG)
@@ -75,7 +75,7 @@ def test_rows_of_a_kernel(made, kernel):
     arm = next(a for a in study("noise") if a.kernel == kernel)
     other = dataclasses.replace(truth, outputs=truth.outputs[..., ::-1])
     both = np.concatenate([query, query], axis=1)
-    rows = list(arm_rows(arm, train, both, {"one": truth, "other": other}))
+    rows = arm_rows(arm, train, both, {"one": truth, "other": other})
     assert [row["queries"] for row in rows][:: len(rows) // 2] == ["one", "other"]
     rows = rows[: len(rows) // 2]
     by_rule = {(row["damping_rule"], row["transform"]): row["lds"] for row in rows}

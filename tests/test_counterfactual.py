@@ -23,8 +23,12 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dtrak_jax.evaluation.counterfactual import FOLDER, counterfactual
-from dtrak_jax.evaluation.distances import bottleneck, distances
+from dtrak_jax.evaluation.counterfactual import (
+    FOLDER,
+    bottleneck,
+    counterfactual,
+    distances,
+)
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
 from dtrak_jax.evaluation.statistics import summarize

@@ -105,18 +105,18 @@ def regenerate(
     """
     share = parallel.of_process(planned)
     for model in tqdm(share, "regenerate", unit="model", disable=None):
-        rows = model.queries
-        _regenerate_with(run, model, originals.take(rows), seeds[rows])
+        positions = model.queries
+        _regenerate_with(run, model, originals.take(positions), seeds[positions])
     parallel.barrier("regenerate")
     images, losses = {}, {}
-    for model in planned:
-        choice, rows = model.choice, model.queries
-        saved = files.read_npz(_images_path(run, model))
-        images.setdefault(choice, np.zeros_like(originals.images))
-        losses.setdefault(choice, np.zeros(len(originals)))
+    for choice in dict.fromkeys(model.choice for model in planned):
+        # The models of a choice are in the order of their queries.
+        of_choice = [model for model in planned if model.choice == choice]
+        parts = [files.read_npz(_images_path(run, model)) for model in of_choice]
         # Of 8 bits like the originals, or the controls would show the rounding.
-        images[choice][rows] = data.from_pixels(saved["images"])
-        losses[choice][rows] = saved["losses"]
+        pixels = np.concatenate([part["images"] for part in parts])
+        images[choice] = data.from_pixels(pixels)
+        losses[choice] = np.concatenate([part["losses"] for part in parts])
     return images, losses
 
 

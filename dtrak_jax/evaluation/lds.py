@@ -171,15 +171,19 @@ def bootstrap(
     and of other queries. The samples [RESAMPLES] of two scores under one truth belong
     to the same draws, so their differences are those of a paired comparison.
     """
-    samples = _resampled(predictions, truth.target, truth.subset_weights, truth)
+    samples = _resampled(predictions, truth.target)
     return interval(lds(predictions, truth), samples), samples
 
 
-def _resampled(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, truth: RetrainedLosses
-) -> np.ndarray:
-    """Returns the mean correlation of a and b [subsets, queries] in every resample."""
-    return (spearman(a, b, weights) * truth.query_weights).sum(axis=1)
+def _resampled(a: np.ndarray, b: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Returns the mean correlation of a and b [subsets, queries] in every resample.
+
+    The seed decides the subsets of the resamples; their queries are always the same.
+    """
+    subsets, queries = a.shape
+    shares = resamples(queries, RESAMPLES, 1) / queries
+    correlations = spearman(a, b, resamples(subsets, RESAMPLES, seed))
+    return (correlations * shares).sum(axis=1)
 
 
 def ceiling(truth: RetrainedLosses) -> Estimate | None:
@@ -200,7 +204,7 @@ def ceiling(truth: RetrainedLosses) -> Estimate | None:
     for pair in halves:
         a, b = (truth.outputs[:, list(half)].mean(axis=1) for half in pair)
         values.append(spearman(a, b).mean())
-        samples.append(_resampled(a, b, truth.subset_weights, truth))
+        samples.append(_resampled(a, b))
     agreement = interval(np.mean(values), np.mean(samples, axis=0))
     r, c = np.maximum(agreement, 0), seeds / size
     return Estimate(*np.sqrt(c * r / (1 + (c - 1) * r)).tolist())
@@ -294,11 +298,9 @@ def _over_halves(
         )
     even = np.arange(count) % 2 == 0
     values, samples = [], 0.0
-    for half in (even, ~even):
+    # The halves hold different subsets, which are drawn independently.
+    for half, seed in ((even, 2), (~even, 3)):
         predicted, target = fit(half)[~half], truth.target[~half]
         values.append(spearman(predicted, target).mean())
-        # The halves hold different subsets, which are drawn independently; their
-        # queries are the same.
-        weights = resamples(len(target), RESAMPLES, 1 + len(values))
-        samples = samples + _resampled(predicted, target, weights, truth) / 2
+        samples = samples + _resampled(predicted, target, seed) / 2
     return interval(np.mean(values), samples)

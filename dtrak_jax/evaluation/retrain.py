@@ -36,7 +36,7 @@ def retrain(run: Run) -> None:
     train(run, full_members(run), run.config.train.steps, "train models")
     names = [member.name for member in ensemble]
     measure_members(run, names)
-    if parallel.is_main_process() and truth.staleness(run):
+    if parallel.is_main_process() and not truth.is_current(run):
         losses = [files.read_npz(outputs_path(run, name))["outputs"] for name in names]
         by_seed = np.reshape(losses, (settings.seeds, settings.subsets, -1))
         truth.save(run, by_seed.swapaxes(0, 1), masks)
@@ -46,7 +46,7 @@ def retrain(run: Run) -> None:
 def is_retrained(run: Run) -> bool:
     """Returns whether the truth is of this config, and all further models are trained."""
     further = are_trained(run, full_members(run), run.config.train.steps)
-    return further and not truth.staleness(run)
+    return further and truth.is_current(run)
 
 
 def full_members(run: Run) -> list[training.Member]:
@@ -88,8 +88,7 @@ def are_trained(
 
 def measure_members(run: Run, names: Sequence[str]) -> None:
     """Writes the losses of every query under every member, ensemble/NAME/outputs.npz."""
-    settings = run.config.ensemble
-    made_from = truth.described_queries(run) | {"settings": np.array(settings.measured)}
+    made_from = truth.measured_from(run)
     unmeasured = [
         name
         for name in parallel.of_process(names)
@@ -97,11 +96,11 @@ def measure_members(run: Run, names: Sequence[str]) -> None:
     ]
     if unmeasured:
         images = np.concatenate([examples.images for examples in run.queries.values()])
+    ids, settings = made_from["query_ids"], run.config.ensemble
     steps, folder = member_steps(run.config), run.workdir / "ensemble"
     groups = parallel.groups(unmeasured)
     for group in tqdm(groups, "measure", unit="group", disable=None):
         params = training.load_members(run.init, group, steps, folder)
-        ids = made_from["query_ids"]
         losses = measure(run.apply, run.schedule, params, images, ids, settings)
         for name, outputs in zip(group, losses, strict=True):
             files.write_npz(outputs_path(run, name), outputs=outputs, **made_from)

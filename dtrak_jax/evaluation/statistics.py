@@ -1,5 +1,6 @@
 """Rank correlations and intervals, for many queries and resamples at once."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -93,6 +94,7 @@ def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.A
     )
 
 
+@functools.cache
 def resamples(n: int, count: int, seed: int) -> np.ndarray:
     """Returns how often each of n items is in each bootstrap sample, [count, n]."""
     draws = np.random.default_rng(seed).integers(0, n, (count, n))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrak_jax import files
-from dtrak_jax.evaluation.statistics import RESAMPLES, resamples
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -33,11 +32,11 @@ class RetrainedLosses:
 
     def __post_init__(self):
         subsets, n, queries = map(len, (self.masks, self.train_ids, self.query_ids))
-        shapes = self.masks.shape, (len(self.outputs), self.outputs.shape[2])
-        if shapes != ((subsets, n), (subsets, queries)):
+        outputs, masks = self.outputs.shape, self.masks.shape
+        if (outputs[0], outputs[2], masks[1]) != (subsets, queries, n):
             raise ValueError(
-                f"outputs {self.outputs.shape} and masks {self.masks.shape} do not fit "
-                f"{n} training images and {queries} queries."
+                f"outputs {outputs} and masks {masks} do not fit {n} training images "
+                f"and {queries} queries."
             )
         if subsets < MIN_SUBSETS:
             raise ValueError(
@@ -55,17 +54,6 @@ class RetrainedLosses:
         """
         return -self.outputs.mean(axis=1)
 
-    @functools.cached_property
-    def subset_weights(self) -> np.ndarray:
-        """The resamples of subsets that all intervals share [RESAMPLES, subsets]."""
-        return resamples(len(self.masks), RESAMPLES, 0)
-
-    @functools.cached_property
-    def query_weights(self) -> np.ndarray:
-        """The resamples of queries, as shares [RESAMPLES, queries]."""
-        counts = resamples(len(self.query_ids), RESAMPLES, 1)
-        return counts / len(self.query_ids)
-
     def predict(self, scores: np.ndarray) -> np.ndarray:
         """Returns what additive scores [queries, train] predict, [subsets, queries].
 
@@ -74,49 +62,36 @@ class RetrainedLosses:
         return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
 
 
-def described_queries(run: "Run") -> dict[str, np.ndarray]:
-    """Returns the ids and digests of all queries, one set after the other."""
+def measured_from(run: "Run") -> dict[str, np.ndarray]:
+    """Returns what losses are measured of: all queries, one set after the other."""
     sets = run.queries.values()
     return {
         "query_ids": np.concatenate([examples.ids for examples in sets]),
         "query_digests": np.concatenate([examples.digests for examples in sets]),
+        "settings": np.array(run.config.ensemble.measured),
     }
 
 
-def save(run: "Run", losses: np.ndarray, masks: np.ndarray) -> None:
-    """Writes the losses [subsets, seeds, queries] of all queries, set after set."""
+def made_from(run: "Run") -> dict[str, np.ndarray]:
+    """Returns what decides the file, but for the numbers of subsets and seeds."""
     sizes = [len(examples) for examples in run.queries.values()]
-    files.write_npz(
-        run.outputs,
-        outputs=losses.astype(np.float32),
-        masks=masks,
-        train_ids=run.splits.train.ids,
-        **described_queries(run),
-        query_set=np.repeat(list(run.queries), sizes),
-        settings=run.config.ensemble.measured,
-    )
+    sets = {"query_set": np.repeat(list(run.queries), sizes)}
+    return measured_from(run) | sets | {"train_ids": run.splits.train.ids}
 
 
-def staleness(run: "Run") -> str:
-    """Returns why the file is not of this config and data; "" if it is."""
-    if not run.outputs.exists():
-        return f"there is no {run.outputs}"
-    saved, settings = files.read_npz(run.outputs), run.config.ensemble
-    measured = (*saved["outputs"].shape[:2], str(saved["settings"]))
-    expected = (settings.subsets, settings.seeds, settings.measured)
-    if measured != expected:
-        return (
-            f"{run.outputs} is of subsets, seeds and losses {measured}; the config asks for "
-            f"{expected}"
-        )
-    if not np.array_equal(saved["train_ids"], run.splits.train.ids):
-        return f"{run.outputs} is of other training images than this run's"
-    for name, examples in run.queries.items():
-        chosen = saved["query_set"] == name
-        columns = {"query_ids": examples.ids, "query_digests": examples.digests}
-        if any(not np.array_equal(saved[c][chosen], now) for c, now in columns.items()):
-            return f"{run.outputs} is of other {name} queries than this run's"
-    return ""
+def save(run: "Run", losses: np.ndarray, masks: np.ndarray) -> None:
+    """Writes the losses [subsets, seeds, queries] of all sets, one after the other."""
+    outputs = losses.astype(np.float32)
+    files.write_npz(run.outputs, outputs=outputs, masks=masks, **made_from(run))
+
+
+def is_current(run: "Run") -> bool:
+    """Returns whether the file is there, of this config and of these images."""
+    if not files.holds(run.outputs, made_from(run)):
+        return False
+    settings = run.config.ensemble
+    shape = files.read_npz(run.outputs)["outputs"].shape
+    return shape[:2] == (settings.subsets, settings.seeds)
 
 
 def load(run: "Run") -> dict[str, RetrainedLosses]:
@@ -125,17 +100,18 @@ def load(run: "Run") -> dict[str, RetrainedLosses]:
     Raises:
       ValueError: the losses are not there, or of another config or other images.
     """
-    if stale := staleness(run):
+    if not is_current(run):
         raise ValueError(
-            f"{stale}; run `dtrak-jax retrain` with this config and workdir."
+            f"{run.outputs} is not there, or of other ensemble settings, training images "
+            "or queries than this run's; run `dtrak-jax retrain` with this config and "
+            "workdir."
         )
     saved = files.read_npz(run.outputs)
+    outputs = saved["outputs"].astype(np.float64)
+    masks, train_ids = saved["masks"], saved["train_ids"]
     return {
         name: RetrainedLosses(
-            saved["outputs"][:, :, saved["query_set"] == name].astype(np.float64),
-            saved["masks"],
-            examples.ids,
-            saved["train_ids"],
+            outputs[:, :, saved["query_set"] == name], masks, examples.ids, train_ids
         )
         for name, examples in run.queries.items()
     }
