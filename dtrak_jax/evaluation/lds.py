@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from dtrak_jax import attribution, files, parallel
 from dtrak_jax.attribution import Kernels
+from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
     RESAMPLES,
     Estimate,
@@ -17,7 +18,6 @@ from dtrak_jax.evaluation.statistics import (
     spearman,
 )
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, RetrainedLosses
-from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
 from dtrak_jax.run import Run
 
@@ -63,9 +63,9 @@ def evaluate_queries(run: Run, queries: str, truth: RetrainedLosses) -> dict:
         squared = predicted_row(name, truth.predict(squares), truth, *rule)
         rows += [compared[name][0], squared[0] | {"transform": "squared"}]
         if method.kernel and settings.solver == "eigh":
-            train = run.kernels(method.measurement)
+            kernels = run.kernels(method.measurement)
             query = run.features(queries, method.measurement)
-            grid, path = damping_path(train, query, truth.masks)
+            grid, path = damping_path(kernels, query, truth.masks)
             fitted, oracle, values = damping_rows(grid, path, truth)
             oracle["reference"] = reference_interval(path[np.argmax(values)], truth)
             rows += [{"method": name} | oracle, {"method": name} | fitted]
@@ -195,9 +195,9 @@ def ceiling(truth: RetrainedLosses) -> Estimate | None:
     sqrt(R). This is correct for Pearson correlations and close for ranks.
     """
     seeds = truth.outputs.shape[1]
-    size = seeds // 2
-    if size == 0:
+    if seeds == 1:
         return None
+    size = seeds // 2
     choices = itertools.combinations(range(seeds), size)
     halves = [p for p in itertools.combinations(choices, 2) if not {*p[0]} & {*p[1]}]
     values, samples = [], []
@@ -236,14 +236,11 @@ def reference_interval(
 
 
 def damping_path(
-    train: Kernels | Features | np.ndarray,
-    query: Features | np.ndarray,
-    masks: np.ndarray,
-    pooled: bool = False,
+    kernels: Kernels, query: Array, masks: np.ndarray, pooled: bool = False
 ) -> tuple[list[float], np.ndarray]:
     """Returns every damping of `GRID` that is above rounding errors, and the predictions
     [dampings, subsets, queries] that `attribution.damping_path` makes with them."""
-    path = attribution.damping_path(train, query, pooled=pooled, subsets=masks)
+    path = attribution.damping_path(kernels, query, pooled=pooled, subsets=masks)
     sound = np.isfinite(path).all(axis=(1, 2))
     grid = [d for d, ok in zip(attribution.GRID, sound, strict=True) if ok]
     return grid, path[sound].swapaxes(1, 2)

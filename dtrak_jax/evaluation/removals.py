@@ -63,10 +63,8 @@ def kept_rows(
         for query in queries:
             removed[choice, query] = top[positions.index(query)]
     for query in queries:
-        stream = f"{RANDOM}/{query}"
-        removed[Choice(RANDOM), query] = data.choose(
-            train_ids, None, count, seed, stream
-        )
+        chosen = data.choose(train_ids, None, count, seed, f"{RANDOM}/{query}")
+        removed[Choice(RANDOM), query] = chosen
     rows = np.arange(len(train_ids))
     return {key: np.delete(rows, gone) for key, gone in removed.items()}
 
@@ -87,9 +85,8 @@ def plan(
     def model(choice: Choice, positions: list[int], name: str, rows, seed: int):
         content = short_digest(rows.astype("<i8").tobytes())
         member = training.Member(f"{name}-{content}", rows, seed)
-        return Model(
-            choice, positions, member, max(1, round(config.steps * len(rows) / n))
-        )
+        steps = max(1, round(config.steps * len(rows) / n))
+        return Model(choice, positions, member, steps)
 
     models, seed = [], config.seed
     for (choice, query), rows in kept.items():

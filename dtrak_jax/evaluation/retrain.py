@@ -36,7 +36,7 @@ def retrain(run: Run) -> None:
     train(run, full_members(run), run.config.train.steps, "train models")
     names = [member.name for member in ensemble]
     measure_members(run, names)
-    if parallel.is_main_process() and not truth.is_current(run):
+    if parallel.is_main_process() and truth.differing(run):
         losses = [files.read_npz(outputs_path(run, name))["outputs"] for name in names]
         by_seed = np.reshape(losses, (settings.seeds, settings.subsets, -1))
         truth.save(run, by_seed.swapaxes(0, 1), masks)
@@ -46,7 +46,7 @@ def retrain(run: Run) -> None:
 def is_retrained(run: Run) -> bool:
     """Returns whether the truth is of this config, and all further models are trained."""
     further = are_trained(run, full_members(run), run.config.train.steps)
-    return further and truth.is_current(run)
+    return further and not truth.differing(run)
 
 
 def full_members(run: Run) -> list[training.Member]:

@@ -85,13 +85,14 @@ def save(run: "Run", losses: np.ndarray, masks: np.ndarray) -> None:
     files.write_npz(run.outputs, outputs=outputs, masks=masks, **made_from(run))
 
 
-def is_current(run: "Run") -> bool:
-    """Returns whether the file is there, of this config and of these images."""
-    if not files.holds(run.outputs, made_from(run)):
-        return False
-    settings = run.config.ensemble
-    shape = files.read_npz(run.outputs)["outputs"].shape
-    return shape[:2] == (settings.subsets, settings.seeds)
+def differing(run: "Run") -> list[str]:
+    """Returns what the file has other than this run, or all of it if it is missing."""
+    saved = files.read_npz(run.outputs) if run.outputs.exists() else {}
+    counts = run.config.ensemble.subsets, run.config.ensemble.seeds
+    saved["subsets and seeds"] = np.shape(saved.get("outputs"))[:2]
+    expected = made_from(run) | {"subsets and seeds": counts}
+    same = {name: np.array_equal(saved.get(name), expected[name]) for name in expected}
+    return [name for name in expected if not same[name]]
 
 
 def load(run: "Run") -> dict[str, RetrainedLosses]:
@@ -100,11 +101,10 @@ def load(run: "Run") -> dict[str, RetrainedLosses]:
     Raises:
       ValueError: the losses are not there, or of another config or other images.
     """
-    if not is_current(run):
+    if names := differing(run):
         raise ValueError(
-            f"{run.outputs} is not there, or of other ensemble settings, training images "
-            "or queries than this run's; run `dtrak-jax retrain` with this config and "
-            "workdir."
+            f"{run.outputs} is missing, or of other {', '.join(names)} than this run; run "
+            "`dtrak-jax retrain` with this config and workdir."
         )
     saved = files.read_npz(run.outputs)
     outputs = saved["outputs"].astype(np.float64)
