@@ -55,6 +55,10 @@ def test_draws_are_doubled_and_share_what_they_can():
     two = next(arm for arm in draws if arm.draws == 2)
     four = next(arm for arm in draws if arm.draws == 4)
     assert two.pairs == four.pairs[:2]
+    assert {arm.queries for arm in study("draws")} == {("validation",)}
+    without = dataclasses.replace(CONFIG.data, validation=0)
+    others = arms(dataclasses.replace(CONFIG, data=without))
+    assert {a.queries for a in others if a.study == "draws"} == {("generated",)}
 
 
 @pytest.fixture(scope="module")

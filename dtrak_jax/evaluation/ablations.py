@@ -76,11 +76,8 @@ def arm_rows(
 ) -> list[dict]:
     """Returns the rows of one arm: an LDS for each rule that chooses lambda, and squared.
 
-    Args:
-      arm: the way to make scores.
-      train: its features of the training set [pairs, n, k].
-      query: its features of all queries, one set after the other [pairs, q, k].
-      truth: the ensemble, for each set of queries.
+    Its features are those of the training set [pairs, n, k] and of all queries
+    [pairs, q, k], in the order of the sets of queries in `truth`.
     """
     grid, path, rule = [], None, ()
     if arm.kernel == "averaged":

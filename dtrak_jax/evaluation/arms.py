@@ -58,9 +58,8 @@ class Arm:
     @property
     def pairs(self) -> list[int]:
         """The positions of its (timestep, draw) pairs in the spec's features."""
-        starts = (
-            self.spec.timesteps.index(t) * self.spec.draws for t in self.timesteps
-        )
+        spec = self.spec
+        starts = [spec.timesteps.index(t) * spec.draws for t in self.timesteps]
         return [start + draw for start in starts for draw in range(self.draws)]
 
     def describe(self) -> dict:
@@ -122,11 +121,13 @@ def _noises(config: Config, base: FeatureSpec) -> Iterator[Arm]:
 
 def _draws(config: Config, base: FeatureSpec) -> Iterator[Arm]:
     middle, most = base.timesteps[len(base.timesteps) // 2], config.ablation.most_draws
+    # Many draws are costly: the first set of queries is enough.
+    queries = config.query_sets[:1]
     # Common noise has nothing to average out: a few draws are enough to see.
     for noise, limit in (("common", min(8, most)), ("independent", most)):
         spec = replace(base, noise=noise, timesteps=(middle,), draws=limit)
         for count in (2**i for i in range(limit.bit_length())):
-            fields = {"draws": count, "queries": ("validation",)}
+            fields = {"draws": count, "queries": queries}
             yield from _arms("draws", spec, ("apart", "averaged"), **fields)
 
 

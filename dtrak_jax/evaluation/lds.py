@@ -99,8 +99,7 @@ def row(
 def predicted_row(
     method: str, predictions: np.ndarray, truth: RetrainedLosses, *rule
 ) -> tuple[dict, np.ndarray]:
-    """Returns the row of some predictions, with the paper's own interval, and the
-    resamples of its LDS."""
+    """Returns the row of predictions with the paper's interval, and its LDS resampled."""
     estimate, samples = bootstrap(predictions, truth)
     reference = {"reference": reference_interval(predictions, truth)}
     return {"method": method} | row(estimate, *rule) | reference, samples
@@ -109,8 +108,8 @@ def predicted_row(
 def damping_rows(
     grid: Sequence[float], path: np.ndarray, truth: RetrainedLosses
 ) -> tuple[dict, dict, list[float]]:
-    """Returns the rows "cross-fitted" and "oracle" of lambdas that the ensemble chose,
-    and the LDS at every damping of the path [grid, subsets, queries]."""
+    """Returns the rows "cross-fitted" and "oracle" of lambdas that the ensemble chose, and
+    the LDS at every damping of a path [grid, subsets, queries]."""
     values = [lds(predictions, truth) for predictions in path]
     best = int(np.argmax(values))
     oracle, _ = bootstrap(path[best], truth)
@@ -238,8 +237,8 @@ def reference_interval(
 def damping_path(
     kernels: Kernels, query: Array, masks: np.ndarray, pooled: bool = False
 ) -> tuple[list[float], np.ndarray]:
-    """Returns every damping of `GRID` that is above rounding errors, and the predictions
-    [dampings, subsets, queries] that `attribution.damping_path` makes with them."""
+    """Returns every damping of `attribution.GRID` that is above rounding errors, and the
+    predictions with each of them [dampings, subsets, queries]."""
     path = attribution.damping_path(kernels, query, pooled=pooled, subsets=masks)
     sound = np.isfinite(path).all(axis=(1, 2))
     grid = [d for d, ok in zip(attribution.GRID, sound, strict=True) if ok]
@@ -284,7 +283,7 @@ def _over_halves(
 ) -> Estimate:
     """Returns the mean score of predictions fitted on one half of the subsets, on the other.
 
-    `fit` maps the subsets to learn from, bool [subsets], to predictions for all.
+    `fit` makes predictions for all subsets from those that it may see, bool [subsets].
     """
     count = len(truth.masks)
     if count < 2 * MIN_SUBSETS:

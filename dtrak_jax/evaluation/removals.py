@@ -88,11 +88,10 @@ def plan(
         steps = max(1, round(config.steps * len(rows) / n))
         return Model(choice, positions, member, steps)
 
-    models, seed = [], config.seed
+    models, everyone = [], list(range(len(queries)))
     for (choice, query), rows in kept.items():
         name = f"{choice.name}-{query}"
-        models.append(model(choice, [queries.index(query)], name, rows, seed))
+        models.append(model(choice, [queries.index(query)], name, rows, config.seed))
     for name, seed in ((EVERYTHING, config.seed), (OTHER_SEED, config.seed + 1)):
-        positions = list(range(len(queries)))
-        models.append(model(Choice(name), positions, name, np.arange(n), seed))
+        models.append(model(Choice(name), everyone, name, np.arange(n), seed))
     return models
