@@ -40,8 +40,8 @@ def counterfactual(run: Run) -> None:
     models, trained on everything, are the controls. Whatever is finished is not done
     again.
 
-    counterfactual.json holds "settings", and the parts that `tables` makes; the images
-    are in counterfactual/images.npz.
+    counterfactual.json holds "settings" and the `tables`; the images are in
+    counterfactual/images.npz.
 
     Raises:
       ValueError: before anything is trained, where settings and data do not fit.
