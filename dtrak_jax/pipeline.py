@@ -19,7 +19,7 @@ from dtrak_jax import data, feature_sets, files, parallel, training
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation.ablations import ablate
 from dtrak_jax.evaluation.counterfactual import counterfactual
-from dtrak_jax.evaluation.results import evaluate
+from dtrak_jax.evaluation.lds import evaluate
 from dtrak_jax.evaluation.retrain import is_retrained, retrain
 from dtrak_jax.features import distortion
 from dtrak_jax.methods import METHODS

@@ -16,7 +16,7 @@ from dtrak_jax.config import Config, flatten, free_settings
 from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.digests import digest, digest_tree
 from dtrak_jax.evaluation import truth
-from dtrak_jax.evaluation.lds import RetrainedLosses
+from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features, Projection, Task
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import Apply, Init, Params, TrainApply

@@ -10,7 +10,7 @@ from conftest import DIGITS
 from dtrak_jax.evaluation import lds
 from dtrak_jax.evaluation.ablations import arm_rows
 from dtrak_jax.evaluation.arms import KERNELS, STUDIES, arms
-from dtrak_jax.evaluation.lds import RetrainedLosses
+from dtrak_jax.evaluation.truth import RetrainedLosses
 
 CONFIG = runpy.run_path(str(DIGITS))["get_config"]()
 ARMS = arms(CONFIG)
@@ -55,6 +55,10 @@ def test_draws_are_doubled_and_share_what_they_can():
     two = next(arm for arm in draws if arm.draws == 2)
     four = next(arm for arm in draws if arm.draws == 4)
     assert two.pairs == four.pairs[:2]
+    assert {arm.queries for arm in study("draws")} == {("validation",)}
+    without = dataclasses.replace(CONFIG.data, validation=0)
+    others = arms(dataclasses.replace(CONFIG, data=without))
+    assert {a.queries for a in others if a.study == "draws"} == {("generated",)}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_rows_of_a_kernel(made, kernel):
     arm = next(a for a in study("noise") if a.kernel == kernel)
     other = dataclasses.replace(truth, outputs=truth.outputs[..., ::-1])
     both = np.concatenate([query, query], axis=1)
-    rows = list(arm_rows(arm, train, both, {"one": truth, "other": other}))
+    rows = arm_rows(arm, train, both, {"one": truth, "other": other})
     assert [row["queries"] for row in rows][:: len(rows) // 2] == ["one", "other"]
     rows = rows[: len(rows) // 2]
     by_rule = {(row["damping_rule"], row["transform"]): row["lds"] for row in rows}

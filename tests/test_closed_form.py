@@ -8,7 +8,7 @@ import pytest
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import random_scores
 from dtrak_jax.evaluation import lds
-from dtrak_jax.evaluation.lds import RetrainedLosses
+from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.rng import id_words
 
 SHAPE, D = (2, 2, 1), 4

@@ -23,8 +23,12 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dtrak_jax.evaluation.counterfactual import FOLDER, counterfactual
-from dtrak_jax.evaluation.distances import bottleneck, distances
+from dtrak_jax.evaluation.counterfactual import (
+    FOLDER,
+    bottleneck,
+    counterfactual,
+    distances,
+)
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
 from dtrak_jax.evaluation.statistics import summarize
@@ -384,17 +388,13 @@ def test_the_plan_keeps_the_epochs_and_names_the_rows():
     assert other[1].member.name == planned[2].member.name
 
 
-def flat(images):
-    return images.reshape(len(images), -1)
+def test_distances_by_hand(images):
+    def flat(images):
+        return images.reshape(len(images), -1)
 
-
-def test_equal_images_have_distance_0_and_cosine_1(images):
     metrics = distances(images, images, {"pixels": flat})
     np.testing.assert_array_equal(metrics["pixel_l2"], 0)
     np.testing.assert_allclose(metrics["pixels_cosine"], 1)
-
-
-def test_distances_by_hand():
     a = np.array([3.0, 4.0, 0.0, 0.0]).reshape(2, 1, 1, 2)
     b = np.array([4.0, 3.0, 1.0, 0.0]).reshape(2, 1, 1, 2)
     metrics = distances(a, b, {"first": lambda x: x[:, 0, 0, :1], "pixels": flat})

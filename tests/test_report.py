@@ -538,14 +538,6 @@ def test_averaged_features_have_one_kernel(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_scores_of_other_images_are_refused(tmp_path):
-    run = make(tmp_path)
-    run.splits.train = make(tmp_path, hostile=True).splits.train
-    with pytest.raises(ValueError, match="attribute` again"):
-        page(run)
-
-
-@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("write", dict.fromkeys(WRITERS.values()))
 def test_sections_of_an_evaluation_need_their_file(tmp_path, write):
     run = make(tmp_path)

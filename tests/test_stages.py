@@ -250,7 +250,7 @@ def test_an_ensemble_of_other_queries_is_measured_again(workdir, column, queries
     changed[chosen] = changed[chosen][::-1]
     files.write_npz(path, **saved | {column: changed})
     run = open_run(command("lds", workdir))
-    with pytest.raises(ValueError, match=f"is of other {queries} queries than this"):
+    with pytest.raises(ValueError, match=f"of other {column} than this run"):
         run.truth()
     type_in("lds", workdir)
     for name, array in files.read_npz(path).items():

@@ -59,26 +59,22 @@ class Arm:
     def pairs(self) -> list[int]:
         """The positions of its (timestep, draw) pairs in the spec's features."""
         spec = self.spec
-        return [
-            spec.timesteps.index(t) * spec.draws + draw
-            for t in self.timesteps
-            for draw in range(self.draws)
-        ]
+        starts = [spec.timesteps.index(t) * spec.draws for t in self.timesteps]
+        return [start + draw for start in starts for draw in range(self.draws)]
 
     def describe(self) -> dict:
         """Returns what a row of ablations.json says of it."""
-        spec = self.spec
         return {
             "name": self.study,
             "measurement": self.measurement,
-            "noise": spec.noise,
+            "noise": self.spec.noise,
             "kernel": self.kernel,
             "timesteps": list(self.timesteps),
             "draws": self.draws,
-            "projection": spec.projection,
-            "dim": spec.dim,
-            "checkpoint": spec.checkpoint,
-            "seed": spec.seed,
+            "projection": self.spec.projection,
+            "dim": self.spec.dim,
+            "checkpoint": self.spec.checkpoint,
+            "seed": self.spec.seed,
         }
 
     @property
@@ -93,20 +89,18 @@ def arms(config: Config) -> list[Arm]:
     All arms of one comparison use equally many gradients, but for those of the studies
     that ask what more gradients are worth.
     """
-    features = config.features
+    features, settings = config.features, config.ablation
     base = FeatureSpec(
         measurements=("loss", "square"),
-        timesteps=config.ablation.timesteps,
-        draws=config.ablation.draws,
+        timesteps=settings.timesteps,
+        draws=settings.draws,
         noise="common",
         seed=features.seed,
         projection=features.projection,
         dim=features.dim,
         checkpoint=config.train.steps,
     )
-    return [
-        arm for name in config.ablation.studies for arm in STUDIES[name](config, base)
-    ]
+    return [arm for name in settings.studies for arm in STUDIES[name](config, base)]
 
 
 def _arms(study: str, spec: FeatureSpec, kernels=("apart",), **fields) -> Iterator[Arm]:
@@ -126,15 +120,15 @@ def _noises(config: Config, base: FeatureSpec) -> Iterator[Arm]:
 
 
 def _draws(config: Config, base: FeatureSpec) -> Iterator[Arm]:
-    middle = (base.timesteps[len(base.timesteps) // 2],)
+    middle, most = base.timesteps[len(base.timesteps) // 2], config.ablation.most_draws
+    # Many draws are costly: the first set of queries is enough.
+    queries = config.query_sets[:1]
     # Common noise has nothing to average out: a few draws are enough to see.
-    most = {"common": min(8, config.ablation.most_draws)}
-    most["independent"] = config.ablation.most_draws
-    for noise, limit in most.items():
-        spec = replace(base, noise=noise, timesteps=middle, draws=limit)
+    for noise, limit in (("common", min(8, most)), ("independent", most)):
+        spec = replace(base, noise=noise, timesteps=(middle,), draws=limit)
         for count in (2**i for i in range(limit.bit_length())):
-            for arm in _arms("draws", spec, ("apart", "averaged"), draws=count):
-                yield replace(arm, queries=("validation",))
+            fields = {"draws": count, "queries": queries}
+            yield from _arms("draws", spec, ("apart", "averaged"), **fields)
 
 
 def _timesteps(config: Config, base: FeatureSpec) -> Iterator[Arm]:

@@ -98,13 +98,11 @@ class AblationConfig:
     """Dimensions of the sketch."""
 
     def __post_init__(self):
-        if not self.studies:
-            raise ValueError("ablation.studies is empty; name one or more.")
+        for name in ("studies", "timesteps", "dims"):
+            if not getattr(self, name):
+                raise ValueError(f"ablation.{name} is empty; name one or more.")
         check_choices("ablation", self)
         for name in ("draws", "noise_seeds", "most_draws"):
             at_least(f"ablation.{name}", getattr(self, name), 1)
-        for name in ("timesteps", "dims"):
-            if not getattr(self, name):
-                raise ValueError(f"ablation.{name} is empty; name one or more.")
         for dim in self.dims:
             at_least("ablation.dims", dim, 1)

@@ -5,15 +5,15 @@ an image changes when the examples that a method names are taken away, compared 
 taking away random ones, the better the method.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dtrak_jax import data, files, parallel
-from dtrak_jax.evaluation.distances import bottleneck, distances
+from dtrak_jax import data, diffusion, files, models, parallel, training
+from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
     CONTROLS,
@@ -23,41 +23,12 @@ from dtrak_jax.evaluation.removals import (
     kept_rows,
     plan,
 )
-from dtrak_jax.evaluation.retrain import load_members, train
+from dtrak_jax.evaluation.retrain import train
 from dtrak_jax.evaluation.statistics import summarize
 from dtrak_jax.network import Params
 from dtrak_jax.run import Run
 
 FOLDER = "counterfactual"
-
-
-class Originals(NamedTuple):
-    """The generated images that are asked about."""
-
-    images: np.ndarray
-    """[Q, H, W, C]"""
-    ids: np.ndarray
-    """str [Q]"""
-    seeds: np.ndarray
-    """The sampling seeds [Q]."""
-
-    def take(self, queries: Sequence[str]) -> "Originals":
-        """Returns those with these ids."""
-        return Originals(*(column[self.rows(queries)] for column in self))
-
-    def rows(self, queries: Sequence[str]) -> list[int]:
-        """Returns the positions of these ids."""
-        return [self.ids.tolist().index(query) for query in queries]
-
-
-class Regenerated(NamedTuple):
-    """The images that the models of one choice generate instead, 8-bit as the originals
-    are, and the losses of the originals under these models."""
-
-    images: np.ndarray
-    """[Q, H, W, C]"""
-    losses: np.ndarray
-    """[Q]"""
 
 
 def counterfactual(run: Run) -> None:
@@ -69,8 +40,8 @@ def counterfactual(run: Run) -> None:
     models, trained on everything, are the controls. Whatever is finished is not done
     again.
 
-    counterfactual.json holds "settings", and the parts that `tables` makes; the images
-    are in counterfactual/images.npz.
+    counterfactual.json holds "settings" and the `tables`; the images are in
+    counterfactual/images.npz.
 
     Raises:
       ValueError: before anything is trained, where settings and data do not fit.
@@ -79,39 +50,39 @@ def counterfactual(run: Run) -> None:
     """
     check(run)
     settings, train_ids = run.config.counterfactual, run.splits.train.ids
-    originals = choose_originals(run)
+    generated = run.queries["generated"]
+    count = min(settings.queries, len(generated))
+    # Those with the smallest hashes of (seed, id).
+    chosen = data.choose(generated.ids, None, count, settings.seed, FOLDER)
+    originals, seeds = generated.take(chosen), run.seeds[chosen]
     queries = originals.ids.tolist()
     scores = {
         Choice(*names): run.scores(names[0], "generated")
         for names in run.config.removal_methods
     }
     kept = kept_rows(scores, queries, train_ids, settings.count, settings.seed)
-    models = plan(run.config.train, kept, queries, len(train_ids))
-    for steps in dict.fromkeys(model.steps for model in models):
-        members = [model.member for model in models if model.steps == steps]
+    planned = plan(run.config.train, kept, queries, len(train_ids))
+    for steps in dict.fromkeys(model.steps for model in planned):
+        members = [model.member for model in planned if model.steps == steps]
         train(run, members, steps, f"retrain {steps} steps", FOLDER)
-    regenerated = regenerate(run, models, originals)
-    metrics = compare(run, originals, regenerated)
+    images, losses = regenerate(run, planned, originals, seeds)
+    metrics = compare(run, originals, images, losses)
     if parallel.is_main_process():
         files.write_npz(
             run.workdir / FOLDER / "images.npz",
             query_ids=originals.ids,
             original=originals.images,
-            **{choice.name: made.images for choice, made in regenerated.items()},
+            **{choice.name: made for choice, made in images.items()},
         )
-        described = {
-            "count": settings.count,
-            "queries": queries,
-            "seed": settings.seed,
-            "steps": models[0].steps,
-        }
+        described = {"count": settings.count, "queries": queries, "seed": settings.seed}
+        described["steps"] = planned[0].steps
         result = {"settings": described} | tables(metrics, queries)
         files.write_json(run.workdir / "counterfactual.json", result)
 
 
 def check(run: Run) -> None:
     """Raises a ValueError unless there are generated images, and enough to remove."""
-    count, n = run.config.counterfactual.count, len(run.splits.train.ids)
+    count, n = run.config.counterfactual.count, len(run.splits.train)
     if not run.is_sampled:
         raise ValueError(
             "counterfactuals generate images again from their seeds: queries.folder must "
@@ -124,55 +95,50 @@ def check(run: Run) -> None:
         )
 
 
-def choose_originals(run: Run) -> Originals:
-    """Returns the generated images with the smallest hashes of (seed, id)."""
-    settings, generated = run.config.counterfactual, run.queries["generated"]
-    count = min(settings.queries, len(generated.ids))
-    rows = data.choose(generated.ids, None, count, settings.seed, FOLDER)
-    return Originals(generated.images[rows], generated.ids[rows], run.seeds[rows])
-
-
 def regenerate(
-    run: Run, models: Sequence[Model], originals: Originals
-) -> dict[Choice, Regenerated]:
-    """Returns what every choice makes of the originals.
+    run: Run, planned: Sequence[Model], originals: Dataset, seeds: np.ndarray
+) -> tuple[dict[Choice, np.ndarray], dict[Choice, np.ndarray]]:
+    """Returns the images [Q, H, W, C] that every choice makes of the originals, and the
+    losses [Q] of the originals under its models.
 
     Each model's part is kept in MEMBER/images.npz; processes share the models out.
     """
-    share = parallel.of_process(models)
+    share = parallel.of_process(planned)
     for model in tqdm(share, "regenerate", unit="model", disable=None):
-        _regenerate_with(run, model, originals.take(model.queries))
+        positions = model.queries
+        _regenerate_with(run, model, originals.take(positions), seeds[positions])
     parallel.barrier("regenerate")
-    results = {}
-    for model in models:
-        saved = files.read_npz(_images_path(run, model))
-        rows, count = originals.rows(model.queries), len(originals.ids)
-        empty = Regenerated(np.zeros_like(originals.images), np.zeros(count))
-        result = results.setdefault(model.choice, empty)
+    images, losses = {}, {}
+    for choice in dict.fromkeys(model.choice for model in planned):
+        # The models of a choice are in the order of their queries.
+        of_choice = [model for model in planned if model.choice == choice]
+        parts = [files.read_npz(_images_path(run, model)) for model in of_choice]
         # Of 8 bits like the originals, or the controls would show the rounding.
-        result.images[rows] = data.from_pixels(saved["images"])
-        result.losses[rows] = saved["losses"]
-    return results
+        pixels = np.concatenate([part["images"] for part in parts])
+        images[choice] = data.from_pixels(pixels)
+        losses[choice] = np.concatenate([part["losses"] for part in parts])
+    return images, losses
 
 
-def _regenerate_with(run: Run, model: Model, originals: Originals) -> None:
+def _regenerate_with(
+    run: Run, model: Model, originals: Dataset, seeds: np.ndarray
+) -> None:
     """Writes a model's images and losses, unless they are of these originals already."""
-    path = _images_path(run, model)
-    made_from = {
-        "seeds": originals.seeds,
-        "originals": originals.images,
-        "measured": np.array(run.config.ensemble.measured),
-    }
+    path, name = _images_path(run, model), model.member.name
+    measured = np.array(run.config.ensemble.measured)
+    made_from = {"seeds": seeds, "originals": originals.images, "measured": measured}
     if files.holds(path, made_from):
         return
-    stack = load_members(run, [model.member.name], model.steps, FOLDER)
-    images = run.generate(jax.tree.map(lambda leaf: leaf[0], stack), originals.seeds)
+    folder = run.workdir / FOLDER
+    stack = training.load_members(run.init, [name], model.steps, folder)
+    params = jax.tree.map(lambda leaf: leaf[0], stack)
+    images = run.generate(params, seeds)
     if not np.isfinite(images).all():
         raise FloatingPointError(
-            f"an image that {model.member.name} generated has pixels that are not "
-            "finite; delete its folder and try a smaller train.learning_rate."
+            f"an image that {name} generated has pixels that are not finite; delete its "
+            "folder and try a smaller train.learning_rate."
         )
-    pixels, losses = data.to_pixels(images), _losses(run, stack, originals)
+    pixels, losses = data.to_pixels(images), _losses(run, params, originals)
     files.write_npz(path, images=pixels, losses=losses, **made_from)
 
 
@@ -180,31 +146,79 @@ def _images_path(run: Run, model: Model):
     return run.workdir / FOLDER / model.member.name / "images.npz"
 
 
-def _losses(run: Run, stack: Params, originals: Originals) -> np.ndarray:
-    """Returns the losses [Q] under the one model of a stack, as the ensemble's are."""
-    images, ids, _ = originals
-    settings = run.config.ensemble
+def _losses(run: Run, params: Params, originals: Dataset) -> np.ndarray:
+    """Returns the losses [Q] under one model, measured as the ensemble's are."""
+    stack = jax.tree.map(lambda leaf: leaf[None], params)
+    images, ids, settings = originals.images, originals.ids, run.config.ensemble
     return measure(run.apply, run.schedule, stack, images, ids, settings)[0]
 
 
 def compare(
-    run: Run, originals: Originals, regenerated: Mapping[Choice, Regenerated]
+    run: Run,
+    originals: Dataset,
+    images: Mapping[Choice, np.ndarray],
+    losses: Mapping[Choice, np.ndarray],
 ) -> dict[Choice, dict[str, np.ndarray]]:
     """Returns every choice's metrics of each query [Q]: `distances`, and by how much the
     original's loss is above that under the original model."""
-    params = run.params()
-    losses = _losses(run, jax.tree.map(lambda leaf: leaf[None], params), originals)
+    params, train_images = run.params(), run.splits.train.images
+    before = _losses(run, params, originals)
     embeddings = {
         "pixels": lambda images: images.reshape(len(images), -1),
-        "bottleneck": bottleneck(
-            run.model, params, run.schedule, run.splits.train.images
-        ),
+        "bottleneck": bottleneck(run.model, params, run.schedule, train_images),
     }
     return {
-        choice: distances(originals.images, made.images, embeddings)
-        | {"loss_increase": made.losses - losses}
-        for choice, made in regenerated.items()
+        choice: distances(originals.images, made, embeddings)
+        | {"loss_increase": losses[choice] - before}
+        for choice, made in images.items()
     }
+
+
+def distances(
+    original: np.ndarray, images: np.ndarray, embeddings: Mapping[str, Callable]
+) -> dict[str, np.ndarray]:
+    """Returns how far images [Q, H, W, C] are from the original ones, by metric [Q].
+
+    "pixel_l2" is the Euclidean distance of the flattened pixels in [-1, 1]. For each
+    embedding f, images -> vectors [Q, d], "NAME_cosine" is
+    <f(a), f(b)> / (|f(a)| |f(b)|), and 0 where one of them is the zero vector.
+    """
+    flat = (images - original).reshape(len(images), -1).astype(np.float64)
+    metrics = {"pixel_l2": np.linalg.norm(flat, axis=1)}
+    for name, embed in embeddings.items():
+        a, b = (np.asarray(embed(x), np.float64) for x in (original, images))
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        products = np.einsum("qd,qd->q", a, b)
+        metrics[f"{name}_cosine"] = products / np.where(norms == 0, 1, norms)
+    return metrics
+
+
+def bottleneck(
+    model: models.UNet2D,
+    params: Params,
+    schedule: diffusion.Schedule,
+    images: np.ndarray,
+    batch_size: int = 64,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the embedding by the network's lowest level, see `models.bottleneck_fn`.
+
+    Images are shown without noise, as if at the timestep T // 100, where there is
+    hardly any. The mean over `images`, those of training, is subtracted: what all of
+    them share would make every cosine almost 1.
+    """
+    features = models.bottleneck_fn(model)
+    t = schedule.steps // 100
+
+    def embed(images: np.ndarray) -> np.ndarray:
+        size = min(batch_size, len(images))
+        blocks = []
+        for start in range(0, len(images), size):
+            x = parallel.pad(images[start : start + size], size)
+            blocks.append(np.asarray(features(params, x, jnp.full(size, t))))
+        return np.concatenate(blocks)[: len(images)]
+
+    mean = embed(images).mean(axis=0)
+    return lambda images: embed(images) - mean
 
 
 def tables(
@@ -216,21 +230,15 @@ def tables(
     metrics, and "differences" what it says of every method's metrics less those of
     random removal, query by query.
     """
-
-    def summaries(choice: Choice, columns: Mapping[str, np.ndarray]) -> list[dict]:
-        return [
-            choice._asdict() | {"metric": name} | summarize(column)
-            for name, column in columns.items()
-        ]
-
     random = metrics[Choice(RANDOM)]
     rows, summary, differences = [], [], []
     for choice, columns in metrics.items():
         for i, query in enumerate(queries):
             values = {name: float(column[i]) for name, column in columns.items()}
             rows.append(choice._asdict() | {"query": query} | values)
-        summary += summaries(choice, columns)
-        if choice.method not in CONTROLS:
-            less = {name: columns[name] - random[name] for name in columns}
-            differences += summaries(choice, less)
+        for name, column in columns.items():
+            described = choice._asdict() | {"metric": name}
+            summary.append(described | summarize(column))
+            if choice.method not in CONTROLS:
+                differences.append(described | summarize(column - random[name]))
     return {"rows": rows, "summary": summary, "differences": differences}

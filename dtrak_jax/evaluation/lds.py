@@ -1,15 +1,15 @@
-"""The linear datamodeling score: do scores predict what retraining does?"""
+"""The linear datamodeling score of every method: do scores predict what retraining does?"""
 
-import dataclasses
-import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.stats
+from tqdm import tqdm
 
-from dtrak_jax import attribution
+from dtrak_jax import attribution, files, parallel
 from dtrak_jax.attribution import Kernels
+from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
     RESAMPLES,
     Estimate,
@@ -17,84 +17,146 @@ from dtrak_jax.evaluation.statistics import (
     resamples,
     spearman,
 )
-from dtrak_jax.features import Features
+from dtrak_jax.evaluation.truth import MIN_SUBSETS, RetrainedLosses
+from dtrak_jax.methods import METHODS
+from dtrak_jax.run import Run
 
-MIN_SUBSETS = 8
-"""The fewest subsets of which an interval says anything."""
+# The file lds.json
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RetrainedLosses:
-    """The losses of queries under models that were retrained on subsets.
+def evaluate(run: Run) -> None:
+    """Scores every method against the retrained models, prints and writes lds.json."""
+    names = ("subsets", "seeds", "fraction", "timesteps", "draws")
+    settings = {name: getattr(run.config.ensemble, name) for name in names}
+    result = {
+        "settings": settings | {"resamples": RESAMPLES},
+        "queries": {
+            name: evaluate_queries(run, name, truth)
+            for name, truth in run.truth().items()
+        },
+    }
+    if parallel.is_main_process():
+        files.write_json(run.workdir / "lds.json", result)
+        print(table(result))
 
-    Attributes:
-      outputs: losses [subsets, seeds, queries].
-      masks: whether a training image is in a subset, bool [subsets, train].
-      query_ids: str [queries].
-      train_ids: str [train].
 
-    Raises:
-      ValueError: arrays that do not fit together, or too few subsets.
+def evaluate_queries(run: Run, queries: str, truth: RetrainedLosses) -> dict:
+    """Returns what lds.json says of one set of queries.
+
+    "rows" has every method, by each rule that chooses lambda and squared, and the
+    controls; "differences" the first method less each other one, from resamples that
+    they share; "curves" the LDS over lambda.
     """
+    settings, rows, curves, compared = run.config.attribution, [], {}, {}
+    names = [name for name in settings.methods if METHODS[name].applies_to(queries)]
+    for name in tqdm(names, f"lds {queries}", unit="method", disable=None):
+        method = METHODS[name]
+        if method.learn:
+            estimate = from_halves(method.learn, truth)
+            rows.append({"method": name} | row(estimate, "halves"))
+            continue
+        scores, rule = run.scores(name, queries), ()
+        if scores.damping:
+            rule = ("label-free", scores.damping[0])
+        squares = np.square(scores.scores, dtype=np.float64)
+        compared[name] = predicted_row(name, truth.predict(scores.scores), truth, *rule)
+        squared = predicted_row(name, truth.predict(squares), truth, *rule)
+        rows += [compared[name][0], squared[0] | {"transform": "squared"}]
+        if method.kernel and settings.solver == "eigh":
+            kernels = run.kernels(method.measurement)
+            query = run.features(queries, method.measurement)
+            grid, path = damping_path(kernels, query, truth.masks)
+            fitted, oracle, values = damping_rows(grid, path, truth)
+            oracle["reference"] = reference_interval(path[np.argmax(values)], truth)
+            rows += [{"method": name} | oracle, {"method": name} | fitted]
+            curves[name] = {"damping": grid, "lds": values}
+    # Subsets of one size give every constant the same sum.
+    constant = np.ones((len(truth.query_ids), len(truth.train_ids)))
+    estimate, _ = bootstrap(truth.predict(constant), truth)
+    rows.append({"method": "constant"} | row(estimate))
+    if "random" not in names:
+        scores = attribution.random_scores(truth.train_ids, truth.query_ids, 0)
+        compared["random"] = predicted_row("random", truth.predict(scores), truth)
+        rows.append(compared["random"][0])
+    best = ceiling(truth)
+    return {
+        "ceiling": best and best._asdict(),
+        "rows": rows,
+        "differences": differences(compared),
+        "curves": curves,
+    }
 
-    outputs: np.ndarray
-    masks: np.ndarray
-    query_ids: np.ndarray
-    train_ids: np.ndarray
 
-    def __post_init__(self):
-        expected = (len(self.masks), len(self.train_ids), len(self.query_ids))
-        shape = (len(self.outputs), self.masks.shape[1], self.outputs.shape[2])
-        if expected != shape:
-            raise ValueError(
-                f"outputs {self.outputs.shape} and masks {self.masks.shape} do not fit "
-                f"{len(self.train_ids)} training images and {len(self.query_ids)} "
-                "queries."
-            )
-        if len(self.masks) < MIN_SUBSETS:
-            raise ValueError(
-                f"the ensemble has {len(self.masks)} subsets; an interval needs at "
-                f"least {MIN_SUBSETS}: set ensemble.subsets and run `dtrak-jax "
-                "retrain`."
-            )
-        if not np.isfinite(self.outputs).all():
-            raise ValueError("the ensemble's outputs are not all finite.")
+def row(
+    estimate: Estimate, rule: str | None = None, damping: float | list | None = None
+) -> dict:
+    """Returns what a row of the results says of linear scores, beside whose they are."""
+    value, low, high = estimate
+    described = {"damping_rule": rule, "damping": damping, "transform": "linear"}
+    return described | {"lds": value, "low": low, "high": high}
 
-    @functools.cached_property
-    def target(self) -> np.ndarray:
-        """The target of a score: minus the mean loss over seeds [subsets, queries].
 
-        The sign is minus, as a positive score means that the example lowers the loss.
-        """
-        return -self.outputs.mean(axis=1)
+def predicted_row(
+    method: str, predictions: np.ndarray, truth: RetrainedLosses, *rule
+) -> tuple[dict, np.ndarray]:
+    """Returns the row of predictions with the paper's interval, and its LDS resampled."""
+    estimate, samples = bootstrap(predictions, truth)
+    reference = {"reference": reference_interval(predictions, truth)}
+    return {"method": method} | row(estimate, *rule) | reference, samples
 
-    @functools.cached_property
-    def subset_weights(self) -> np.ndarray:
-        """The resamples of subsets that all intervals share [RESAMPLES, subsets]."""
-        return resamples(len(self.masks), RESAMPLES, 0)
 
-    @functools.cached_property
-    def query_weights(self) -> np.ndarray:
-        """The resamples of queries, as shares [RESAMPLES, queries]."""
-        counts = resamples(len(self.query_ids), RESAMPLES, 1)
-        return counts / len(self.query_ids)
+def damping_rows(
+    grid: Sequence[float], path: np.ndarray, truth: RetrainedLosses
+) -> tuple[dict, dict, list[float]]:
+    """Returns the rows "cross-fitted" and "oracle" of lambdas that the ensemble chose, and
+    the LDS at every damping of a path [grid, subsets, queries]."""
+    values = [lds(predictions, truth) for predictions in path]
+    best = int(np.argmax(values))
+    oracle, _ = bootstrap(path[best], truth)
+    fitted, chosen = cross_fitted(path, truth)
+    fitted_row = row(fitted, "cross-fitted", [grid[i] for i in chosen])
+    return fitted_row, row(oracle, "oracle", grid[best]), values
 
-    def predict(self, scores: np.ndarray) -> np.ndarray:
-        """Returns what additive scores [queries, train] predict, [subsets, queries].
 
-        g(q, S) = sum of tau(q, n) over n in S.
-        """
-        return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
+def differences(compared: dict[str, tuple[dict, np.ndarray]]) -> list[dict]:
+    """Returns the first method less each other one, from resamples that they share."""
+    (first, (first_row, first_samples)), *rest = compared.items()
+    rows = []
+    for name, (other_row, samples) in rest:
+        value = first_row["lds"] - other_row["lds"]
+        estimate = interval(value, first_samples - samples)
+        rows.append({"a": first, "b": name, **estimate._asdict()})
+    return rows
+
+
+def table(result: dict) -> str:
+    """Returns lds.json as text."""
+    lines = []
+    for name, queries in result["queries"].items():
+        lines += ["", f"{name} queries: LDS [95% interval]"]
+        if queries["ceiling"]:
+            ceiling = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**queries["ceiling"])
+            lines.append(f"  {'noise ceiling':<42} {ceiling}")
+        for scored in queries["rows"]:
+            label = scored["method"] + " squared" * (scored["transform"] == "squared")
+            if scored["damping_rule"]:
+                damping = scored["damping"]
+                values = [] if damping is None else np.atleast_1d(damping)
+                words = [scored["damping_rule"], *(f"{value:.3g}" for value in values)]
+                label += f" ({', '.join(words)})"
+            numbers = "{lds:.3f} [{low:.3f}, {high:.3f}]".format(**scored)
+            lines.append(f"  {label:<42} {numbers}")
+    return "\n".join(lines)
+
+
+# The score
 
 
 def lds(predictions: np.ndarray, truth: RetrainedLosses) -> float:
     """Returns the mean over queries of Spearman's correlation over subsets.
 
-    Park et al., "TRAK" (arXiv 2303.14186), section 3.
-
-    Args:
-      predictions: [subsets, queries], see `RetrainedLosses.predict`.
-      truth: the ensemble.
+    Park et al., "TRAK" (arXiv 2303.14186), section 3. The predictions [subsets,
+    queries] are those of `RetrainedLosses.predict`.
     """
     return float(spearman(predictions, truth.target).mean())
 
@@ -108,29 +170,19 @@ def bootstrap(
     and of other queries. The samples [RESAMPLES] of two scores under one truth belong
     to the same draws, so their differences are those of a paired comparison.
     """
-    samples = _resampled(predictions, truth.target, truth.subset_weights, truth)
+    samples = _resampled(predictions, truth.target)
     return interval(lds(predictions, truth), samples), samples
 
 
-def _resampled(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, truth: RetrainedLosses
-) -> np.ndarray:
-    """Returns the mean correlation of a and b [subsets, queries] in every resample."""
-    return (spearman(a, b, weights) * truth.query_weights).sum(axis=1)
+def _resampled(a: np.ndarray, b: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Returns the mean correlation of a and b [subsets, queries] in every resample.
 
-
-def row(
-    estimate: Estimate, rule: str | None = None, damping=None, transform: str = "linear"
-) -> dict:
-    """Returns what a row of the results says of a score, beside whose it is."""
-    return {
-        "damping_rule": rule,
-        "damping": damping,
-        "transform": transform,
-        "lds": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-    }
+    The seed decides the subsets of the resamples; their queries are always the same.
+    """
+    subsets, queries = a.shape
+    shares = resamples(queries, RESAMPLES, 1) / queries
+    correlations = spearman(a, b, resamples(subsets, RESAMPLES, seed))
+    return (correlations * shares).sum(axis=1)
 
 
 def ceiling(truth: RetrainedLosses) -> Estimate | None:
@@ -142,16 +194,16 @@ def ceiling(truth: RetrainedLosses) -> Estimate | None:
     sqrt(R). This is correct for Pearson correlations and close for ranks.
     """
     seeds = truth.outputs.shape[1]
-    size = seeds // 2
-    if size == 0:
+    if seeds == 1:
         return None
+    size = seeds // 2
     choices = itertools.combinations(range(seeds), size)
     halves = [p for p in itertools.combinations(choices, 2) if not {*p[0]} & {*p[1]}]
     values, samples = [], []
     for pair in halves:
         a, b = (truth.outputs[:, list(half)].mean(axis=1) for half in pair)
         values.append(spearman(a, b).mean())
-        samples.append(_resampled(a, b, truth.subset_weights, truth))
+        samples.append(_resampled(a, b))
     agreement = interval(np.mean(values), np.mean(samples, axis=0))
     r, c = np.maximum(agreement, 0), seeds / size
     return Estimate(*np.sqrt(c * r / (1 + (c - 1) * r)).tolist())
@@ -170,42 +222,24 @@ def reference_interval(
     def statistic(subsets):
         return spearman(predictions[subsets], truth.target[subsets]).mean()
 
+    subsets = (np.arange(len(truth.masks)),)
     result = scipy.stats.bootstrap(
-        (np.arange(len(truth.masks)),),
-        statistic,
-        vectorized=False,
-        n_resamples=64,
-        confidence_level=0.95,
-        random_state=42,
+        subsets, statistic, vectorized=False, n_resamples=64, random_state=42
     )
-    samples = result.bootstrap_distribution
-    return {
-        "low": float(result.confidence_interval.low),
-        "high": float(result.confidence_interval.high),
-        "mean": float(samples.mean()),
-        "std": float(samples.std()),
-    }
+    ends, samples = result.confidence_interval, result.bootstrap_distribution
+    values = (ends.low, ends.high, samples.mean(), samples.std())
+    return dict(zip(("low", "high", "mean", "std"), map(float, values), strict=True))
+
+
+# The score with a lambda, or a method, that learns from the ensemble
 
 
 def damping_path(
-    train: Kernels | Features | np.ndarray,
-    query: Features | np.ndarray,
-    masks: np.ndarray,
-    *,
-    pooled: bool = False,
+    kernels: Kernels, query: Array, masks: np.ndarray, pooled: bool = False
 ) -> tuple[list[float], np.ndarray]:
-    """Predicts at every damping of `GRID` that is above rounding errors.
-
-    Args:
-      train: kernels or features, as `attribution.damping_path` takes them.
-      query: features of the queries.
-      masks: subsets of the training set, bool [subsets, train].
-      pooled: whether all pairs share one kernel.
-
-    Returns:
-      The dampings, and the predictions [dampings, subsets, queries].
-    """
-    path = attribution.damping_path(train, query, pooled=pooled, subsets=masks)
+    """Returns every damping of `attribution.GRID` that is above rounding errors, and the
+    predictions with each of them [dampings, subsets, queries]."""
+    path = attribution.damping_path(kernels, query, pooled=pooled, subsets=masks)
     sound = np.isfinite(path).all(axis=(1, 2))
     grid = [d for d, ok in zip(attribution.GRID, sound, strict=True) if ok]
     return grid, path[sound].swapaxes(1, 2)
@@ -216,18 +250,9 @@ def cross_fitted(
 ) -> tuple[Estimate, list[int]]:
     """Returns the score with its damping chosen on the subsets that it is not scored on.
 
-    The best value of the grid on one half of the subsets (even and odd ones) is scored
-    on the other, and the two scores are averaged.
-
-    Args:
-      path: predictions at every value of a grid [grid, subsets, queries].
-      truth: the ensemble; at least 2 * `MIN_SUBSETS` subsets.
-
-    Returns:
-      The score with its interval, given the choices; and the two positions in the grid.
-
-    Raises:
-      ValueError: too few subsets.
+    The path has the predictions at every value of a grid [grid, subsets, queries]. The
+    best value on one half of the subsets (even and odd ones) is scored on the other,
+    and the two scores are averaged; the two positions in the grid come with it.
     """
     chosen = []
 
@@ -242,12 +267,9 @@ def cross_fitted(
 def from_halves(function: Callable, truth: RetrainedLosses) -> Estimate:
     """Returns the score of a method that learns from the ensemble itself.
 
-    It learns from one half of the subsets and is scored on the other, and the other
-    way round; on the subsets that it has seen it would be scored for remembering them.
-
-    Args:
-      function: (masks [M, n], losses [M, q]) -> scores [q, n].
-      truth: the ensemble; at least 2 * `MIN_SUBSETS` subsets.
+    The method, (masks [M, n], losses [M, q]) -> scores [q, n], learns from one half of
+    the subsets and is scored on the other, and the other way round; on the subsets that
+    it has seen it would be scored for remembering them.
     """
 
     def fit(half: np.ndarray) -> np.ndarray:
@@ -261,10 +283,7 @@ def _over_halves(
 ) -> Estimate:
     """Returns the mean score of predictions fitted on one half of the subsets, on the other.
 
-    Args:
-      fit: maps the subsets to learn from, bool [subsets], to predictions for all
-        [subsets, queries].
-      truth: the ensemble.
+    `fit` makes predictions for all subsets from those that it may see, bool [subsets].
     """
     count = len(truth.masks)
     if count < 2 * MIN_SUBSETS:
@@ -275,11 +294,9 @@ def _over_halves(
         )
     even = np.arange(count) % 2 == 0
     values, samples = [], 0.0
-    for half in (even, ~even):
+    # The halves hold different subsets, which are drawn independently.
+    for half, seed in ((even, 2), (~even, 3)):
         predicted, target = fit(half)[~half], truth.target[~half]
         values.append(spearman(predicted, target).mean())
-        # The halves hold different subsets, which are drawn independently; their
-        # queries are the same.
-        weights = resamples(len(target), RESAMPLES, 1 + len(values))
-        samples = samples + _resampled(predicted, target, weights, truth) / 2
+        samples = samples + _resampled(predicted, target, seed) / 2
     return interval(np.mean(values), samples)

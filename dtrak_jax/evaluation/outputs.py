@@ -22,19 +22,19 @@ def timestep_grid(timesteps: int | tuple[int, ...], schedule: Schedule) -> np.nd
     Raises:
       ValueError: a timestep, or their number, is out of range.
     """
-    last = schedule.steps - 1
+    steps = schedule.steps
     if isinstance(timesteps, int):
-        if not 1 <= timesteps <= schedule.steps:
+        if not 1 <= timesteps <= steps:
             raise ValueError(
-                f"ensemble.timesteps is {timesteps}; the schedule has 1 to "
-                f"{schedule.steps}."
+                f"ensemble.timesteps is {timesteps}; the schedule has 1 to {steps}."
             )
-        parts = (np.arange(timesteps) + 0.5) * schedule.steps / timesteps
+        parts = (np.arange(timesteps) + 0.5) * steps / timesteps
         return np.floor(parts).astype(np.int32)
     grid = np.array(timesteps, np.int32)
-    if not len(grid) or grid.min() < 0 or grid.max() > last:
+    if not len(grid) or grid.min() < 0 or grid.max() >= steps:
         raise ValueError(
-            f"ensemble.timesteps is {timesteps}; it must name one or more of 0 to {last}."
+            f"ensemble.timesteps is {timesteps}; it must name one or more of 0 to "
+            f"{steps - 1}."
         )
     return grid
 
@@ -54,12 +54,10 @@ def measure(
     the same for all models, and drawn from another stream than that of the features.
 
     Args:
-      apply: the network without dropout.
-      schedule: the noise schedule.
+      apply, schedule: the network without dropout, and its noise schedule.
       params: the models' parameters, stacked along a first axis; at most as many models
         as this process has devices, one on each.
-      images: [n, H, W, C] in [-1, 1].
-      ids: the images' names [n].
+      images, ids: [n, H, W, C] in [-1, 1], and their names [n].
       settings: timesteps (see `timestep_grid`), draws, seed and batch_size.
     """
     models, n = len(jax.tree.leaves(params)[0]), len(images)

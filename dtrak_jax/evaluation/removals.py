@@ -34,10 +34,10 @@ class Choice(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model to train, and the queries that it generates again."""
+    """A model to train, and the positions of the queries that it generates again."""
 
     choice: Choice
-    queries: tuple[str, ...]
+    queries: list[int]
     member: training.Member
     steps: int
 
@@ -63,9 +63,8 @@ def kept_rows(
         for query in queries:
             removed[choice, query] = top[positions.index(query)]
     for query in queries:
-        removed[Choice(RANDOM), query] = data.choose(
-            train_ids, None, count, seed, f"{RANDOM}/{query}"
-        )
+        chosen = data.choose(train_ids, None, count, seed, f"{RANDOM}/{query}")
+        removed[Choice(RANDOM), query] = chosen
     rows = np.arange(len(train_ids))
     return {key: np.delete(rows, gone) for key, gone in removed.items()}
 
@@ -83,16 +82,16 @@ def plan(
     of older scores is taken for a new one.
     """
 
-    def model(choice, queries, name: str, rows: np.ndarray, seed: int) -> Model:
+    def model(choice: Choice, positions: list[int], name: str, rows, seed: int):
         content = short_digest(rows.astype("<i8").tobytes())
         member = training.Member(f"{name}-{content}", rows, seed)
         steps = max(1, round(config.steps * len(rows) / n))
-        return Model(choice, tuple(queries), member, steps)
+        return Model(choice, positions, member, steps)
 
-    models = [
-        model(choice, [query], f"{choice.name}-{query}", rows, config.seed)
-        for (choice, query), rows in kept.items()
-    ]
+    models, everyone = [], list(range(len(queries)))
+    for (choice, query), rows in kept.items():
+        name = f"{choice.name}-{query}"
+        models.append(model(choice, [queries.index(query)], name, rows, config.seed))
     for name, seed in ((EVERYTHING, config.seed), (OTHER_SEED, config.seed + 1)):
-        models.append(model(Choice(name), queries, name, np.arange(n), seed))
+        models.append(model(Choice(name), everyone, name, np.arange(n), seed))
     return models

@@ -1,5 +1,6 @@
 """Rank correlations and intervals, for many queries and resamples at once."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,18 +28,11 @@ def spearman(
 ) -> np.ndarray:
     """Returns Spearman's rank correlation of every column of a with that column of b.
 
-    Equal values share the mean of their ranks. With weights w, the correlation of the
-    sample in which row i stands w_i times, without making it: the mean rank of row i
-    there is sum_j w_j ([a_j < a_i] + [a_j = a_i] / 2) + 1/2, one matrix product for
-    all resamples.
-
-    Args:
-      a: [M, q].
-      b: [M, q].
-      weights: how often each row counts [B, M]; None counts each once.
-
-    Returns:
-      [q], or [B, q] with weights; 0 where a column is constant.
+    Equal values share the mean of their ranks; a constant column correlates with
+    nothing, 0. a and b are [M, q], and the result [q]; with weights w [B, M] it is
+    [B, q], of B samples in which row i stands w_i times, without making them: the mean
+    rank of row i there is sum_j w_j ([a_j < a_i] + [a_j = a_i] / 2) + 1/2, one matrix
+    product for all resamples.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if weights is None:
@@ -77,7 +71,7 @@ def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.A
     count = w.sum(axis=1)[None, :, None]
 
     def ranks(order):
-        """Returns ranks in [-1/2, 1/2] around their mean [q, B, M]."""
+        # In [-1/2, 1/2], around their mean [q, B, M].
         mean = jnp.einsum("qij,bj->qbi", order, w, precision="highest")
         return mean / count - 0.5
 
@@ -93,6 +87,7 @@ def _correlations(order_a: jax.Array, order_b: jax.Array, w: jax.Array) -> jax.A
     )
 
 
+@functools.cache
 def resamples(n: int, count: int, seed: int) -> np.ndarray:
     """Returns how often each of n items is in each bootstrap sample, [count, n]."""
     draws = np.random.default_rng(seed).integers(0, n, (count, n))

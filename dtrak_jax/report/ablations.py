@@ -34,11 +34,7 @@ LISTED_TIMESTEPS = 5
 
 
 def ablations(result: Mapping) -> list[dict]:
-    """Returns the figures and the rows of every study.
-
-    Args:
-      result: the contents of ablations.json.
-    """
+    """Returns the figures and the rows of every study in ablations.json."""
     studies = grouped(result["rows"], lambda row: row["name"])
     ceilings = result.get("ceiling") or {}
     return [_study(name, rows, ceilings) for name, rows in studies.items()]

@@ -45,20 +45,16 @@ def interval_plot(
 ) -> Markup:
     """Draws a row for each name, from the top, with its points and their intervals.
 
-    Args:
-      rows: {name: points (style, value, low, high)}.
-      axis: what the values are.
-      alt: what the chart shows.
-      ceiling: the noise ceiling, an estimate {"value", "low", "high"} behind all rows.
-      zero: whether to draw a line at 0.
+    Points are (style, value, low, high). The noise ceiling, {"value", "low", "high"}, is
+    behind all rows, and so is a line at 0 if `zero` is set.
     """
     styles = list(dict.fromkeys(p[0] for points in rows.values() for p in points))
 
     def draw(axes: Axes) -> None:
         if ceiling:
-            ends = np.array([ceiling["low"], ceiling["high"]], float)
-            band = {"color": FAINT, "alpha": 0.3, "linewidth": 0}
-            axes.axvspan(*ends, label="noise ceiling", **band)
+            ends = ceiling["low"], ceiling["high"]
+            band = {"alpha": 0.3, "linewidth": 0, "label": "noise ceiling"}
+            axes.axvspan(*ends, color=FAINT, **band)
             axes.axvline(ceiling["value"], color=FAINT, linewidth=1)
         if zero:
             axes.axvline(0, color=INK, linewidth=0.6)
@@ -89,15 +85,10 @@ def line_plot(
     ticks: Sequence[float] = (),
     vertical: Mapping[float, str] | None = None,
 ) -> Markup:
-    """Draws values along an axis, one line for each name.
+    """Draws a line for each name through its points (x, y) or (x, y, low, high).
 
-    Args:
-      lines: {name: points (x, y) or, with intervals, (x, y, low, high)}.
-      axes_names: what x and y are.
-      alt: what the chart shows.
-      log: whether x is logarithmic.
-      ticks: x values to label, instead of round ones.
-      vertical: {x: label} of vertical lines.
+    `log` makes x logarithmic, `ticks` are values of x to label instead of round ones,
+    and `vertical` {x: label} are vertical lines.
     """
     vertical = vertical or {}
     colours = [SUPPORT, OPPOSE, *_colours(len(lines) - 2)]
@@ -143,11 +134,8 @@ def training_curve(metrics: Sequence[Mapping]) -> Markup:
         axes.set_zorder(rate.get_zorder() + 1)
         axes.set_facecolor("none")
 
-    return figures.inline(
-        draw,
-        f"Training loss, from {losses[0]:.3g} at step {steps[0]} to {losses[-1]:.3g} at "
-        f"step {steps[-1]}",
-    )
+    first, last = (f"{losses[i]:.3g} at step {steps[i]}" for i in (0, -1))
+    return figures.inline(draw, f"Training loss, from {first} to {last}")
 
 
 def score_histogram(scores: Scores, queries: str) -> Markup:
@@ -164,12 +152,12 @@ def score_histogram(scores: Scores, queries: str) -> Markup:
         axes.axvline(0, color=INK, linewidth=0.6)
         axes.set(xlabel="score", ylabel="pairs", yscale="log", ylim=(0.5, None))
 
-    return figures.inline(
-        draw,
+    alt = (
         f"Histogram of the scores of {method_name(scores.method)}, {queries} images, from "
         f"{values.min():.3g} to {values.max():.3g}, {np.mean(values > 0):.0%} of them "
-        "positive",
+        "positive"
     )
+    return figures.inline(draw, alt)
 
 
 def spectrum(scores: Scores, kernels: Sequence[str]) -> Markup:

@@ -44,12 +44,8 @@ STYLE = {
 
 
 def data_uri(image: np.ndarray, largest: int = 128) -> str:
-    """Returns an image [H, W, 1 or 3] in [-1, 1] as the data URI of a PNG.
-
-    Args:
-      image: the pixels.
-      largest: height and width are scaled down to at most this.
-    """
+    """Returns an image [H, W, 1 or 3] in [-1, 1] as the data URI of a PNG, scaled down
+    to at most `largest` pixels of height and width."""
     picture = to_picture(to_pixels(image))
     picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -58,12 +54,9 @@ def data_uri(image: np.ndarray, largest: int = 128) -> str:
 
 
 def inline(draw: Callable[[Axes], None], alt: str, height: float = 3.2) -> Markup:
-    """Returns a drawing as an <svg> element that follows the colours of the page.
+    """Returns what `draw` draws as an <svg> element with the colours of the page.
 
-    Args:
-      draw: a function that draws on the axes that it gets.
-      alt: what the figure shows; no two in a page may have the same.
-      height: in inches; the width is 5.4.
+    The height is in inches; the width is 5.4.
     """
     buffer = io.BytesIO()
     # Ids are hashes: salted by what is in the figure, no two figures share one.
@@ -96,10 +89,10 @@ def _adapt(element: ElementTree.Element) -> None:
         if _local(child.tag) in ("metadata", "style"):
             element.remove(child)
     # matplotlib indents its document.
-    element.text, element.tail = (
-        text if text and not text.isspace() else None
-        for text in (element.text, element.tail)
-    )
+    if (element.text or "").isspace():
+        element.text = None
+    if (element.tail or "").isspace():
+        element.tail = None
 
 
 def _local(name: str) -> str:

@@ -4,10 +4,8 @@ import json
 from typing import TYPE_CHECKING
 
 import jinja2
-import numpy as np
 
 from dtrak_jax import files
-from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.config import flatten
 from dtrak_jax.methods import METHODS
 from dtrak_jax.report import text
@@ -44,21 +42,15 @@ TEMPLATES.filters |= {
 def page(run: "Run") -> str:
     """Returns the report as one HTML document that needs no other file and no network.
 
-    The same run gives the same text. Results that are not in the run directory are
-    left out.
-
-    Args:
-      run: the run, with scores of every shown method.
-
-    Raises:
-      ValueError: scores are of other images than those of the run.
+    The same run, which must have scores of every shown method, gives the same text.
+    Results that are not in the run directory are left out.
     """
     config, train = run.config, run.splits.train
     methods = config.shown_methods
     top = min(config.report.top, len(train.ids))
     sets = sorted(run.queries)
     scores = {
-        name: {m: _scores(run, m, name) for m in methods if METHODS[m].applies_to(name)}
+        name: {m: run.scores(m, name) for m in methods if METHODS[m].applies_to(name)}
         for name in sets
     }
     every = [(name, s) for name in sets for s in scores[name].values()]
@@ -83,15 +75,3 @@ def page(run: "Run") -> str:
         features=features(run, by_method),
         settings=flatten(config),
     )
-
-
-def _scores(run: "Run", method: str, queries: str) -> Scores:
-    """Reads scores; raises a ValueError unless they are of the run's images."""
-    scores = run.scores(method, queries)
-    ids = (run.queries[queries].ids, run.splits.train.ids)
-    if not all(map(np.array_equal, ids, (scores.query_ids, scores.train_ids))):
-        raise ValueError(
-            f"the {method} scores of the {queries} images are of other images; run "
-            "`dtrak-jax attribute` again."
-        )
-    return scores

@@ -15,15 +15,7 @@ FREQUENT = 12
 def query_set(
     name: str, images: Dataset, scores: Mapping[str, Scores], count: int, top: int
 ) -> dict:
-    """Returns what methods found for the first `count` queries of a set.
-
-    Args:
-      name: "generated" or "validation".
-      images: all queries of the set.
-      scores: {method: scores} of these queries.
-      count: how many queries are shown.
-      top: how many supporting and opposing images of each are shown.
-    """
+    """Returns what methods found for the first `count` queries of a set."""
     count = min(count, len(images.ids))
     return {
         "name": name,
@@ -69,10 +61,8 @@ def agreement(a: Scores, b: Scores, top: int) -> dict:
 
 
 def frequent_supporters(method: str, scores: Sequence[Scores], top: int) -> dict:
-    """Returns the training images most often among a query's `top` supporters.
-
-    The scores are those of the method for every set of queries.
-    """
+    """Returns the training images most often among a query's `top` supporters, of the
+    method's scores for all sets of queries."""
     tops = [s.top(top) for s in scores]
     supporters = np.concatenate([t.index[t.scores > 0] for t in tops])
     counts = np.bincount(supporters, minlength=len(scores[0].train_ids))

@@ -13,13 +13,10 @@ CONTROLS = {
 }
 """Labels of what methods are compared with, in the order in which they are shown."""
 
-SQUARED = "-squared"
-"""The end of the name of a removal by a method's squared scores."""
-
 
 def method_name(method: str) -> str:
     """Returns the label of a method or control; an unknown name is its own label."""
-    name = method.removesuffix(SQUARED)
+    name = method.removesuffix("-squared")
     label = CONTROLS.get(name) or (METHODS[name].label if name in METHODS else name)
     return label if name == method else f"{label} squared"
 
@@ -67,7 +64,5 @@ def correlation(value: float) -> str:
 
 def damping(value: float | Sequence[float] | None) -> str:
     """Returns one λ, or those of the halves; a dash for methods without a kernel."""
-    if value is None:
-        return "–"
     values = value if isinstance(value, Sequence) else [value]
-    return ", ".join(f"{lambda_:.3g}" for lambda_ in values)
+    return "–" if value is None else ", ".join(map("{:.3g}".format, values))

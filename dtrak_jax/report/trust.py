@@ -17,19 +17,17 @@ STYLES = {
     "halves": Style("learned from other subsets", "^", INK),
     "oracle": Style("oracle: λ chosen on the same subsets", "D", OPPOSE),
 }
-"""The look of points by the rule that chose their λ; another rule has its name."""
+"""The look of points by the rule that chose their λ."""
 
 HEADLINES = (None, "label-free", "halves")
 """Rules of headlines: no subset that is scored on had a say."""
 
 
 def trust(lds: Mapping, methods: Collection[str], absolute: bool) -> list[dict]:
-    """Returns the LDS of every method for each set of queries, best method first.
+    """Returns the views of lds.json's sets of queries, with the best method first.
 
-    Args:
-      lds: the contents of lds.json.
-      methods: the methods of the headlines.
-      absolute: whether the run's own λ is in other units than the curves over λ.
+    The methods are those of the headlines; `absolute` says that the run's own λ is in
+    other units than the curves over λ.
     """
     views = []
     for name, result in lds["queries"].items():
@@ -56,10 +54,7 @@ def lds_chart(
     """Draws LDS with intervals, a row of the chart for all rows with the same label."""
     points = {
         name or "all": [
-            (
-                STYLES.get(row["damping_rule"]) or Style(row["damping_rule"], "v", INK),
-                *(row[key] for key in ("lds", "low", "high")),
-            )
+            (STYLES[row["damping_rule"]], row["lds"], row["low"], row["high"])
             for row in members
         ]
         for name, members in grouped(rows, label).items()
@@ -76,11 +71,10 @@ def _ordered(rows: Sequence[Mapping]) -> list[Mapping]:
     """Returns rows method by method, the one with the best headline first."""
     headlines = [row for row in rows if row["damping_rule"] in HEADLINES]
     best = {r["method"]: r["lds"] for r in headlines if r["transform"] == "linear"}
-    rules = {rule: place for place, rule in enumerate(STYLES)}
+    rules = list(STYLES)
 
     def key(row: Mapping) -> tuple:
-        value = best.get(row["method"])
-        place = rules.get(row["damping_rule"], len(rules))
+        value, place = best.get(row["method"]), rules.index(row["damping_rule"])
         return value is None, -(value or 0), row["method"], row["transform"], place
 
     return sorted(rows, key=key)
@@ -91,27 +85,20 @@ def _damping(name: str, curves: Mapping, rows: Sequence[Mapping]) -> dict:
 
     The λ of those rows that had it chosen without labels are vertical lines.
     """
-    free = [
-        r for r in rows if r["method"] in curves and r["damping_rule"] == "label-free"
-    ]
+    with_curve = [row for row in rows if row["method"] in curves]
+    free = [row for row in with_curve if row["damping_rule"] == "label-free"]
     chosen = grouped(free, lambda row: row["damping"])
-    lines = {
-        method_name(method): list(zip(curve["damping"], curve["lds"], strict=True))
-        for method, curve in curves.items()
-    }
-    chart = lines and line_plot(
-        lines,
-        ("λ, in mean eigenvalues of its kernel", "LDS"),
-        f"LDS against damping for {name} images",
-        vertical={
-            value: "label-free λ"
-            + (f": {listed(list(map(_label, of_value)))}" if len(chosen) > 1 else "")
-            for value, of_value in chosen.items()
-        },
-    )
-    peaks = [
-        f"{label} {number(lds)} at λ = {value:.3g}"
-        for label, line in lines.items()
-        for value, lds in [max(line, key=lambda point: point[::-1])]
-    ]
+    vertical = dict.fromkeys(chosen, "label-free λ")
+    if len(chosen) > 1:
+        for value, of_value in chosen.items():
+            vertical[value] += f": {listed(list(map(_label, of_value)))}"
+    lines, peaks = {}, []
+    for method, curve in curves.items():
+        label = method_name(method)
+        lines[label] = list(zip(curve["damping"], curve["lds"], strict=True))
+        value, lds = max(lines[label], key=lambda point: point[::-1])
+        peaks.append(f"{label} {number(lds)} at λ = {value:.3g}")
+    axes = ("λ, in mean eigenvalues of its kernel", "LDS")
+    alt = f"LDS against damping for {name} images"
+    chart = lines and line_plot(lines, axes, alt, vertical=vertical)
     return {"damping": chart, "peaks": listed(peaks)}

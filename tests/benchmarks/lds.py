@@ -12,6 +12,8 @@ import numpy as np
 import scipy.stats
 
 from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation.statistics import resamples
+from dtrak_jax.evaluation.truth import RetrainedLosses
 from tests.benchmarks.rows import Row, in_turn
 
 
@@ -28,11 +30,9 @@ def measure(small: bool, repetitions: int) -> list[Row]:
         return spearman_loop(predict(scores, truth), truth.target)
 
     def our_interval():
-        # A new ensemble: what it draws once for all scores counts here.
-        fresh = lds.RetrainedLosses(
-            truth.outputs, truth.masks, truth.query_ids, truth.train_ids
-        )
-        return lds.bootstrap(fresh.predict(scores), fresh)[0]
+        # What is drawn once for all scores counts here.
+        resamples.cache_clear()
+        return lds.bootstrap(truth.predict(scores), truth)[0]
 
     def their_interval():
         return bootstrap_loop(predict(scores, truth), truth.target)
@@ -68,16 +68,14 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     ]
 
 
-def ensemble(
-    subsets: int, queries: int, n: int
-) -> tuple[np.ndarray, lds.RetrainedLosses]:
+def ensemble(subsets: int, queries: int, n: int) -> tuple[np.ndarray, RetrainedLosses]:
     """Scores [queries, n], and losses that they partly predict."""
     rng = np.random.default_rng(0)
     masks = rng.permuted(np.tile(np.arange(n) % 2 == 0, (subsets, 1)), axis=1)
     scores = rng.standard_normal((queries, n))
     signal = -(masks - 0.5) @ scores.T
     noise = rng.standard_normal((subsets, 3, queries)) * 2 * signal.std()
-    truth = lds.RetrainedLosses(
+    truth = RetrainedLosses(
         signal[:, None] + noise,
         masks,
         np.array([f"q{i}" for i in range(queries)]),
@@ -86,7 +84,7 @@ def ensemble(
     return scores, truth
 
 
-def predict(scores: np.ndarray, truth: lds.RetrainedLosses) -> np.ndarray:
+def predict(scores: np.ndarray, truth: RetrainedLosses) -> np.ndarray:
     """Sums of scores over subsets [subsets, queries], in NumPy."""
     return truth.masks.astype(np.float64) @ scores.T
 
