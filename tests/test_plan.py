@@ -389,19 +389,19 @@ def test_a_model_and_queries_that_are_given_take_no_programs(tmp_path, monkeypat
     assert steps.keys() == planned(config).keys() - {"train", "sample"}
     assert steps["measure"].written == 8 * 10 * (5 + 3)
     run = Run(given, None)
-    assert work.passes("train", run) == work.passes("sample", run) == 0
+    assert work.passes(run)["train"] == work.passes(run)["sample"] == 0
     assert work.describe("featurize", run) == "gradients of 38 images"
 
 
 def test_work_is_counted_in_passes():
     """A backward pass is two: 3 for a training image, 5 for its two measurements."""
     run = Run(tiny_config(), None)
-    train, images = 3 * 12 * 64, 30 + 5 + 20
-    assert work.passes("train", run) == train
-    assert work.passes("sample", run) == 20 * 3
-    assert work.passes("featurize", run) == 5 * 3 * images
-    assert work.passes("retrain", run) == 10 * train / 2 + train + 10 * 25 * 4 * 2
-    assert work.passes("attribute", run) == 0
+    train, images, passes = 3 * 12 * 64, 30 + 5 + 20, work.passes(run)
+    assert passes["train"] == train
+    assert passes["sample"] == 20 * 3
+    assert passes["featurize"] == 5 * 3 * images
+    assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
+    assert "attribute" not in passes
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

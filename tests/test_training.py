@@ -241,7 +241,7 @@ def test_a_device_reads_the_images_of_its_own_examples(images):
     rows, weights = np.array([7, 3, 11, 0, 2]), np.ones(5, np.float32)
     mesh = parallel.mesh(jax.devices())
     cond = {"number": np.arange(12) ** 2}
-    batch = loop.put_batch(mesh, recorded, rows, weights, cond)
+    batch = loop.put_batch(mesh, (recorded, cond), rows, weights)
     assert recorded.read == [[7], [3], [11], [0], [2], [0], [0], [0]]
     np.testing.assert_array_equal(batch.x[:5], images[rows])
     np.testing.assert_array_equal(batch.index[:5], rows)

@@ -33,19 +33,20 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
 
     def request(number: int, _) -> None:
         stop.set()
         if number == signal.SIGINT:
             restore()
 
-    for s in handlers:
-        signal.signal(s, request)
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, request)
     try:
         yield stop
     finally:
