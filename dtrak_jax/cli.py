@@ -28,10 +28,10 @@ EXPECTED = (
 """Errors that need no traceback: they say themselves what is wrong."""
 
 COMMANDS = {
-    "run": "make everything up to the report: which training images, for each query",
+    "run": "Makes everything up to the report: which training images, for each query.",
     **{stage.name: stage.summary for stage in pipeline.STAGES},
-    "plan": "what all this takes, on a --topology such as v5e:4x4; runs nothing",
-    "methods": "list the attribution methods; needs no config",
+    "plan": "Says what all this takes on a --topology such as v5e:4x4; runs nothing.",
+    "methods": "Lists the attribution methods; needs no config.",
 }
 
 ENSEMBLE = ("retrain", "lds", "counterfactual", "ablate")
@@ -137,7 +137,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config | None, argparse.Namesp
         prog=f"dtrak-jax {command} {options.config} {usage}",
         default=load_config(options.config),
         args=flags,
-        description=f"{COMMANDS[command].capitalize()}.",
+        description=COMMANDS[command],
     )
     if command != "plan" and (options.topology or options.stages or options.output):
         parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")

@@ -37,21 +37,24 @@ class Stage(NamedTuple):
     """A row of the table of stages."""
 
     name: str
-    summary: str
-    """The work of the stage in a few words."""
     needs: Callable[[Config], tuple[str, ...]]
     """Returns the stages whose artefacts it reads."""
     body: Callable[[Run], None]
-    """Makes its artefacts, or what is missing of them."""
+    """Makes its artefacts, or what is missing of them, as its docstring says."""
     is_done: Callable[[Run], bool] | None = None
     """Returns whether its artefacts are there, made from what is before it; None for a
     stage that no other needs."""
     programs: Callable[[Run, Topology], list[Planned]] | None = None
     """Returns the compiled programs that it calls on some devices, and how often."""
 
+    @property
+    def summary(self) -> str:
+        """The work of the stage in one sentence."""
+        return self.body.__doc__.splitlines()[0]
+
 
 def train(run: Run) -> None:
-    """Trains the model, or continues; checkpoints/, metrics.jsonl."""
+    """Trains the model, or continues: checkpoints/, metrics.jsonl."""
     if run.config.model.folder:
         return
     recipe = run.recipe(run.config.train.steps)
@@ -105,7 +108,7 @@ def has_samples(run: Run) -> bool:
 
 
 def featurize(run: Run) -> None:
-    """Computes all features that the methods need; features/."""
+    """Computes all gradient features that the methods need: features/."""
     for feature_set in feature_sets.wanted(run):
         feature_sets.featurize(run, feature_set)
     measure_distortion(run)
@@ -117,7 +120,7 @@ def is_featurized(run: Run) -> bool:
 
 
 def measure_distortion(run: Run) -> None:
-    """Compares inner products before and after the projection; distortion.json."""
+    """Compares inner products before and after the projection: distortion.json."""
     settings, examples = run.config.features, run.splits.train
     path = run.workdir / "features" / "distortion.json"
     if settings.projection == "none" or len(examples) < 2:
@@ -138,7 +141,7 @@ def measure_distortion(run: Run) -> None:
 
 
 def attribute(run: Run) -> None:
-    """Turns features into scores of every method; scores/METHOD-QUERIES.npz."""
+    """Turns features into scores of every method: scores/METHOD-QUERIES.npz."""
     for method, queries in score_sets.wanted(run):
         run.scores(method, queries)
 
@@ -149,7 +152,7 @@ def is_attributed(run: Run) -> bool:
 
 
 def report(run: Run) -> None:
-    """Writes report.html, from whatever the stages before it left."""
+    """Writes report.html, from whatever the other stages left."""
     content = page(run).encode()
     if parallel.is_main_process():
         files.write_bytes(run.workdir / "report.html", content)
@@ -173,70 +176,15 @@ def scores_need(config: Config) -> tuple[str, ...]:
 
 
 STAGES = (
-    Stage(
-        "train",
-        "train the model on the training images",
-        always(),
-        train,
-        is_trained,
-        programs.train,
-    ),
-    Stage(
-        "sample",
-        "generate images with it",
-        always("train"),
-        sample,
-        has_samples,
-        programs.sample,
-    ),
-    Stage(
-        "retrain",
-        "train models on subsets, and measure the queries' losses under them",
-        always("sample"),
-        retrain,
-        is_retrained,
-        programs.retrain,
-    ),
-    Stage(
-        "featurize",
-        "compute gradient features of training images and queries",
-        features_need,
-        featurize,
-        is_featurized,
-        programs.featurize,
-    ),
-    Stage(
-        "attribute",
-        "turn features into scores",
-        scores_need,
-        attribute,
-        is_attributed,
-        programs.attribute,
-    ),
-    Stage(
-        "lds",
-        "say how well scores predict the losses of retrained models; lds.json",
-        always("attribute", "retrain"),
-        evaluate,
-    ),
-    Stage(
-        "counterfactual",
-        "retrain without what scores say matters; counterfactual.json",
-        always("attribute"),
-        counterfactual,
-    ),
-    Stage(
-        "ablate",
-        "score other noises, kernels, timesteps, ... like lds; ablations.json",
-        always("retrain"),
-        ablate,
-    ),
-    Stage(
-        "report",
-        "write report.html, with what the other stages left",
-        always("attribute"),
-        report,
-    ),
+    Stage("train", always(), train, is_trained, programs.train),
+    Stage("sample", always("train"), sample, has_samples, programs.sample),
+    Stage("retrain", always("sample"), retrain, is_retrained, programs.retrain),
+    Stage("featurize", features_need, featurize, is_featurized, programs.featurize),
+    Stage("attribute", scores_need, attribute, is_attributed, programs.attribute),
+    Stage("lds", always("attribute", "retrain"), evaluate),
+    Stage("counterfactual", always("attribute"), counterfactual),
+    Stage("ablate", always("retrain"), ablate),
+    Stage("report", always("attribute"), report),
 )
 """All stages, each after those that it may need."""
 

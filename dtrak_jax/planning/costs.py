@@ -22,7 +22,6 @@ PASSES = 6
 DISTRIBUTIONS = ("dtrak-jax", "jax", "jaxlib", "libtpu")
 """The packages whose versions decide what a program takes."""
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2}
 KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     "collective-permute",
@@ -172,7 +171,8 @@ def collectives(text: str) -> dict[str, list[int]]:
             continue
         totals[kind][0] += 1
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-            size = BYTES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
+            # All types but "pred" say how many bits they have.
+            size = int(re.sub(r"\D", "", dtype) or 8) // 8
             totals[kind][1] += size * math.prod(int(d) for d in dims.split(",") if d)
     return totals
 
