@@ -85,21 +85,14 @@ def check_images(images: np.ndarray) -> None:
     None of n, H, W and C may be 0, and every pixel must be finite. Arrays of NumPy
     and of JAX are accepted.
     """
-    images = np.asarray(images)
+    images, remedy = np.asarray(images), "uint8 pixels: divide by 127.5 and subtract 1"
     if images.ndim != 4:
-        raise ValueError(
-            f"images have shape {images.shape}; they must be [n, height, width, "
-            "channels]."
-        )
+        expected = "[n, height, width, channels]"
+        raise ValueError(f"images have shape {images.shape}; they must be {expected}.")
     if images.size == 0:
         raise ValueError(f"images have shape {images.shape}: there are none.")
-    if images.dtype == np.uint8:
-        raise ValueError(
-            "images are uint8; divide them by 127.5 and subtract 1 to have float32 "
-            "pixels in [-1, 1]."
-        )
     if images.dtype != np.float32:
-        raise ValueError(f"images are {images.dtype}; they must be float32.")
+        raise ValueError(f"images are {images.dtype}; they must be float32 ({remedy}).")
     low, high = images.min(), images.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
@@ -109,8 +102,7 @@ def check_images(images: np.ndarray) -> None:
         )
     if low < -1 or high > 1:
         raise ValueError(
-            f"pixels are between {low:g} and {high:g}; they must be in [-1, 1] "
-            "(uint8 pixels: divide by 127.5 and subtract 1)."
+            f"pixels are between {low:g} and {high:g}; they must be in [-1, 1] ({remedy})."
         )
 
 

@@ -28,10 +28,10 @@ EXPECTED = (
 """Errors that need no traceback: they say themselves what is wrong."""
 
 COMMANDS = {
-    "run": "make everything up to the report: which training images, for each query",
+    "run": "Makes everything up to the report: which training images, for each query.",
     **{stage.name: stage.summary for stage in pipeline.STAGES},
-    "plan": "what all this takes, on a --topology such as v5e:4x4; runs nothing",
-    "methods": "list the attribution methods; needs no config",
+    "plan": "Says what all this takes on a --topology such as v5e:4x4; runs nothing.",
+    "methods": "Lists the attribution methods; needs no config.",
 }
 
 ENSEMBLE = ("retrain", "lds", "counterfactual", "ablate")
@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        command, config, options = parse(
-            sys.argv[1:] if arguments is None else arguments
-        )
-        execute(command, config, options)
+        execute(*parse(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {message}", file=sys.stderr)
@@ -76,16 +73,18 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     use_cores(os.cpu_count() if command in ENSEMBLE else MOST_CORES)
     keep_compilations()
     if command == "plan":
-        stages = options.stages.split(",") if options.stages else ()
+        names = options.stages.split(",") if options.stages else ()
         topology = planning.find(options.topology)
-        planning.run(pipeline.STAGES, config, topology, stages, options.output)
+        rows = planning.plan(pipeline.STAGES, config, topology, names)
+        print(planning.as_text(rows, topology))
+        if options.output:
+            planning.save(rows, config, topology, options.output)
         return
-    with contextlib.ExitStack() as stack:
-        if options.profile:
-            stack.enter_context(jax.profiler.trace(options.profile))
-        opened = pipeline.run(command, config, options.workdir)
+    profile = jax.profiler.trace(options.profile) if options.profile else None
+    with profile or contextlib.nullcontext():
+        run = pipeline.run(command, config, options.workdir)
     if command in ("run", "report") and parallel.is_main_process():
-        print(f"wrote {opened.workdir / 'report.html'}")
+        print(f"wrote {run.workdir / 'report.html'}")
 
 
 def use_cores(most: int) -> None:
@@ -115,9 +114,7 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def parse(
-    arguments: Sequence[str],
-) -> tuple[str, Config | None, argparse.Namespace]:
+def parse(arguments: Sequence[str]) -> tuple[str, Config | None, argparse.Namespace]:
     """Returns (command, config, further options such as workdir) of a command line.
 
     Raises:
@@ -126,25 +123,25 @@ def parse(
     """
     parser = _parser(with_help=not any(a.endswith(".py") for a in arguments))
     options, flags = parser.parse_known_args(arguments)
-    command, is_plan = options.command, options.command == "plan"
+    command, usage = options.command, "--workdir DIR"
     if command == "methods":
         if flags or options.config:
             parser.error("methods takes no config and no settings.")
         return command, None, options
     if not options.config:
         parser.error("CONFIG is missing: name a file such as configs/digits.py.")
-    usage = "[--topology T] [--stages S] [--output FILE]"
+    if command == "plan":
+        usage = "[--topology T] [--stages S] [--output FILE]"
     config = tyro.cli(
         Config,
-        prog=f"dtrak-jax {command} {options.config} "
-        + (usage if is_plan else "--workdir DIR"),
+        prog=f"dtrak-jax {command} {options.config} {usage}",
         default=load_config(options.config),
         args=flags,
-        description=f"{COMMANDS[command].capitalize()}.",
+        description=COMMANDS[command],
     )
-    if not is_plan and (options.topology or options.stages or options.output):
+    if command != "plan" and (options.topology or options.stages or options.output):
         parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")
-    if not is_plan and not options.workdir:
+    if command != "plan" and not options.workdir:
         parser.error("--workdir is missing: name a folder for the results.")
     return command, config, options
 
@@ -162,19 +159,14 @@ def _parser(with_help: bool) -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=with_help,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument(
-        "config", metavar="CONFIG", nargs="?", help="such as configs/digits.py"
-    )
-    parser.add_argument(
-        "--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER"
-    )
-    parser.add_argument(
-        "--profile", metavar="DIR", help="write a trace of the JAX profiler there"
-    )
-    parser.add_argument("--topology", help="what to plan for; the devices at hand")
-    parser.add_argument("--stages", help="what to plan, such as train,featurize; all")
-    parser.add_argument("--output", metavar="FILE", help="the plan as JSON")
+    add = parser.add_argument
+    add("command", choices=COMMANDS, metavar="COMMAND")
+    add("config", metavar="CONFIG", nargs="?", help="such as configs/digits.py")
+    add("--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER")
+    add("--profile", metavar="DIR", help="write a trace of the JAX profiler there")
+    add("--topology", help="what to plan for; the devices at hand")
+    add("--stages", help="what to plan, such as train,featurize; all")
+    add("--output", metavar="FILE", help="the plan as JSON")
     return parser
 
 

@@ -10,17 +10,10 @@ only files that say what they were made with and are made again.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dtrak_jax.checks import (
-    at_least,
-    check_choices,
-    free,
-    pattern,
-    positive,
-)
+from dtrak_jax.checks import at_least, check_choices, free, pattern, positive
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.diffusion.config import DiffusionConfig, SampleConfig
 from dtrak_jax.evaluation.config import (
@@ -180,28 +173,22 @@ class Config:
         """Raises a ValueError unless everything is there that the methods need."""
         measured = {MEASUREMENTS[name] for name in self.features.measurements}
         for name, setting in self.methods.items():
-            method = METHODS[name]
+            method, folders = METHODS[name], METHODS[name].folders(self)
+            of_checkpoints = any(f.startswith("checkpoints/") for f in folders)
+            missing = ""
             if method.measurement not in measured | {None}:
-                raise ValueError(
-                    f"{setting} has {name!r}, which needs features.measurements to have "
-                    f"{method.measurement!r}; it has {', '.join(sorted(measured))}."
+                missing = (
+                    f"features.measurements to have {method.measurement!r}; it has "
+                    f"{', '.join(sorted(measured))}"
                 )
-            folders = method.folders(self)
-            if name.endswith("-ensemble") and not self.ensemble.models:
-                raise ValueError(
-                    f"{setting} has {name!r}, which averages over further models: "
-                    "ensemble.models is 0; it must be 1 or more."
-                )
-            if self.queries.folder and "journey" in folders:
-                raise ValueError(
-                    f"{setting} has {name!r}, which follows the sampling of each query: "
-                    "queries.folder must be empty."
-                )
-            if self.model.folder and any(f.startswith("checkpoints/") for f in folders):
-                raise ValueError(
-                    f"{setting} has {name!r}, which needs checkpoints of training: "
-                    "model.folder must be empty."
-                )
+            elif name.endswith("-ensemble") and not self.ensemble.models:
+                missing = "further models: ensemble.models is 0; it must be 1 or more"
+            elif "journey" in folders and self.queries.folder:
+                missing = "each query's sampling: queries.folder must be empty"
+            elif of_checkpoints and self.model.folder:
+                missing = "checkpoints of training: model.folder must be empty"
+            if missing:
+                raise ValueError(f"{setting} has {name!r}, which needs {missing}.")
 
     @property
     def methods(self) -> dict[str, str]:
@@ -238,7 +225,7 @@ class Config:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """{"train.steps": 8000, ...}: every setting by its dotted name."""
+    """Returns every setting by its dotted name, {"train.steps": 8000, ...}."""
     return {
         f"{section}.{name}": list(value) if isinstance(value, tuple) else value
         for section, fields in dataclasses.asdict(config).items()
@@ -246,13 +233,12 @@ def flatten(config: Config) -> dict[str, object]:
     }
 
 
-def free_settings() -> set[str]:
-    """The dotted names of all settings that may change within a run directory."""
-
-    def names() -> Iterator[str]:
-        for section in dataclasses.fields(Config):
-            for setting in dataclasses.fields(section.type):
-                if setting.metadata.get("free"):
-                    yield f"{section.name}.{setting.name}"
-
-    return set(names())
+def locked(settings: dict[str, object]) -> dict[str, object]:
+    """Returns those of `flatten`'s settings that may not change within a run directory."""
+    names = (
+        f"{section.name}.{setting.name}"
+        for section in dataclasses.fields(Config)
+        for setting in dataclasses.fields(section.type)
+        if not setting.metadata.get("free")
+    )
+    return {name: settings[name] for name in names}

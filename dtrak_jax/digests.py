@@ -9,10 +9,9 @@ import numpy as np
 
 def named_leaves(tree) -> dict[str, jax.Array]:
     """Returns the leaves of a pytree by path, {"conv/bias": leaf, ...}, in order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 

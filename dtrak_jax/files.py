@@ -1,5 +1,6 @@
 """Files that are either complete or missing, on a local disk or on gs://."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -50,22 +51,12 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
       OSError: the disk is full or not writable; an older file is unchanged.
     """
     path = at(path)
-    try:
+    with _explained(path, "was not written, and what was there before is unchanged"):
         if is_remote(path):
             path.write_bytes(data)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_and_rename(path, data)
-    except OSError as error:
-        remedy = "Free space or mend the permissions"
-        if is_remote(path):
-            remedy = "See that the bucket is there and may be written to"
-        raise OSError(
-            error.errno,
-            f"{error.strerror or error}; {path} was not written, and what was there "
-            f"before is unchanged. {remedy}, then rerun",
-            str(path),
-        ) from error
 
 
 def _write_and_rename(path: epath.Path, data: bytes) -> None:
@@ -78,6 +69,19 @@ def _write_and_rename(path: epath.Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _explained(path: epath.Path, what: str):
+    """Says of an error in writing what it means for the file, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free space or mend the permissions"
+        if is_remote(path):
+            remedy = "See that the bucket is there and may be written to"
+        message = f"{error.strerror or error}; {path} {what}. {remedy}, then rerun"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def is_empty(folder: epath.PathLike, besides: str = "") -> bool:
@@ -115,17 +119,9 @@ def append_json_lines(path: epath.PathLike, rows: Iterable[dict]) -> None:
     Raises:
       OSError: the disk is full or not writable; a last line may be half written.
     """
-    data = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-    try:
-        with open(at(path), "ab") as file:
-            file.write(data)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror or error}; a line could not be added to {path}. Free "
-            "space or mend the permissions, then rerun",
-            str(path),
-        ) from error
+    path, data = at(path), "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    with _explained(path, "did not get another line"), open(path, "ab") as file:
+        file.write(data)
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict]:

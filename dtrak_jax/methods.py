@@ -49,26 +49,16 @@ if TYPE_CHECKING:
 class Method(NamedTuple):
     """A row of the table."""
 
-    name: str
-    """The name in configs and files."""
-    label: str
-    """The name that its paper gives it."""
-    function: Callable[..., np.ndarray]
-    """Makes scores [q, n] of the inputs."""
-    note: str
-    """A few words on what the scores are."""
-    source: str = ""
-    """The paper."""
-    inputs: Inputs = ONE_MODEL
-    """The arguments of the function, and the artefacts of a run that they are."""
-    measurement: str | None = None
-    """The measurement whose features it is given, if any."""
-    damped: bool = False
-    """True if the function has a damping."""
-    decomposed: bool = False
-    """True if it needs kernels decomposed, which only solver "eigh" does."""
-    signed: bool = True
-    """True if a positive score means that the example lowered the query's loss."""
+    name: str  # in configs and files
+    label: str  # that its paper gives it
+    function: Callable[..., np.ndarray]  # makes scores [q, n] of the inputs
+    note: str  # a few words on what the scores are
+    source: str = ""  # the paper
+    inputs: Inputs = ONE_MODEL  # the function's arguments, as artefacts of a run
+    measurement: str | None = None  # whose features it is given, if any
+    damped: bool = False  # whether the function has a damping
+    decomposed: bool = False  # whether it needs kernels decomposed: by solver "eigh"
+    signed: bool = True  # whether positive means that the example lowered the loss
 
     @property
     def kernel(self) -> bool:
@@ -103,20 +93,14 @@ TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
 
 
 def _kernel(
-    name: str,
-    label: str,
-    measurement: str,
-    note: str,
-    source: str = DTRAK,
-    inputs: Inputs = ONE_MODEL,
-    function: Callable = influence,
-):
+    name, label, measurement, note, source=DTRAK, inputs=ONE_MODEL, function=influence
+) -> Method:
     """Returns the row of a method with a kernel, decomposed but for plain influence."""
     row = Method(name, label, function, note, source, inputs, measurement, damped=True)
     return row._replace(decomposed=function is not influence)
 
 
-def _loss(name: str, label: str, function, note: str, source: str, inputs=ONE_MODEL):
+def _loss(name, label, function, note, source, inputs=ONE_MODEL) -> Method:
     """Returns the row of a method that compares gradients of the loss."""
     return Method(name, label, function, note, source, inputs, "loss")
 
@@ -291,13 +275,3 @@ def table() -> str:
         rows.append((row.name, row.label, *what, row.note, row.source or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def markdown() -> str:
-    """Returns name, label, scores and source of each method as a table in Markdown."""
-    lines = ["| method | called | scores | source |", "|---|---|---|---|"]
-    for row in METHODS.values():
-        lines.append(
-            f"| `{row.name}` | {row.label} | {row.note} | {row.source or '-'} |"
-        )
-    return "\n".join(lines)

@@ -29,13 +29,10 @@ of 100 s would be that much more of a pod that is paid for and waits.
 
 
 class Program(NamedTuple):
-    """A compiled function that runs on a mesh, and the abstract arguments that it is
-    called with."""
+    """A compiled function on a mesh, and the arguments that it is called with."""
 
-    function: Callable
-    """A function that `jax.jit` made."""
-    arguments: tuple
-    """Pytrees of `jax.ShapeDtypeStruct`."""
+    function: Callable  # that `jax.jit` made
+    arguments: tuple  # pytrees of `jax.ShapeDtypeStruct`
     mesh: jax.sharding.Mesh
 
 

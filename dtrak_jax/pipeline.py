@@ -9,13 +9,13 @@ directory; interrupted, it continues. A command makes what it needs first.
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, feature_sets, files, parallel, training
+from dtrak_jax import data, feature_sets, files, parallel, score_sets, training
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation.ablations import ablate
 from dtrak_jax.evaluation.counterfactual import counterfactual
@@ -37,21 +37,24 @@ class Stage(NamedTuple):
     """A row of the table of stages."""
 
     name: str
-    summary: str
-    """The work of the stage in a few words."""
     needs: Callable[[Config], tuple[str, ...]]
     """Returns the stages whose artefacts it reads."""
     body: Callable[[Run], None]
-    """Makes its artefacts, or what is missing of them."""
+    """Makes its artefacts, or what is missing of them, as its docstring says."""
     is_done: Callable[[Run], bool] | None = None
     """Returns whether its artefacts are there, made from what is before it; None for a
     stage that no other needs."""
     programs: Callable[[Run, Topology], list[Planned]] | None = None
     """Returns the compiled programs that it calls on some devices, and how often."""
 
+    @property
+    def summary(self) -> str:
+        """The work of the stage in one sentence."""
+        return self.body.__doc__.splitlines()[0]
+
 
 def train(run: Run) -> None:
-    """Trains the model, or continues; checkpoints/, metrics.jsonl."""
+    """Trains the model, or continues: checkpoints/, metrics.jsonl."""
     if run.config.model.folder:
         return
     recipe = run.recipe(run.config.train.steps)
@@ -72,7 +75,7 @@ def sample(run: Run) -> None:
     """
     if parallel.agreed(has_samples(run)):
         return
-    share = parallel.share(len(run.seeds))
+    count, share = len(run.seeds), parallel.share(len(run.seeds))
     # All processes load the model together.
     model = run.params_digest()
     images = run.generate(run.params(), run.seeds[share])
@@ -86,16 +89,11 @@ def sample(run: Run) -> None:
         data.to_picture(image).save(buffer, "png")
         files.write_bytes(run.samples.parent / f"{i:05d}.png", buffer.getvalue())
     # The array is written last: it says that all pictures are there.
-    pixels = parallel.gather(pixels, len(run.seeds))
+    pixels = parallel.gather(pixels, count)
     if parallel.is_main_process():
-        ids = np.array([f"generated-{i:05d}" for i in range(len(pixels))])
-        files.write_npz(
-            run.samples,
-            images=pixels,
-            ids=ids,
-            seeds=run.seeds,
-            model=model,
-        )
+        ids = np.array([f"generated-{i:05d}" for i in range(count)])
+        saved = {"images": pixels, "ids": ids, "seeds": run.seeds, "model": model}
+        files.write_npz(run.samples, **saved)
 
 
 def has_samples(run: Run) -> bool:
@@ -105,18 +103,15 @@ def has_samples(run: Run) -> bool:
     if not run.samples.exists():
         return False
     # Samples of an older format do not say which model made them.
-    return (
-        str(files.read_npz(run.samples).get("model", run.params_digest()))
-        == run.params_digest()
-    )
+    model = files.read_npz(run.samples).get("model", run.params_digest())
+    return str(model) == run.params_digest()
 
 
 def featurize(run: Run) -> None:
-    """Computes all features that the methods need; features/."""
+    """Computes all gradient features that the methods need: features/."""
     for feature_set in feature_sets.wanted(run):
         feature_sets.featurize(run, feature_set)
-    if is_projected(run):
-        measure_distortion(run)
+    measure_distortion(run)
 
 
 def is_featurized(run: Run) -> bool:
@@ -124,17 +119,14 @@ def is_featurized(run: Run) -> bool:
     return all(feature_sets.is_made(run, s) for s in feature_sets.wanted(run))
 
 
-def is_projected(run: Run) -> bool:
-    """Returns whether there is a projection whose distortion can be measured."""
-    return run.config.features.projection != "none" and len(run.splits.train.ids) > 1
-
-
 def measure_distortion(run: Run) -> None:
-    """Compares inner products before and after the projection; distortion.json."""
+    """Compares inner products before and after the projection: distortion.json."""
+    settings, examples = run.config.features, run.splits.train
     path = run.workdir / "features" / "distortion.json"
+    if settings.projection == "none" or len(examples) < 2:
+        return
     if parallel.agreed(path.exists()):
         return
-    settings, examples = run.config.features, run.splits.train
     errors = distortion(
         run.task(),
         run.params(),
@@ -149,26 +141,18 @@ def measure_distortion(run: Run) -> None:
 
 
 def attribute(run: Run) -> None:
-    """Turns features into scores of every method; scores/METHOD-QUERIES.npz."""
-    for method, queries in wanted_scores(run):
+    """Turns features into scores of every method: scores/METHOD-QUERIES.npz."""
+    for method, queries in score_sets.wanted(run):
         run.scores(method, queries)
 
 
 def is_attributed(run: Run) -> bool:
     """Returns whether all scores are there, and of these features and this damping."""
-    return all(run.has_scores(*names) for names in wanted_scores(run))
-
-
-def wanted_scores(run: Run) -> Iterator[tuple[str, str]]:
-    """Yields every method of `attribution.methods` with each set of queries it scores."""
-    for method in run.config.attribution.methods:
-        for queries in run.queries:
-            if METHODS[method].applies_to(queries):
-                yield method, queries
+    return all(score_sets.is_made(run, *names) for names in score_sets.wanted(run))
 
 
 def report(run: Run) -> None:
-    """Writes report.html, from whatever the stages before it left."""
+    """Writes report.html, from whatever the other stages left."""
     content = page(run).encode()
     if parallel.is_main_process():
         files.write_bytes(run.workdir / "report.html", content)
@@ -192,82 +176,25 @@ def scores_need(config: Config) -> tuple[str, ...]:
 
 
 STAGES = (
-    Stage(
-        "train",
-        "train the model on the training images",
-        always(),
-        train,
-        is_trained,
-        programs.train,
-    ),
-    Stage(
-        "sample",
-        "generate images with it",
-        always("train"),
-        sample,
-        has_samples,
-        programs.sample,
-    ),
-    Stage(
-        "retrain",
-        "train models on subsets, and measure the queries' losses under them",
-        always("sample"),
-        retrain,
-        is_retrained,
-        programs.retrain,
-    ),
-    Stage(
-        "featurize",
-        "compute gradient features of training images and queries",
-        features_need,
-        featurize,
-        is_featurized,
-        programs.featurize,
-    ),
-    Stage(
-        "attribute",
-        "turn features into scores",
-        scores_need,
-        attribute,
-        is_attributed,
-        programs.attribute,
-    ),
-    Stage(
-        "lds",
-        "say how well scores predict the losses of retrained models; lds.json",
-        always("attribute", "retrain"),
-        evaluate,
-    ),
-    Stage(
-        "counterfactual",
-        "retrain without what scores say matters; counterfactual.json",
-        always("attribute"),
-        counterfactual,
-    ),
-    Stage(
-        "ablate",
-        "score other noises, kernels, timesteps, ... like lds; ablations.json",
-        always("retrain"),
-        ablate,
-    ),
-    Stage(
-        "report",
-        "write report.html, with what the other stages left",
-        always("attribute"),
-        report,
-    ),
+    Stage("train", always(), train, is_trained, programs.train),
+    Stage("sample", always("train"), sample, has_samples, programs.sample),
+    Stage("retrain", always("sample"), retrain, is_retrained, programs.retrain),
+    Stage("featurize", features_need, featurize, is_featurized, programs.featurize),
+    Stage("attribute", scores_need, attribute, is_attributed, programs.attribute),
+    Stage("lds", always("attribute", "retrain"), evaluate),
+    Stage("counterfactual", always("attribute"), counterfactual),
+    Stage("ablate", always("retrain"), ablate),
+    Stage("report", always("attribute"), report),
 )
 """All stages, each after those that it may need."""
 
 
 def needed(command: str, config: Config) -> list[Stage]:
     """Returns a stage and all that it needs, in order."""
-    by_name = {stage.name: stage for stage in STAGES}
-    names, queue = set(), [command]
-    while queue:
-        name = queue.pop()
-        names.add(name)
-        queue += [n for n in by_name[name].needs(config) if n not in names]
+    names = {command}
+    for stage in reversed(STAGES):
+        if stage.name in names:
+            names.update(stage.needs(config))
     return [stage for stage in STAGES if stage.name in names]
 
 
@@ -292,10 +219,8 @@ def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
     """Returns the stages that are not done, and those that need one of them."""
     incomplete: list[Stage] = []
     for stage in stages:
-        needs = set(stage.needs(opened.config))
-        if needs & {s.name for s in incomplete} or not parallel.agreed(
-            stage.is_done(opened)
-        ):
+        stale = {s.name for s in incomplete} & set(stage.needs(opened.config))
+        if stale or not parallel.agreed(stage.is_done(opened)):
             incomplete.append(stage)
     return incomplete
 

@@ -1,31 +1,31 @@
 """A run: its settings and its directory, each artefact loaded or made once."""
 
+import contextlib
 import dataclasses
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 
 import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, diffusion, files, models, parallel, training
+from dtrak_jax import data, diffusion, files, models, parallel, score_sets, training
 from dtrak_jax.attribution import Damping, Kernels, Scores
-from dtrak_jax.config import Config, flatten, free_settings
+from dtrak_jax.config import Config, flatten, locked
 from dtrak_jax.diffusion.config import build_schedule
-from dtrak_jax.digests import digest, digest_tree
+from dtrak_jax.digests import digest_tree
 from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features, Projection, Task
-from dtrak_jax.methods import METHODS
 from dtrak_jax.network import Apply, Init, Params, TrainApply
 
 PACKAGES = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def once(method: Callable) -> Callable:
-    """A method of `Run` whose results are kept, by their arguments, as long as the run."""
+    """Keeps the results of a method of `Run`, by its arguments, as long as the run."""
 
     @functools.wraps(method)
     def kept(run: "Run", *arguments):
@@ -58,33 +58,27 @@ class Run:
           ValueError: the directory was made with other settings (names them), or holds
             something else.
         """
-        run = cls(config, files.at(workdir))
-        path, settings = run.workdir / "config.json", flatten(config)
-        described = {"config": settings, "versions": versions()}
+        run, settings = cls(config, files.at(workdir)), flatten(config)
+        path = run.workdir / "config.json"
         # A config that no stage has made anything of is no run yet.
-        is_new = files.is_empty(run.workdir, besides="config.json")
-        if parallel.is_main_process() and (is_new or not path.exists()):
-            if not is_new:
+        if not files.is_empty(run.workdir, besides=path.name):
+            if not path.exists():
                 raise ValueError(
                     f"{run.workdir} is not empty and holds no run; name another "
                     "--workdir."
                 )
-            files.write_json(path, described)
+            saved = flatten(Config()) | files.read_json(path)["config"]
+            differing = files.differences(locked(saved), locked(settings))
+            if differing:
+                raise ValueError(
+                    f"{run.workdir} belongs to another config: {'; '.join(differing)}. "
+                    "Name another --workdir, or delete that one."
+                )
         # Early, as gloo gives the processes 30 s to come to their first collective.
-        parallel.barrier(f"make {run.workdir}")
-        saved = flatten(Config()) | files.read_json(path)["config"]
-        locked = settings.keys() - free_settings()
-        differing = files.differences(
-            {name: saved.get(name) for name in sorted(locked)},
-            {name: settings[name] for name in sorted(locked)},
-        )
-        if differing:
-            raise ValueError(
-                f"{run.workdir} belongs to another config: {'; '.join(differing)}. Name "
-                "another --workdir, or delete that one."
-            )
+        parallel.barrier(f"read {path}")
         if parallel.is_main_process():
-            files.write_json(path, described)
+            installed = versions(PACKAGES) | {"python": platform.python_version()}
+            files.write_json(path, {"config": settings, "versions": installed})
         return run
 
     # Data
@@ -138,13 +132,11 @@ class Run:
     @property
     def query_counts(self) -> dict[str, int]:
         """The number of images of each set of queries, which need not be there yet."""
-        counts = {
-            "validation": self.config.data.validation,
-            "generated": self.config.sample.count,
-        }
+        validation, generated = self.config.data.validation, self.config.sample.count
         if self.config.queries.folder:
-            counts["generated"] = len(self.generated)
-        return {name: counts[name] for name in self.config.query_sets}
+            generated = len(self.generated)
+        counts = {"validation": validation, "generated": generated}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def queries(self) -> dict[str, data.Dataset]:
@@ -179,23 +171,24 @@ class Run:
 
     @functools.cached_property
     def model(self) -> models.UNet2D:
-        """The network."""
         return models.build(self.model_config)
 
     @property
     def init(self) -> Init:
-        """The network's initialisation."""
         return models.init_fn(self.model)
 
     @property
     def apply(self) -> Apply:
-        """The network without dropout."""
         return models.apply_fn(self.model)
 
     @property
     def train_apply(self) -> TrainApply:
-        """The network in training mode."""
         return models.train_apply_fn(self.model)
+
+    @property
+    def param_shapes(self) -> Params:
+        """The shapes of the parameters."""
+        return training.abstract_params(self.init)
 
     @functools.cached_property
     def schedule(self) -> diffusion.Schedule:
@@ -240,33 +233,19 @@ class Run:
 
     def generate(self, params: Params, seeds: np.ndarray, **options):
         """Generates an image for each seed, see `diffusion.sample`."""
-        return diffusion.sample(
-            self.apply,
-            params,
-            self.sampler,
-            seeds,
-            self.image_shape,
-            batch_size=self.config.sample.batch_size,
-            **options,
-        )
+        how = self.apply, params, self.sampler, seeds, self.image_shape
+        size = self.config.sample.batch_size
+        return diffusion.sample(*how, batch_size=size, **options)
 
     # Features
 
     def task(self, **changes) -> Task:
         """The task of the config's features, with some of its fields changed."""
-        settings = self.config.features
-        fields = {
-            "measurement": settings.measurements,
-            "timesteps": settings.timesteps,
-            "strategy": settings.strategy,
-            "noise": settings.noise,
-            "noise_batch": settings.noise_batch,
-            "draws": settings.draws,
-            "per_timestep": settings.per_timestep,
-            "parameters": settings.parameters,
-            "seed": settings.seed,
-        }
-        return Task(self.apply, self.schedule, **(fields | changes))
+        settings = vars(self.config.features)
+        shared = {field.name for field in dataclasses.fields(Task)} & settings.keys()
+        fields = {name: settings[name] for name in shared}
+        fields["measurement"] = settings["measurements"]
+        return Task(self.apply, self.schedule, **fields | changes)
 
     @property
     def projection(self) -> Projection:
@@ -301,42 +280,9 @@ class Run:
         They are made anew where what they are made from has changed: features, images,
         retrained models, or the damping. All processes must ask for the same.
         """
-        if not parallel.agreed(self.has_scores(method, queries)):
-            made_from = self._scores_made_from(method)
-            for name, scores in METHODS[method].scores(self).items():
-                if parallel.is_main_process():
-                    scores = dataclasses.replace(scores, made_from=made_from)
-                    scores.save(self.scores_path(method, name))
-            parallel.barrier(f"scores of {method}")
-        return Scores.load(self.scores_path(method, queries))
+        return score_sets.load(self, method, queries)
 
-    def has_scores(self, method: str, queries: str) -> bool:
-        """Returns whether scores are there, and what they are made from is the same."""
-        path = self.scores_path(method, queries)
-        if not path.exists():
-            return False
-        return Scores.load(path).made_from == self._scores_made_from(method)
-
-    def scores_path(self, method: str, queries: str) -> epath.Path:
-        """Returns the file of a method's scores for a set of queries."""
-        return self.workdir / "scores" / f"{method}-{queries}.npz"
-
-    def _scores_made_from(self, method: str) -> str:
-        """Returns the hash of all files and settings that a method's scores depend on."""
-        row, settings = METHODS[method], self.config.attribution
-        paths = [self.workdir / "splits.npz"]
-        for folder in row.folders(self.config):
-            place = self.workdir / "features" / folder
-            sets = ("train", "journey", *self.config.query_sets)
-            paths += [place / name / "metadata.json" for name in sets]
-        if "retrain" in row.needs:
-            paths.append(self.workdir / "ensemble" / "outputs.npz")
-        contents = [path.read_bytes() for path in paths if path.exists()]
-        kernel = f"{settings.damping} {settings.absolute} {settings.solver}"
-        queries = [examples.digest for examples in self.queries.values()]
-        return digest(method, kernel if row.measurement else "", *queries, *contents)
-
-    # Retrained models
+    # Retrained models and results
 
     @property
     def outputs(self) -> epath.Path:
@@ -347,8 +293,6 @@ class Run:
     def truth(self) -> dict[str, RetrainedLosses]:
         """Returns the losses of each set of queries under the retrained models."""
         return truth.load(self)
-
-    # Results
 
     def json(self, name: str) -> dict | None:
         """The contents of NAME.json; None if there is none."""
@@ -367,7 +311,10 @@ class Run:
         return (self.json("config") or {"versions": {}})["versions"]
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what a run computes."""
-    installed = {name: metadata.version(name) for name in PACKAGES}
-    return installed | {"python": platform.python_version()}
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those of the packages that are installed."""
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed

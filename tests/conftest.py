@@ -1,6 +1,7 @@
 """One process of eight virtual CPU devices, and the small parts that tests share."""
 
 import atexit
+import dataclasses
 import io
 import os
 import shutil
@@ -51,6 +52,14 @@ TINY = ModelConfig(
     norm_num_groups=2,
     dropout=0.0,
 )
+NO_ATTENTION = dataclasses.replace(
+    TINY,
+    block_out_channels=(4,),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    add_attention=False,
+)
+"""A UNet of which every parameter has a gradient (keys of an attention have no bias)."""
 
 
 UNET_APPLY_FN = models.apply_fn
@@ -109,6 +118,17 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def environments(count, **changes):
+    """The environment of each of `count` processes that share one run."""
+    paths = DIGITS.parent.parent, Path(__file__).parent
+    shared = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    return [shared | changes | {"JAX_PROCESS_ID": str(i)} for i in range(count)]
 
 
 def losses(directory):

@@ -122,7 +122,10 @@ def test_images_are_checked():
     for images, message in (
         (good[0], r"shape \(4, 4, 1\); they must be \[n, height, width, channels\]"),
         (good[:0], "there are none"),
-        (good.astype(np.uint8), "uint8; divide them by 127.5 and subtract 1"),
+        (
+            good.astype(np.uint8),
+            "uint8; they must be float32 .*divide by 127.5 and subtract 1",
+        ),
         (good.astype(np.float64), "float64; they must be float32"),
         (bad, "1 of 3 images .* not finite; the first one has index 2"),
         (infinite, "1 of 3 images .* not finite; the first one has index 1"),

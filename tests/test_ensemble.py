@@ -94,25 +94,6 @@ def test_conditions_and_frozen_parameters_are_a_members_too(images, tmp_path):
     assert np.abs(other["w"] - alone["w"]).max() > 1e-4
 
 
-def test_the_planned_step_is_the_one_that_runs(images, trained, monkeypatch, tmp_path):
-    """The same function, called as often as planned with arrays of those shapes."""
-    devices = jax.local_devices()[:3]
-    program = training.planned_member_step(RECIPE, images.shape[1:], devices)
-    calls, planned = [], jax.tree.map(lambda leaf: leaf.shape, program.arguments)
-
-    def record(*arguments):
-        def called(*arrays):
-            calls.append(jax.tree.map(lambda leaf: leaf.shape, arrays))
-            return program.function(*arrays)
-
-        return called
-
-    monkeypatch.setattr(programs, "member_step_function", record)
-    train(images, tmp_path)
-    assert calls == [planned] * CONFIG.steps
-    assert_same(load(tmp_path), load(trained))
-
-
 def test_one_device_and_other_company_change_nothing(
     images, trained, tmp_path, one_device
 ):

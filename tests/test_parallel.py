@@ -1,21 +1,18 @@
 """Several processes do the same as one, share one fate, and lose nothing."""
 
-import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import (
-    DIGITS,
     digits_command,
     draw_nothing,
-    free_port,
+    environments,
     run_arrays,
     use_simple_network,
     use_two_devices,
@@ -25,7 +22,6 @@ import dtrak_jax as dtrak
 from dtrak_jax import cli, files, parallel
 from dtrak_jax.run import Run
 
-TESTS = Path(__file__).parent
 FLAGS = {
     "data.train": "250",
     "data.validation": "6",
@@ -91,22 +87,16 @@ def start():
 
     def start(count, workdir, *commands, full_disk=False, pause=0.0, heartbeat=None):
         _, *line = digits_command("", workdir, FLAGS, {})
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (DIGITS.parent.parent, TESTS))),
-            "DTRAK_DISTRIBUTED": "1",
-            "DTRAK_HEARTBEAT": str(heartbeat or parallel.TIMEOUT),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
-            "JAX_NUM_PROCESSES": str(count),
-            "PAUSE": str(pause),
-        }
+        changes = {"DTRAK_DISTRIBUTED": "1", "PAUSE": str(pause)}
+        changes["DTRAK_HEARTBEAT"] = str(heartbeat or parallel.TIMEOUT)
         processes = []
-        for i in range(count):
+        for i, environment in enumerate(environments(count, **changes)):
             error = workdir.with_name(f"{workdir.name}-{i}.txt").open("w+")
             process = subprocess.Popen(
                 [sys.executable, "-c", SEVERAL, ",".join(commands), *line],
                 stdout=subprocess.DEVNULL,
                 stderr=error,
-                env=environment | {"JAX_PROCESS_ID": str(i)},
+                env=environment,
                 umask=2 * i,
             )
             process.error = error

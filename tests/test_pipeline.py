@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import (
     DIGITS,
+    NO_ATTENTION,
     digits_command,
     draw_nothing,
     open_run,
@@ -288,18 +289,7 @@ def get_config():
 
 def test_a_given_model_and_given_queries(one_device, monkeypatch, tmp_path):
     """Nothing is trained, and nothing is sampled."""
-    network = models.ModelConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4,),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
-        norm_num_groups=2,
-    )
-    model = models.build(network)
+    model = models.build(NO_ATTENTION)
     params = models.init(model, jax.random.key(0))
     models.to_diffusers(model, params, tmp_path / "model")
     write_pictures(tmp_path / "pictures", 3)
@@ -336,7 +326,7 @@ def run(line, capsys):
         ({"features__noise": "shared"}, "'common', 'independent'"),
         ({"features__dim": "0"}, "features.dim is 0"),
         ({"features__measurements": "square l3"}, "invalid choice 'l3'"),
-        ({"features__measurements": "square"}, "attribution.methods has 'trak'"),
+        ({"features__measurements": "square"}, "attribution.methods has 'trak', which"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
         ({"sample__steps": "2000"}, "at most diffusion.steps=1000"),
         ({"model__sample-size": "9"}, "it must be a multiple of 2"),
@@ -454,16 +444,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["scores.npz"]
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("cifar2", 38_307_203), ("celeba", 118_795_011)]
-)
-def test_paper_configs_have_the_papers_size(name, parameters):
-    config = cli.load_config(str(DIGITS.parent / f"{name}.py"))
-    model = dtrak.models.build(config.model)
-    shapes = dtrak.models.functions.parameter_shapes(model)
-    assert dtrak.models.parameter_count(shapes) == parameters
 
 
 def test_a_refused_command_leaves_the_workdir_free(tmp_path, capsys):

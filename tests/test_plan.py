@@ -307,48 +307,53 @@ def test_memory_holds_what_must_be_there(rows, p):
     assert rows["retrain"]["stored"] == 10 * size
 
 
+def shapes(arguments):
+    return str(jax.tree.map(np.shape, arguments))
+
+
 class Counted:
-    """A compiled function that counts its calls."""
+    """A compiled function that counts its calls by the shapes of their arguments."""
 
     def __init__(self, function):
-        self.function, self.calls = function, 0
+        self.function, self.calls = function, collections.Counter()
 
     def __call__(self, *arguments):
-        self.calls += 1
+        self.calls[shapes(arguments)] += 1
         return self.function(*arguments)
 
     def __getattr__(self, name):
         return getattr(self.function, name)
 
 
-MAKERS = {
-    "step_function": [training.programs],
-    "member_step_function": [training.programs],
-    "gradient_function": [gradients],
-    "projection_function": [gradients],
-    "gram_function": [linalg],
-    "losses_function": [outputs],
-}
-"""The functions that make compiled ones, and the modules that call them."""
+MAKERS = (
+    (training.programs, "step_function"),
+    (training.programs, "member_step_function"),
+    (sampling, "step_function"),
+    (gradients, "gradient_function"),
+    (gradients, "projection_function"),
+    (linalg, "gram_function"),
+    (outputs, "losses_function"),
+)
+"""The functions that make compiled ones."""
 
 
 def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
-    """Every call of a run, counted in the very functions that a plan compiles."""
+    """Every call of a run, counted in the very functions that a plan compiles, with
+    arrays of the shapes that it compiles them for."""
     use_two_devices(monkeypatch)
     use_simple_network(monkeypatch)
-    for name, modules in [*MAKERS.items(), ("step_function", [sampling])]:
-        make = getattr(modules[0], name)
+    for module, name in MAKERS:
+        make = getattr(module, name)
         counted = functools.cache(lambda *args, make=make: Counted(make(*args)))
-        for module in modules:
-            monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, name, counted)
     monkeypatch.setattr(pipeline, "measure_distortion", lambda run: None)
     # Two devices train them together.
     line = digits_command("run", tmp_path / "run", FLAGS, {"ensemble__models": "2"})
     _, config, _ = cli.parse(line)
-    expected = collections.Counter()
+    expected = collections.defaultdict(collections.Counter)
     for step in planned(config).values():
         for program, calls in step.calls:
-            expected[program.function] += calls
+            expected[program.function][shapes(program.arguments)] += calls
     for stage in ("retrain", "attribute"):
         pipeline.run(stage, config, tmp_path / "run")
     assert {function: function.calls for function in expected} == expected
@@ -389,19 +394,19 @@ def test_a_model_and_queries_that_are_given_take_no_programs(tmp_path, monkeypat
     assert steps.keys() == planned(config).keys() - {"train", "sample"}
     assert steps["measure"].written == 8 * 10 * (5 + 3)
     run = Run(given, None)
-    assert work.passes("train", run) == work.passes("sample", run) == 0
+    assert work.passes(run)["train"] == work.passes(run)["sample"] == 0
     assert work.describe("featurize", run) == "gradients of 38 images"
 
 
 def test_work_is_counted_in_passes():
     """A backward pass is two: 3 for a training image, 5 for its two measurements."""
     run = Run(tiny_config(), None)
-    train, images = 3 * 12 * 64, 30 + 5 + 20
-    assert work.passes("train", run) == train
-    assert work.passes("sample", run) == 20 * 3
-    assert work.passes("featurize", run) == 5 * 3 * images
-    assert work.passes("retrain", run) == 10 * train / 2 + train + 10 * 25 * 4 * 2
-    assert work.passes("attribute", run) == 0
+    train, images, passes = 3 * 12 * 64, 30 + 5 + 20, work.passes(run)
+    assert passes["train"] == train
+    assert passes["sample"] == 20 * 3
+    assert passes["featurize"] == 5 * 3 * images
+    assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
+    assert "attribute" not in passes
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

@@ -1,17 +1,15 @@
 """A signal to one of two processes stops both, and training continues from there."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import free_port, init, losses, train_apply
+from conftest import environments, init, losses, train_apply
 
 from dtrak_jax import diffusion, files, training
 from dtrak_jax.config import TrainConfig
@@ -82,19 +80,8 @@ def processes(tmp_path_factory, images):
     """(two processes of one device each that share the work, their folder)."""
     folder = tmp_path_factory.mktemp("two")
     files.write_npz(folder / "images.npz", images=images)
-    tests = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests))),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
-        "JAX_NUM_PROCESSES": "2",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, folder],
-            env=environment | {"JAX_PROCESS_ID": str(i)},
-        )
-        for i in range(2)
-    ]
+    command = [sys.executable, "-c", SCRIPT, folder]
+    started = [subprocess.Popen(command, env=e) for e in environments(2)]
     yield started, folder
     for process in started:
         process.kill()

@@ -292,7 +292,6 @@ def test_samples_of_another_model_are_made_again(workdir):
         ({"counterfactual__count": "60"}, "it must be 1 to 59"),
         ({"ablation__studies": "moon"}, "moon"),
         ({"counterfactual__methods": "random"}, "random"),
-        ({"features__measurements": "square"}, "'loss'"),
     ],
 )
 def test_wrong_settings_are_refused(workdir, capsys, changes, message):

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import init, losses, train_apply
+from conftest import NO_ATTENTION, init, losses, train_apply
 
 from dtrak_jax import diffusion, files, models, parallel, training
-from dtrak_jax.config import ModelConfig, TrainConfig
+from dtrak_jax.config import TrainConfig
 from dtrak_jax.models.unet import Dropout
 from dtrak_jax.rng import stream
-from dtrak_jax.training import loop, metrics, programs, step
+from dtrak_jax.training import loop, metrics, step
 
 SCHEDULE = diffusion.linear_schedule()
 CONFIG = TrainConfig(
@@ -28,21 +28,7 @@ CONFIG = TrainConfig(
     save_every=4,
     log_every=3,
 )
-SMALL = ModelConfig(
-    sample_size=8,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(4,),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D",),
-    up_block_types=("UpBlock2D",),
-    norm_num_groups=2,
-    add_attention=False,
-    dropout=0.5,
-)
-"""A UNet of which every parameter has a gradient (keys of an attention have no bias)."""
-
-
+SMALL = dataclasses.replace(NO_ATTENTION, dropout=0.5)
 RECIPE = training.Recipe(init, train_apply, SCHEDULE, CONFIG)
 
 
@@ -241,7 +227,7 @@ def test_a_device_reads_the_images_of_its_own_examples(images):
     rows, weights = np.array([7, 3, 11, 0, 2]), np.ones(5, np.float32)
     mesh = parallel.mesh(jax.devices())
     cond = {"number": np.arange(12) ** 2}
-    batch = loop.put_batch(mesh, recorded, rows, weights, cond)
+    batch = loop.put_batch(mesh, (recorded, cond), rows, weights)
     assert recorded.read == [[7], [3], [11], [0], [2], [0], [0], [0]]
     np.testing.assert_array_equal(batch.x[:5], images[rows])
     np.testing.assert_array_equal(batch.index[:5], rows)
@@ -317,6 +303,7 @@ def test_checkpoints_at_the_fractions_are_kept(images, tmp_path, monkeypatch):
     whole = run(images, tmp_path)
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"6", "12"}
+    assert training.saved_steps(CONFIG) == [4, 6, 8, 12]
     assert_same(training.load_params(init, CONFIG, tmp_path), whole)
     half = training.load_params(init, CONFIG, tmp_path, step=6)
     assert np.abs(half["w"] - whole["w"]).max() > 1e-4
@@ -377,29 +364,6 @@ def test_frozen_parameters_stay_as_they_are(images, tmp_path, one_device):
     other = train(init_rest, apply_pair, "other", frozen=moved)
     assert len(traced) == 1
     assert np.abs(other["conv_in"]["bias"] - rest["conv_in"]["bias"]).max() > 0
-
-
-def test_the_planned_step_is_the_one_that_runs(images, tmp_path, monkeypatch):
-    """The same function, called as often as planned with arrays of those shapes."""
-    program = training.planned_step(RECIPE, images.shape[1:], jax.devices())
-    calls, shapes = [], lambda tree: jax.tree.map(np.shape, tree)
-    step_function = programs.step_function
-
-    def record(recipe, mesh):
-        function = step_function(recipe, mesh)
-        assert function is program.function
-
-        def called(*arrays):
-            calls.append(shapes(arrays))
-            return function(*arrays)
-
-        return called
-
-    monkeypatch.setattr(programs, "step_function", record)
-    run(images, tmp_path)
-    planned = jax.tree.map(lambda leaf: leaf.shape, program.arguments)
-    assert calls == [planned] * CONFIG.steps
-    assert training.saved_steps(CONFIG) == [4, 6, 8, 12]
 
 
 def test_a_checkpoint_of_another_model(images, tmp_path):

@@ -1,11 +1,9 @@
 """The memory and arithmetic of a program on each device, by XLA's own account."""
 
-import contextlib
 import hashlib
 import math
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from typing import NamedTuple
 
 import jax
@@ -16,6 +14,7 @@ from jax.extend.core import primitives
 
 from dtrak_jax import files
 from dtrak_jax.parallel import P, Program, sharded
+from dtrak_jax.run import versions
 
 PASSES = 6
 """A TPU adds up so many bfloat16 products for a float32 one at precision "highest"."""
@@ -23,7 +22,6 @@ PASSES = 6
 DISTRIBUTIONS = ("dtrak-jax", "jax", "jaxlib", "libtpu")
 """The packages whose versions decide what a program takes."""
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2}
 KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     "collective-permute",
@@ -54,47 +52,42 @@ def cost(program: Program) -> Cost:
       ValueError: there is a loop whose number of trips is not known, or XLA has no
         program for these devices.
     """
-    _, total = _once_and_total(program)
-    return total
+    return _account_and_cost(program)[1]
 
 
-def _once_and_total(program: Program) -> tuple[Cost, Cost]:
-    """Returns the cost with every loop run through once, and with all of its trips."""
+def _account_and_cost(program: Program) -> tuple[Cost, Cost]:
+    """Returns XLA's account, and that with all trips of all loops and all passes."""
     traced = program.function.trace(*program.arguments)
-    once = _compiled(traced, program.mesh)
-    if once.flops is None:
-        return once, once
-    bodies, highest = [], 0
+    account = total = _kept_account(traced, program.mesh)
+    if account.flops is None:
+        return account, account
     for equation in _equations(traced.jaxpr.jaxpr):
         if equation.primitive is primitives.while_p:
             raise ValueError("a `while_loop` has no fixed number of trips to count.")
         if equation.primitive is primitives.dot_general_p:
-            highest += (PASSES - 1) * _flops_at_highest(equation)
+            further = (PASSES - 1) * _flops_at_highest(equation)
+            total = total._replace(passes=total.passes + further)
         if equation.primitive is primitives.scan_p:
-            body = _once_and_total(_body(equation, program.mesh))
-            bodies.append((equation.params["length"], *body))
-            highest += body[0].passes - body[0].flops
-    once = total = once._replace(passes=once.flops + highest)
-    for trips, body_once, body_total in bodies:
-        total = jax.tree.map(
-            lambda whole, first, full, trips=trips: whole + trips * full - first,
-            *(total, body_once, body_total),
-        )
-    return once, total._replace(memory=once.memory, results=once.results)
+            trips, body = equation.params["length"], _body(equation, program.mesh)
+            total = jax.tree.map(
+                lambda whole, once, full, trips=trips: whole + trips * full - once,
+                *(total, *_account_and_cost(body)),
+            )
+    return account, total._replace(memory=account.memory, results=account.results)
 
 
 def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
     """Yields all operations, also of inner functions, but not of the bodies of loops."""
-    kinds = core.Jaxpr | core.ClosedJaxpr
+
+    def is_jaxpr(value) -> bool:
+        return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
     for equation in jaxpr.eqns:
         yield equation
-        if equation.primitive is primitives.scan_p:
-            continue
-        inner = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, kinds)
-        )
-        for value in filter(lambda leaf: isinstance(leaf, kinds), inner):
-            yield from _equations(getattr(value, "jaxpr", value))
+        if equation.primitive is not primitives.scan_p:
+            values = jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr)
+            for inner in filter(is_jaxpr, values):
+                yield from _equations(getattr(inner, "jaxpr", inner))
 
 
 def _body(equation: core.JaxprEqn, mesh: jax.sharding.Mesh) -> Program:
@@ -114,34 +107,24 @@ def _flops_at_highest(equation: core.JaxprEqn) -> int:
     return 2 * result.size * math.prod(lhs.shape[axis] for axis in summed)
 
 
-def _compiled(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
-    """Returns XLA's account of a program, whose loops it runs through once.
+def _kept_account(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> Cost:
+    """Returns XLA's account of a program, from the folder of JAX's compilation cache.
 
-    It is kept in the folder of JAX's compilation cache, which itself cannot read
-    programs for devices that are not there. Places of devices count as seen from the
-    first: they are alike for a host of any slice.
+    The cache itself cannot read programs for devices that are not there. Places of
+    devices count as seen from the first: they are alike for a host of any slice.
     """
     lowered, devices = traced.lower(), mesh.devices.flat
     places = np.array([getattr(d, "coords", (d.id,)) for d in devices])
-    about = devices[0].device_kind, (places - places[0]).tolist(), versions()
+    installed = versions(DISTRIBUTIONS)
+    about = devices[0].device_kind, (places - places[0]).tolist(), installed
     key = hashlib.sha256(f"{about} {lowered.as_text()}".encode()).hexdigest()
     folder = jax.config.jax_compilation_cache_dir
-    path = epath.Path(folder) / f"plan-{key}.json" if folder else None
-    if path and path.exists():
-        return Cost(**files.read_json(path))
-    account = _account(lowered, mesh)
-    if path:
-        files.write_json(path, account._asdict())
-    return account
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of `DISTRIBUTIONS` that are installed."""
-    installed = {}
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            installed[name] = metadata.version(name)
-    return installed
+    if not folder:
+        return _account(lowered, mesh)
+    path = epath.Path(folder) / f"plan-{key}.json"
+    if not path.exists():
+        files.write_json(path, _account(lowered, mesh)._asdict())
+    return Cost(**files.read_json(path))
 
 
 def _account(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> Cost:
@@ -165,12 +148,7 @@ def _account(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> Cost:
 
 
 def _memory_wanted(error: jax.errors.JaxRuntimeError, mesh: jax.sharding.Mesh) -> int:
-    """Returns the bytes of a program for which the compiler found too little memory.
-
-    Raises:
-      ValueError: XLA has no program for these devices.
-      JaxRuntimeError: what the compiler says is something else.
-    """
+    """Returns the bytes of a program for which the compiler found too little memory."""
     if "should include all slice devices" in str(error):
         raise ValueError(
             f"XLA has no program for {mesh.size} chips, those of one host, of so large "
@@ -188,12 +166,13 @@ def collectives(text: str) -> dict[str, list[int]]:
     """Returns {kind: [count, bytes of their results]} of a compiled program's text."""
     totals = {kind: [0, 0] for kind in KINDS}
     pattern = rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)"
-    for shapes, kind, rest in re.findall(pattern, text):
-        if _each_alone(rest):
+    for shapes, kind, attributes in re.findall(pattern, text):
+        if _each_alone(attributes):
             continue
         totals[kind][0] += 1
         for dtype, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes):
-            size = BYTES.get(dtype) or int(re.sub(r"\D", "", dtype)) // 8
+            # All types but "pred" say how many bits they have.
+            size = int(re.sub(r"\D", "", dtype) or 8) // 8
             totals[kind][1] += size * math.prod(int(d) for d in dims.split(",") if d)
     return totals
 

@@ -18,7 +18,6 @@ from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import StepPrograms, example_mesh, step_programs
 from dtrak_jax.methods import METHODS
-from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.run import Run
@@ -32,9 +31,7 @@ class Planned(NamedTuple):
     calls: list[tuple[Program, int]]  # and how often the busiest process calls them
     written: int  # bytes that all processes write
     stored: int  # bytes of these that stay
-    overlapping: bool = (
-        False  # whether a program starts before the one before has ended
-    )
+    overlapping: bool = False  # a program starts before the one before has ended
     plain: tuple[Program, float] | None = None
     """For gradients: that of a sum over noised images, and how often for all of them."""
 
@@ -44,19 +41,9 @@ class Planned(NamedTuple):
         return [program for program, _ in [*self.calls, *filter(None, [self.plain])]]
 
 
-def shapes(run: Run) -> Params:
-    """Returns the shapes of the model's parameters."""
-    return jax.eval_shape(run.init, jax.eval_shape(jax.random.key, 0))
-
-
 def size(tree) -> int:
     """Returns the bytes of a pytree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def ceil(count: int, parts: int) -> int:
-    """Returns the largest of so many parts of a count."""
-    return -(-count // parts)
 
 
 def train(run: Run, topology: Topology) -> list[Planned]:
@@ -64,8 +51,7 @@ def train(run: Run, topology: Topology) -> list[Planned]:
     config, devices = run.config.train, topology.devices
     if run.config.model.folder:
         return []
-    recipe = run.recipe(config.steps)
-    program = training.planned_step(recipe, run.image_shape, devices)
+    program = training.planned_step(run.recipe(config.steps), run.image_shape, devices)
     state, batch, *_ = program.arguments
     step = f"{config.batch_size} images, {len(batch.x) // len(devices)} on a device"
     written = len(training.saved_steps(config)) * size(state)
@@ -78,14 +64,13 @@ def sample(run: Run, topology: Topology) -> list[Planned]:
     settings, devices = run.config.sample, topology.local
     if not run.is_sampled:
         return []
-    images = ceil(settings.count, topology.processes), settings.batch_size
-    program, calls = diffusion.sample_program(
-        run.apply, shapes(run), run.sampler, run.image_shape, *images, devices
-    )
-    step = f"{len(program.arguments[1]) // len(devices)} images on a device"
+    images = math.ceil(settings.count / topology.processes), settings.batch_size
+    network = run.apply, run.param_shapes, run.sampler, run.image_shape
+    call = diffusion.sample_program(*network, *images, devices)
+    step = f"{len(call[0].arguments[1]) // len(devices)} images on a device"
     # The files hold each picture, and all of them in one array.
     written = 2 * settings.count * math.prod(run.image_shape)
-    return [Planned("sample", step, [(program, calls)], written, written)]
+    return [Planned("sample", step, [call], written, written)]
 
 
 def featurize(run: Run, topology: Topology) -> list[Planned]:
@@ -100,24 +85,28 @@ def featurize(run: Run, topology: Topology) -> list[Planned]:
     steps = []
     for examples, count in {"train": run.config.data.train, **run.query_counts}.items():
         rounds = layout.rounds(count, topology.processes)
-        stored = layout.bytes_written(count, len(run.task().measurements))
-        calls = [
-            (programs.gradients, rounds * layout.parts),
-            (programs.project, rounds),
-        ]
-        name, plain = f"featurize {examples}", (programs.plain, rounds * noised)
-        steps.append(Planned(name, step, calls, stored, stored, True, plain))
+        gradients = programs.gradients, rounds * layout.parts
+        written = layout.bytes_written(count, len(run.task().measurements))
+        steps.append(
+            Planned(
+                f"featurize {examples}",
+                step,
+                [gradients, (programs.project, rounds)],
+                *(written, written),
+                overlapping=True,
+                plain=(programs.plain, rounds * noised),
+            )
+        )
     return steps
 
 
 def _features(run: Run, topology: Topology) -> StepPrograms:
     """Returns the programs of featurize on a process's devices."""
+    settings = run.config.features
     image = jax.ShapeDtypeStruct((1, *run.image_shape), np.float32)
-    mesh = example_mesh(topology.local, run.config.features.proj_devices)
-    batch_size = run.config.features.batch_size
-    return step_programs(
-        run.task(), shapes(run), image, run.projection, mesh, batch_size
-    )
+    mesh = example_mesh(topology.local, settings.proj_devices)
+    examples = run.task(), run.param_shapes, image, run.projection
+    return step_programs(*examples, mesh, settings.batch_size)
 
 
 def attribute(run: Run, topology: Topology) -> list[Planned]:
@@ -127,15 +116,14 @@ def attribute(run: Run, topology: Topology) -> list[Planned]:
         return []
     n, layout = run.config.data.train, _features(run, topology).layout
     program, calls = gram_program(n, layout.dim, topology.devices)
-    measurements = {METHODS[name].measurement for name in methods}
+    calls *= layout.per_example * len({METHODS[name].measurement for name in methods})
     side, columns = program.arguments[1].shape
     step = (
         f"the Gram matrix {side} x {side} of {columns} columns; on the host its "
         f"eigenvectors, {eigh_bytes(side) / 2**30:.1f} GiB"
     )
-    called = [(program, len(measurements) * layout.per_example * calls)]
     scores = 4 * len(methods) * n * sum(run.query_counts.values())
-    return [Planned("attribute", step, called, scores, scores)]
+    return [Planned("attribute", step, [(program, calls)], scores, scores)]
 
 
 def retrain(run: Run, topology: Topology) -> list[Planned]:
@@ -144,13 +132,12 @@ def retrain(run: Run, topology: Topology) -> list[Planned]:
     members, queries = settings.subsets * settings.seeds, sum(run.query_counts.values())
     plans = [_members(run, topology, "retrain", members, member_steps(run.config))]
     if settings.models:
-        more = settings.models, run.config.train.steps
-        plans.append(_members(run, topology, "train models", *more))
-    network = run.apply, run.schedule, shapes(run), run.image_shape
+        full = settings.models, run.config.train.steps
+        plans.append(_members(run, topology, "train models", *full))
+    network = run.apply, run.schedule, run.param_shapes, run.image_shape
     program, calls = losses_program(*network, queries, settings, devices)
-    calls *= ceil(ceil(members, topology.processes), len(devices))
-    images = min(settings.batch_size, queries)
-    step = f"{images} noised queries, a model on a device"
+    calls *= groups_of(members, topology)
+    step = f"{min(settings.batch_size, queries)} noised queries, a model on a device"
     written = 8 * members * queries
     return [*plans, Planned("measure", step, [(program, calls)], written, written)]
 
@@ -160,10 +147,15 @@ def _members(
 ) -> Planned:
     """Returns the training step of so many models, one on each device."""
     devices, config = topology.local, run.config.train
-    recipe = run.recipe(steps)
-    program = training.planned_member_step(recipe, run.image_shape, devices)
-    state, final = size(program.arguments[0]) // len(devices), size(shapes(run))
+    program = training.planned_member_step(run.recipe(steps), run.image_shape, devices)
+    state, final = size(program.arguments[0]) // len(devices), size(run.param_shapes)
     step = f"a model of {members} on a device, {config.batch_size} images"
-    calls = ceil(ceil(members, topology.processes), len(devices)) * steps
+    calls = groups_of(members, topology) * steps
     written = members * ((steps - 1) // config.save_every * state + final)
     return Planned(name, step, [(program, calls)], written, members * final)
+
+
+def groups_of(members: int, topology: Topology) -> int:
+    """Returns how many groups of models the busiest process trains, one on a device."""
+    of_process = math.ceil(members / topology.processes)
+    return math.ceil(of_process / len(topology.local))

@@ -43,7 +43,7 @@ COMPILER = {
 
 
 class Topology(NamedTuple):
-    """The devices of all processes, and their name."""
+    """The devices of all processes, each on a host of its own, and their name."""
 
     name: str
     devices: tuple[jax.Device, ...]
@@ -56,12 +56,10 @@ class Topology(NamedTuple):
 
     @property
     def processes(self) -> int:
-        """The number of processes, each on a host of its own."""
         return len({d.process_index for d in self.devices})
 
     @property
     def kind(self) -> str:
-        """The name of the devices."""
         return self.devices[0].device_kind
 
     @property
@@ -70,7 +68,6 @@ class Topology(NamedTuple):
         return CHIPS.get(self.kind)
 
     def __str__(self) -> str:
-        """Returns the devices in words, such as "v4:2x2x2: 8 x TPU v4, 2 processes"."""
         size = f"{len(self.devices)} x {self.kind}, {self.processes} processes"
         return f"{self.name}: {size}"
 

@@ -11,89 +11,63 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion
-from dtrak_jax.config import Config
 from dtrak_jax.evaluation.arms import arms
-from dtrak_jax.evaluation.outputs import timestep_grid
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.methods import METHODS
-from dtrak_jax.planning.programs import shapes
 from dtrak_jax.run import Run
 
 WORTH_TIMING = 200_000
 """Passes from which on a network that was not trained yet is timed."""
 
 
-def passes(stage: str, run: Run) -> float:
-    """Returns the passes of a stage if nothing of it is there; 0 if they are few."""
-    return PASSES[stage](run) if stage in PASSES else 0
-
-
-def _training(config: Config, models: float = 1) -> float:
-    """Returns the passes of training so many models on everything."""
-    return 3 * models * config.train.steps * config.train.batch_size
-
-
-def _images(run: Run) -> int:
-    return run.config.data.train + sum(run.query_counts.values())
-
-
-def _gradients(run: Run, pairs: int, measurements: int) -> int:
-    """Returns the passes of all images; a forward pass is for all measurements."""
-    return (1 + 2 * measurements) * pairs * _images(run)
-
-
-def _features(run: Run) -> int:
-    methods = (METHODS[name] for name in run.config.methods)
-    stores = {"", *(name for m in methods for name in m.folders(run.config))}
-    task = run.task()
-    return len(stores) * _gradients(run, len(task.pairs), len(task.measurements))
-
-
-def _retraining(run: Run) -> float:
-    config, settings = run.config, run.config.ensemble
-    members = settings.subsets * settings.seeds
-    models = members * member_steps(config) / config.train.steps + settings.models
-    pairs = len(timestep_grid(settings.timesteps, run.schedule)) * settings.draws
-    losses = members * pairs * sum(run.query_counts.values())
-    return _training(config, models) + losses
-
-
-def _removal(run: Run) -> float:
-    config, settings = run.config, run.config.counterfactual
-    removals = settings.queries * (len(config.removal_methods) + 1)
-    # Two controls keep all images.
-    models = removals * (1 - settings.count / config.data.train) + 2
-    return _training(config, models)
-
-
-def _ablations(run: Run) -> int:
-    specs = {arm.spec for arm in arms(run.config)}
-    return sum(
-        _gradients(run, len(r.timesteps) * r.draws, len(r.measurements)) for r in specs
+def passes(run: Run) -> dict[str, float]:
+    """Returns the passes of each stage if nothing of it is there; all others have few."""
+    config, ensemble, removal = (
+        run.config,
+        run.config.ensemble,
+        run.config.counterfactual,
     )
+    queries = sum(run.query_counts.values())
+    images = config.data.train + queries
+    training = 3 * config.train.steps * config.train.batch_size
+    task, specs = run.task(), {arm.spec for arm in arms(config)}
+    stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
+    members = ensemble.subsets * ensemble.seeds
+    models = members * member_steps(config) / config.train.steps + ensemble.models
+    noised = ensemble.timesteps
+    noised = ensemble.draws * (noised if isinstance(noised, int) else len(noised))
+    removals = removal.queries * (len(config.removal_methods) + 1)
+    removals *= 1 - removal.count / config.data.train
 
+    def gradients(pairs: int, measurements: int) -> int:
+        # A forward pass is for all measurements.
+        return (1 + 2 * measurements) * pairs * images
 
-PASSES = {
-    "train": lambda run: _training(run.config) * (not run.config.model.folder),
-    "sample": lambda run: run.is_sampled * len(run.seeds) * run.config.sample.steps,
-    "retrain": _retraining,
-    "featurize": _features,
-    "counterfactual": _removal,
-    "ablate": _ablations,
-}
-"""The functions that count the passes of a stage; all others have few."""
+    return {
+        "train": 0 if config.model.folder else training,
+        "sample": run.is_sampled * config.sample.count * config.sample.steps,
+        "retrain": training * models + members * noised * queries,
+        "featurize": len(stores) * gradients(len(task.pairs), len(task.measurements)),
+        # Two controls keep all images.
+        "counterfactual": training * (removals + 2),
+        "ablate": sum(
+            gradients(len(spec.timesteps) * spec.draws, len(spec.measurements))
+            for spec in specs
+        ),
+    }
 
 
 def describe(stage: str, run: Run) -> str:
     """Returns what a stage does in words, such as "2,000 steps of 64 images"."""
     config, ensemble = run.config, run.config.ensemble
+    images = config.data.train + sum(run.query_counts.values())
     more = f", {ensemble.models} of {config.train.steps:,}" if ensemble.models else ""
     words = {
         "train": f"{config.train.steps:,} steps of {config.train.batch_size} images",
         "sample": f"{config.sample.count:,} images in {config.sample.steps} steps",
         "retrain": f"{ensemble.subsets} x {ensemble.seeds} models of "
         f"{member_steps(config):,} steps{more}",
-        "featurize": f"gradients of {_images(run):,} images",
+        "featurize": f"gradients of {images:,} images",
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
     }
     return words[stage]
@@ -101,7 +75,8 @@ def describe(stage: str, run: Run) -> str:
 
 def seconds(stages: Sequence[str], run: Run) -> float | None:
     """Returns about how long stages take; None if they are too short to tell."""
-    total = sum(passes(stage, run) for stage in stages)
+    by_stage = passes(run)
+    total = sum(by_stage.get(stage, 0) for stage in stages)
     if run.metrics:
         # The last line's speed is the one without compiling.
         batches = run.metrics[-1]["steps_per_second"]
@@ -112,10 +87,9 @@ def seconds(stages: Sequence[str], run: Run) -> float | None:
 def seconds_of_pass(run: Run, images: int = 64) -> float:
     """Times a sampling step with constant parameters, so many images on each device."""
     devices = jax.local_devices()
-    program, _ = diffusion.sample_program(
-        *(run.apply, shapes(run), run.sampler, run.image_shape),
-        *(images * len(devices), images, devices),
-    )
+    network = run.apply, run.param_shapes, run.sampler, run.image_shape
+    count = images * len(devices)
+    program, _ = diffusion.sample_program(*network, count, images, devices)
     arguments = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), program.arguments
     )

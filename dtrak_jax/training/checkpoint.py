@@ -1,6 +1,5 @@
 """Orbax checkpoints of a training run."""
 
-import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -52,9 +51,9 @@ def open_manager(
         cleanup_tmp_directories=True,
         create=False,
         # The signals of asynchronous saves have names that all processes share: those
-        # of managers that are `alone` would be taken for each other's.
-        # And where another process waits, an asynchronous save that fails, as on a full
-        # disk, would wait for it for ever.
+        # of managers that are `alone` would be taken for each other's. And where
+        # another process waits, a save that fails, as on a full disk, would have it
+        # wait for ever.
         enable_async_checkpointing=not alone and jax.process_count() == 1,
     )
     return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
@@ -108,31 +107,25 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
       ValueError: the checkpoint is of another model or optimiser (names the first
         array that differs), or damaged.
     """
-    folder = f"{manager.directory}/{step}"
-    with _damage_named(folder):
-        saved = named_leaves(manager.item_metadata(step).tree)
-    for name, leaf in named_leaves(abstract).items():
-        shape = tuple(saved[name].shape) if name in saved else None
-        if shape != leaf.shape:
-            is_saved = "absent" if shape is None else f"of shape {shape}"
-            raise ValueError(
-                f"the checkpoint {folder} is of another model: {name} is {is_saved}, "
-                f"this run needs {leaf.shape}. Use the config it was trained with, "
-                "or another --workdir."
-            )
-    with _damage_named(folder):
-        places = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=places)
-        return manager.restore(step, args=args)
-
-
-@contextlib.contextmanager
-def _damage_named(folder: str):
-    """Says of any error in reading a checkpoint what to do."""
+    folder, differing = f"{manager.directory}/{step}", []
     try:
-        yield
+        saved = named_leaves(manager.item_metadata(step).tree)
+        for name, leaf in named_leaves(abstract).items():
+            shape = tuple(saved[name].shape) if name in saved else None
+            if shape != leaf.shape:
+                differing.append((name, shape, leaf.shape))
+        if not differing:
+            places = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.PyTreeRestore(abstract, restore_args=places)
+            return manager.restore(step, args=args)
     except Exception as error:
         raise ValueError(
             f"the checkpoint {folder} cannot be read and may be damaged; delete that "
             "folder and rerun to continue from the one before."
         ) from error
+    name, shape, expected = differing[0]
+    is_saved = "absent" if shape is None else f"of shape {shape}"
+    raise ValueError(
+        f"the checkpoint {folder} is of another model: {name} is {is_saved}, this run "
+        f"needs {expected}. Use the config it was trained with, or another --workdir."
+    )

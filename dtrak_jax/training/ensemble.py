@@ -12,12 +12,12 @@ from tqdm import tqdm
 from dtrak_jax import parallel
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import P
-from dtrak_jax.rng import stream
 from dtrak_jax.training import checkpoint, programs
 from dtrak_jax.training.config import regular_steps
 from dtrak_jax.training.step import (
     Batch,
     Recipe,
+    abstract_params,
     abstract_state,
     batch,
     first_state,
@@ -29,12 +29,9 @@ from dtrak_jax.training.stop import Notice, stop_requests
 class Member(NamedTuple):
     """One model to train."""
 
-    name: str
-    """Its folder."""
-    rows: np.ndarray
-    """Positions of its training images, int [n]."""
-    seed: int
-    """The seed of its initialisation, batches, noise and dropout."""
+    name: str  # of its folder
+    rows: np.ndarray  # positions of its training images, int [n]
+    seed: int  # of its initialisation, batches, noise and dropout
 
 
 def train_members(
@@ -67,9 +64,9 @@ def train_members(
         in training.
     """
     directory, steps = epath.Path(directory), recipe.config.steps
-    members = parallel.of_process(members)
+    members, examples = parallel.of_process(members), (images, cond)
     starts = {m.name: checkpoint.latest_step(directory / m.name) for m in members}
-    done = sum(start == steps for start in starts.values())
+    done, interrupted = sum(start == steps for start in starts.values()), ""
     with (
         tqdm(
             total=len(members) * steps,
@@ -80,11 +77,11 @@ def train_members(
         ) as bar,
         stop_requests() as stop,
     ):
-        notice, interrupted = Notice(stop), ""
+        notice = Notice(stop)
         for start, group in _unfinished(members, starts, steps):
             bar.set_postfix_str(f"{done} of {len(members)} models done")
-            for step in train_group(
-                recipe, group, start, images, cond, frozen, directory, notice.given
+            for step in _train_group(
+                recipe, group, start, examples, frozen, directory, notice.given
             ):
                 bar.update(len(group))
             if step < steps:
@@ -102,31 +99,27 @@ def train_members(
 
 def _unfinished(
     members: Sequence[Member], starts: dict[str, int], steps: int
-) -> list[tuple[int, Sequence[Member]]]:
-    """Returns the groups to train with the steps that they start from, most first."""
+) -> Iterator[tuple[int, Sequence[Member]]]:
+    """Yields the groups to train with the steps that they start from, most first."""
     ahead_first = sorted(members, key=lambda m: -starts[m.name])
-    return [
-        (start, group)
-        for start, same in itertools.groupby(ahead_first, lambda m: starts[m.name])
-        if start < steps
-        for group in parallel.groups(list(same))
-    ]
+    for start, alike in itertools.groupby(ahead_first, lambda m: starts[m.name]):
+        if start < steps:
+            for group in parallel.groups(list(alike)):
+                yield start, group
 
 
-def train_group(
+def _train_group(
     recipe: Recipe,
     group: Sequence[Member],
     start: int,
-    images: np.ndarray,
-    cond,
+    examples: tuple,
     frozen: Params | None,
     directory: epath.Path,
     stop: Callable[[], bool],
 ) -> Iterator[int]:
     """Trains members that have all come to step `start`, one on each device.
 
-    Yields the number of every step that is done. Ends where `stop` says so, after
-    saving.
+    Yields the number of every step that is done, the last one where `stop` says so.
     """
     config = recipe.config
     mesh = parallel.mesh(jax.local_devices()[: len(group)], len(group))
@@ -142,8 +135,8 @@ def train_group(
     states = parallel.put(_stack(states), mesh, P("member"))
     frozen = parallel.put(frozen, mesh)
     for step in range(start, config.steps):
-        batches = _batches(images, cond, group, config.batch_size, step)
-        states = step_fn(states, batches, seeds, frozen)
+        batches = [_batch(m, examples, config.batch_size, step) for m in group]
+        states = step_fn(states, _stack(batches), seeds, frozen)
         done, stopping = step + 1, stop()
         if done in saved or stopping:
             _save(folders, done, states, config.steps)
@@ -161,14 +154,13 @@ def load_members(
       FileNotFoundError: a member is not trained; names it.
       ValueError: a checkpoint is of another model, or damaged.
     """
-    directory = epath.Path(directory)
+    directory, shapes = epath.Path(directory), abstract_params(init)
     missing = [n for n in names if checkpoint.latest_step(directory / n) != steps]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} models are not trained: {', '.join(missing)} (in "
             f"{directory})."
         )
-    shapes = jax.eval_shape(lambda: init(stream(0, "init")))
     return _stack(
         [checkpoint.load(directory / n, steps, shapes, alone=True) for n in names]
     )
@@ -179,19 +171,12 @@ def _stack(trees: Sequence):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _batches(
-    images: np.ndarray, cond, group: Sequence[Member], size: int, step: int
-) -> Batch:
-    """Returns the members' batches of a step, stacked."""
-    batches = []
-    for member in group:
-        index, weights = batch(len(member.rows), size, member.seed, step)
-        rows = member.rows[index]
-        member_cond = jax.tree.map(lambda leaf, rows=rows: leaf[rows], cond)
-        batches.append(
-            Batch(images[rows], index.astype(np.int32), weights, member_cond)
-        )
-    return _stack(batches)
+def _batch(member: Member, examples: tuple, size: int, step: int) -> Batch:
+    """Returns a member's batch of a step."""
+    index, weights = batch(len(member.rows), size, member.seed, step)
+    rows = member.rows[index]
+    x, cond = jax.tree.map(lambda leaf: leaf[rows], examples)
+    return Batch(x, index.astype(np.int32), weights, cond)
 
 
 def _save(folders: Sequence[epath.Path], step: int, states, end: int) -> None:

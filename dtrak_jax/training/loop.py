@@ -74,7 +74,7 @@ def train(
         ) as bar:
             for step in range(start, config.steps):
                 rows, weights = batch(len(images), config.batch_size, config.seed, step)
-                examples = put_batch(mesh, images, rows, weights, cond)
+                examples = put_batch(mesh, (images, cond), rows, weights)
                 flags = spread(mesh, np.full(mesh.size, stop.is_set(), np.int32))
                 asked_before = asked
                 state, asked = step_fn(state, examples, seed, frozen, flags)
@@ -99,10 +99,7 @@ def train(
 
 
 def load_params(
-    init: Init,
-    config: TrainConfig,
-    directory: epath.PathLike,
-    step: int | None = None,
+    init: Init, config: TrainConfig, directory: epath.PathLike, step: int | None = None
 ) -> Params:
     """Returns the trained parameters of a kept step, or the last, on the host.
 
@@ -121,24 +118,16 @@ def load_params(
 
 
 def put_batch(
-    mesh: jax.sharding.Mesh,
-    images: np.ndarray,
-    rows: np.ndarray,
-    weights: np.ndarray,
-    cond=None,
+    mesh: jax.sharding.Mesh, examples: tuple, rows: np.ndarray, weights: np.ndarray
 ) -> Batch:
-    """Returns the images of these rows over the mesh, filled up to a multiple of it.
+    """Returns these rows of (images, cond) over the mesh, filled up to a multiple of it.
 
     A process reads the images of its own devices only; the filling has weight 0.
     """
     filling = (0, -len(rows) % mesh.size)
-    rows = np.pad(rows.astype(np.int32), filling)
-    return Batch(
-        x=spread(mesh, images, rows),
-        index=spread(mesh, rows),
-        weights=spread(mesh, np.pad(weights, filling)),
-        cond=jax.tree.map(lambda leaf: spread(mesh, leaf, rows), cond),
-    )
+    rows, weights = np.pad(rows.astype(np.int32), filling), np.pad(weights, filling)
+    x, cond = jax.tree.map(lambda leaf: spread(mesh, leaf, rows), examples)
+    return Batch(x, spread(mesh, rows), spread(mesh, weights), cond)
 
 
 def spread(mesh: jax.sharding.Mesh, array, rows: np.ndarray | None = None):

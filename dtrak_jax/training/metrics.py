@@ -33,21 +33,15 @@ class Metrics:
           FloatingPointError: the loss is not finite.
         """
         before = (step - 1) // self.every * self.every
-        loss = float(loss_sum) / (step - before)
+        loss, now = float(loss_sum) / (step - before), time.time()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss} between steps {before} and {step}; "
                 "try a smaller train.learning_rate in a new workdir."
             )
-        now = time.time()
-        self.lines.append(
-            {
-                "step": step,
-                "loss": loss,
-                "learning_rate": float(self.rate(step - 1)),
-                "steps_per_second": (step - self.step) / (now - self.time),
-            }
-        )
+        rate, speed = self.rate(step - 1), (step - self.step) / (now - self.time)
+        line = {"step": step, "loss": loss, "learning_rate": float(rate)}
+        self.lines.append(line | {"steps_per_second": speed})
         self.step, self.time = step, now
         if not files.is_remote(self.path) or now > self.write_time + REMOTE_SECONDS:
             self.flush()

@@ -81,9 +81,8 @@ def member_step_function(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
         state = train_step(recipe, *inputs, frozen)
         return jax.tree.map(lambda leaf: leaf[None], state)
 
-    spec = P("member")
-    in_specs = (spec, spec, spec, REPLICATED)
-    return parallel.sharded(member_step, mesh, in_specs, spec, donate_argnums=0)
+    in_specs = (P("member"), P("member"), P("member"), REPLICATED)
+    return parallel.sharded(member_step, mesh, in_specs, P("member"), donate_argnums=0)
 
 
 def planned_step(
@@ -113,10 +112,11 @@ def planned_member_step(
 
 def _arguments(recipe: Recipe, image_shape: Sequence[int], size: int) -> tuple:
     """Returns the shapes of a state, a batch and a seed."""
+    shape = jax.ShapeDtypeStruct
     batch = Batch(
-        x=jax.ShapeDtypeStruct((size, *image_shape), np.float32),
-        index=jax.ShapeDtypeStruct((size,), np.int32),
-        weights=jax.ShapeDtypeStruct((size,), np.float32),
+        x=shape((size, *image_shape), np.float32),
+        index=shape((size,), np.int32),
+        weights=shape((size,), np.float32),
     )
-    seed = jax.ShapeDtypeStruct((), np.uint32)
-    return abstract_state(recipe.init, recipe.config), batch, seed
+    state = abstract_state(recipe.init, recipe.config)
+    return state, batch, shape((), np.uint32)

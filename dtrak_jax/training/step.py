@@ -27,8 +27,7 @@ class Recipe(NamedTuple):
     apply: TrainApply
     schedule: Schedule
     config: TrainConfig
-    flip: bool = False
-    """True if half of the images are mirrored."""
+    flip: bool = False  # whether half of the images are mirrored
 
 
 class TrainState(NamedTuple):
@@ -37,23 +36,17 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     opt_state: optax.OptState
-    ema: Params
-    """The averaged parameters; () where training keeps none."""
-    loss_sum: jax.Array
-    """The sum of the losses since the last line of metrics.jsonl."""
+    ema: Params  # the averaged parameters; () where training keeps none
+    loss_sum: jax.Array  # the sum of the losses since the last line of metrics.jsonl
 
 
 class Batch(NamedTuple):
     """The examples of one step; every array has a row for each of them."""
 
-    x: Any
-    """Images [B, H, W, C]."""
-    index: Any
-    """Positions in the training set, int32 [B]."""
-    weights: Any
-    """1, or 0 for the filling of a short batch, [B]."""
-    cond: Any = None
-    """The conditions of the network: a pytree of arrays, or None."""
+    x: jax.Array | np.ndarray  # images [B, H, W, C]
+    index: jax.Array | np.ndarray  # positions in the training set, int32 [B]
+    weights: jax.Array | np.ndarray  # 1, or 0 for the filling of a short batch, [B]
+    cond: Any = None  # the conditions of the network: a pytree of arrays, or None
 
 
 def batch(
@@ -114,6 +107,11 @@ def first_state(init: Init, config: TrainConfig, seed: jax.Array) -> TrainState:
 def abstract_state(init: Init, config: TrainConfig) -> TrainState:
     """Returns the shapes of a state."""
     return jax.eval_shape(lambda: first_state(init, config, 0))
+
+
+def abstract_params(init: Init) -> Params:
+    """Returns the shapes of the parameters."""
+    return jax.eval_shape(lambda: init(stream(0, "init")))
 
 
 def trained(state: TrainState) -> Params:

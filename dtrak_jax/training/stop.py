@@ -33,19 +33,20 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
 
     def request(number: int, _) -> None:
         stop.set()
         if number == signal.SIGINT:
             restore()
 
-    for s in handlers:
-        signal.signal(s, request)
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, request)
     try:
         yield stop
     finally:
@@ -63,19 +64,19 @@ class Notice:
     """
 
     def __init__(self, stop: threading.Event):
-        self.stop, self.alone = stop, jax.process_count() == 1
+        self.stop, self.looked = stop, 0.0
         self.folder = f"dtrak_jax/notice/{next(_notices)}"
-        self.looked = 0.0
+        self.client = distributed.global_state.client  # None if there is one process
 
     def given(self) -> bool:
         """Returns whether this process was asked to stop, or another one just before."""
-        if not self.alone and time.monotonic() > self.looked + POLL_SECONDS:
+        if self.client and time.monotonic() > self.looked + POLL_SECONDS:
             self._exchange()
         return self.stop.is_set()
 
     def barrier(self) -> bool:
         """Waits for every process; returns whether any of them was asked to stop."""
-        if self.alone:
+        if not self.client:
             return False
         # A process that sees all of them here must see what each was asked before.
         self._exchange()
@@ -95,9 +96,7 @@ class Notice:
             self._say("stop")
 
     def _say(self, what: str) -> None:
-        key = f"{self.folder}/{what}/{jax.process_index()}"
-        distributed.global_state.client.key_value_set(key, "")
+        self.client.key_value_set(f"{self.folder}/{what}/{jax.process_index()}", "")
 
     def _said(self, what: str) -> list:
-        folder = f"{self.folder}/{what}"
-        return distributed.global_state.client.key_value_dir_get(folder)
+        return self.client.key_value_dir_get(f"{self.folder}/{what}")

@@ -1,0 +1,59 @@
+"""The scores of a run: which ones its methods make, and whether they are there."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from dtrak_jax import parallel
+from dtrak_jax.attribution import Scores
+from dtrak_jax.digests import digest
+from dtrak_jax.methods import METHODS
+
+if TYPE_CHECKING:
+    from dtrak_jax.run import Run
+
+
+def wanted(run: "Run") -> Iterator[tuple[str, str]]:
+    """Yields every method of `attribution.methods` with each set of queries it scores."""
+    for method in run.config.attribution.methods:
+        for queries in run.queries:
+            if METHODS[method].applies_to(queries):
+                yield method, queries
+
+
+def load(run: "Run", method: str, queries: str) -> Scores:
+    """Returns the scores of a method for a set of queries, see `Run.scores`."""
+    if not parallel.agreed(is_made(run, method, queries)):
+        for name, scores in METHODS[method].scores(run).items():
+            if parallel.is_main_process():
+                scores = dataclasses.replace(scores, made_from=made_from(run, method))
+                scores.save(_path(run, method, name))
+        parallel.barrier(f"scores of {method}")
+    return Scores.load(_path(run, method, queries))
+
+
+def is_made(run: "Run", method: str, queries: str) -> bool:
+    """Returns whether scores are there, and what they are made from is the same."""
+    path = _path(run, method, queries)
+    return path.exists() and Scores.load(path).made_from == made_from(run, method)
+
+
+def made_from(run: "Run", method: str) -> str:
+    """Returns the hash of all files and settings that a method's scores depend on."""
+    row, settings = METHODS[method], run.config.attribution
+    paths = [run.workdir / "splits.npz"]
+    for folder in row.folders(run.config):
+        for name in ("train", "journey", *run.config.query_sets):
+            paths.append(run.workdir / "features" / folder / name / "metadata.json")
+    if "retrain" in row.needs:
+        paths.append(run.outputs)
+    contents = [path.read_bytes() for path in paths if path.exists()]
+    solved = f"{settings.damping} {settings.absolute} {settings.solver}"
+    queries = [examples.digest for examples in run.queries.values()]
+    return digest(method, solved if row.measurement else "", *queries, *contents)
+
+
+def _path(run: "Run", method: str, queries: str) -> epath.Path:
+    return run.workdir / "scores" / f"{method}-{queries}.npz"
