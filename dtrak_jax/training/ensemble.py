@@ -80,7 +80,7 @@ def train_members(
         notice = Notice(stop)
         for start, group in _unfinished(members, starts, steps):
             bar.set_postfix_str(f"{done} of {len(members)} models done")
-            for step in _train_group(
+            for step in train_group(
                 recipe, group, start, examples, frozen, directory, notice.given
             ):
                 bar.update(len(group))
@@ -108,7 +108,7 @@ def _unfinished(
                 yield start, group
 
 
-def _train_group(
+def train_group(
     recipe: Recipe,
     group: Sequence[Member],
     start: int,
