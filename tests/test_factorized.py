@@ -17,7 +17,21 @@ from dtrak_jax.features import step_programs
 from dtrak_jax.features.factorized import channel_sketches, channels_of
 from dtrak_jax.features.gradients import gradient_function, network_inputs
 from dtrak_jax.features.microbatches import Microbatch
+from dtrak_jax.models.conditional_unet import ConditionalConfig, Transformer
 from dtrak_jax.models.tags import ChannelSketch
+
+
+class Crossed(nn.Module):
+    """A block of Stable Diffusion, conditioned on two of the image's rows."""
+
+    @nn.compact
+    def __call__(self, h):
+        config = ConditionalConfig(
+            block_out_channels=4 * (6,), attention_head_dim=2, norm_num_groups=3
+        )
+        context = h[:, :2].reshape(len(h), -1, h.shape[-1])
+        return Transformer(config, 2, 1, name="transformer")(h, context)
+
 
 LAYERS = {
     "dense": partial(nn.Dense, 5),
@@ -29,6 +43,7 @@ LAYERS = {
     "dilated": partial(nn.Conv, 5, (3, 3), kernel_dilation=(2, 1)),
     "spread": partial(nn.Conv, 5, (3, 3), padding=1, input_dilation=2),
     "attention": partial(nn.MultiHeadDotProductAttention, 2, qkv_features=6),
+    "crossed": Crossed,
     "two_axes": partial(nn.DenseGeneral, 5, axis=(-2, -1)),
 }
 UNKNOWN = {
@@ -140,7 +155,7 @@ def test_with_identities_they_are_the_gradients(name, request, images):
             assert error <= 1e-5 * max(np.abs(right).max(), np.abs(gradient).max()), (
                 path
             )
-    assert len(sketches) == {"net": 15, "bare": 2}.get(name, len(sketches))
+    assert len(sketches) == {"net": 27, "bare": 2}.get(name, len(sketches))
 
 
 def test_known_layers(net, tiny):

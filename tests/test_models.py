@@ -18,6 +18,7 @@ from dtrak_jax.config import ModelConfig
 from dtrak_jax.models import convert
 from dtrak_jax.models.functions import parameter_shapes
 from dtrak_jax.models.tensors import to_params, to_tensors
+from dtrak_jax.models.unet import model_config
 
 GOLDENS = sorted(Path(__file__).with_name("goldens").glob("unet_*.npz"))
 LARGE = [path for path in GOLDENS if path.stem in ("unet_celeba", "unet_cifar")]
@@ -264,7 +265,7 @@ def test_middle_attention_with_and_without_norm(small_golden, tmp_path):
 
 def test_defaults_are_those_of_diffusers():
     """The documentation of UNet2DModel states these."""
-    config = convert.model_config({"sample_size": 64}, {})
+    config = model_config({"sample_size": 64}, {})
     assert config == ModelConfig(
         sample_size=64,
         block_out_channels=(224, 448, 672, 896),
@@ -327,25 +328,61 @@ def test_refuses_other_tensors(small_golden, tmp_path):
 def test_refuses_missing_and_damaged_files(small_golden, tmp_path):
     write_golden(small_golden, tmp_path)
     weights = tmp_path / convert.WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
-        models.from_diffusers(tmp_path)
-    given = ModelConfig(folder=str(tmp_path))
+
+    def refused(error, match):
+        with pytest.raises(error, match=match):
+            models.from_diffusers(tmp_path)
+        with pytest.raises(error, match=match):
+            models.resolve(ModelConfig(folder=str(tmp_path)))
+
+    content = weights.read_bytes()
+    size = f"{len(content):,}"
+    weights.write_bytes(content[:-1])
+    refused(ValueError, f"{convert.WEIGHTS} is damaged: .* by its header {size}")
     for content in (b"", b"\x09" + 7 * b"\0" + b"{", b"\xff" * 9, b"\x01" + 9 * b"\0"):
         weights.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
+        refused(ValueError, f"{convert.WEIGHTS} is damaged")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    refused(ValueError, f"{convert.WEIGHTS} is a pointer of Git LFS.* lfs pull")
+    for dtype, match in (
+        ("I16", "type of x is 'I16'; .* 'F16', 'BF16'"),
+        ("F32", "has not the size"),
+    ):
+        header = b'{"x":{"dtype":"%s","shape":[1],"data_offsets":[0,2]}}'
+        header %= dtype.encode()
+        weights.write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+        with pytest.raises(ValueError, match=match):
             models.from_diffusers(tmp_path)
-        with pytest.raises(ValueError, match=f"{convert.WEIGHTS} is damaged"):
-            models.resolve(given)
-    header = b'{"x":{"dtype":"I16","shape":[1],"data_offsets":[0,2]}}'
-    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"12")
-    with pytest.raises(ValueError, match="type of x is 'I16'; .* 'F16', 'BF16'"):
-        models.from_diffusers(tmp_path)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {convert.WEIGHTS}; it must"):
-        models.from_diffusers(tmp_path)
-    with pytest.raises(FileNotFoundError, match="has no config.json and no diffusion"):
+    refused(FileNotFoundError, f"has no {convert.WEIGHTS}, which is to hold")
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"anything")
+    refused(
+        ValueError, "diffusion_pytorch_model.bin alone.*pickle.*refs/pr/9` of lambda"
+    )
+    with pytest.raises(FileNotFoundError, match="has no config.json, nor has a folder"):
         models.from_diffusers(tmp_path / "absent")
+
+
+def test_reads_shards_and_variants(small_golden, tmp_path):
+    _, tensors = write_golden(small_golden, tmp_path)
+    model, params = models.from_diffusers(tmp_path)
+    weights = tmp_path / convert.WEIGHTS
+    variant = weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert models.resolve(ModelConfig(folder=str(tmp_path))) == model.config
+    variant.unlink()
+    shards = {f"{i}.safetensors": sorted(tensors)[i::2] for i in range(2)}
+    for name, members in shards.items():
+        tensors_of_shard = {member: tensors[member] for member in members}
+        safetensors.numpy.save_file(tensors_of_shard, tmp_path / name)
+    index = {member: name for name, members in shards.items() for member in members}
+    path = tmp_path / f"{convert.WEIGHTS}.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    found = models.from_diffusers(tmp_path)
+    assert found[0] == model
+    jax.tree.map(np.testing.assert_array_equal, found[1], params)
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no 1.safetensors, which .*index"):
+        models.from_diffusers(tmp_path)
 
 
 def test_reads_halves(small_golden, tmp_path):
@@ -366,7 +403,7 @@ def test_a_given_folder_decides_the_model(small_golden, tmp_path, monkeypatch):
     write_golden(small_golden, folder)
     model, params = models.from_diffusers(folder)
     assert models.from_diffusers(folder.parent)[0] == model
-    monkeypatch.setattr(convert, "read_tensors", None)  # No weight is read.
+    monkeypatch.setattr(convert, "read_weights", None)  # No weight is read.
     monkeypatch.chdir(tmp_path)
     for path in (folder, folder.parent, "pipeline"):
         config = ModelConfig(folder=str(path))
@@ -378,7 +415,7 @@ def test_a_given_folder_decides_the_model(small_golden, tmp_path, monkeypatch):
         ValueError, match="model.dropout is 0.5, but .* leave it at 0.1"
     ):
         ModelConfig(folder="pipeline", dropout=0.5)
-    with pytest.raises(FileNotFoundError, match=r"nowhere has no config.json and no"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config.json, nor"):
         models.resolve(ModelConfig(folder="nowhere"))
     models.to_diffusers(model, params, tmp_path / "new")
     assert models.resolve(ModelConfig(folder=str(tmp_path / "new"))) == model.config

@@ -1,10 +1,18 @@
-"""The settings of the model, a UNet."""
+"""The settings of the model, a UNet, and what all networks check of theirs."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from dtrak_jax.checks import at_least, between, check_choices, positive
+from dtrak_jax.checks import (
+    at_least,
+    between,
+    check_choices,
+    check_fields,
+    one_of,
+    positive,
+)
 
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
 UpBlock = Literal["UpBlock2D", "AttnUpBlock2D"]
@@ -61,70 +69,111 @@ class ModelConfig:
                     f"model.{field.name} is {value!r}, but model.folder="
                     f"{self.folder!r} decides it; leave it at {field.default!r}."
                 )
-        check_choices("model", self)
-        for name in (
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "norm_num_groups",
-        ):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        self._check_levels()
-        self._check_heads()
-        if not self.mid_attention_norm and self.resnet_time_scale_shift == "default":
-            raise ValueError(
-                "model.mid_attention_norm is False, which diffusers has only for "
-                "model.resnet_time_scale_shift='scale_shift'; it must be True."
-            )
-        if self.freq_shift == 1 and self.block_out_channels[0] < 4:
-            raise ValueError(
-                f"model.block_out_channels begins with {self.block_out_channels[0]}; "
-                "with model.freq_shift=1 it must begin with 4 or more."
-            )
-        positive("model.mid_block_scale_factor", self.mid_block_scale_factor)
-        positive("model.norm_eps", self.norm_eps)
-        between("model.dropout", self.dropout, 0, 0.999)
-
-    def _check_levels(self):
-        """Raises a ValueError unless levels fit to each other and to the image."""
-        names = ("block_out_channels", "down_block_types", "up_block_types")
-        counts = [len(getattr(self, name)) for name in names]
-        levels = counts[0]
-        if levels == 0 or len(set(counts)) > 1:
-            raise ValueError(
-                f"model.{', model.'.join(names)} have {counts} entries; they must have "
-                "as many as each other, 1 or more."
-            )
+        check_network("model", self)
+        at_least("model.sample_size", self.sample_size, 1)
+        at_least("model.layers_per_block", self.layers_per_block, 1)
+        levels = len(self.block_out_channels)
         factor = 2 ** (levels - 1)
         if self.sample_size % factor:
             raise ValueError(
                 f"model.sample_size is {self.sample_size}; {levels} levels halve it "
                 f"{levels - 1} times, so it must be a multiple of {factor}."
             )
-        for channels in self.block_out_channels:
-            at_least("model.block_out_channels", channels, 1)
-            if channels % self.norm_num_groups:
-                raise ValueError(
-                    f"model.block_out_channels has {channels}, which "
-                    f"model.norm_num_groups={self.norm_num_groups} does not divide."
-                )
+        self._check_heads()
+        if not self.mid_attention_norm and self.resnet_time_scale_shift == "default":
+            raise ValueError(
+                "model.mid_attention_norm is False, which diffusers has only for "
+                "model.resnet_time_scale_shift='scale_shift'; it must be True."
+            )
 
     def _check_heads(self):
         """Raises a ValueError unless the channels of attention divide into heads."""
-        if self.attention_head_dim is None:
+        head_dim, widths = self.attention_head_dim, self.block_out_channels
+        if head_dim is None:
             return
-        at_least("model.attention_head_dim", self.attention_head_dim, 1)
-        widths = self.block_out_channels
-        blocks = (
-            *zip(self.down_block_types, widths),
-            *zip(self.up_block_types, widths[::-1]),
-            ("AttnMid" if self.add_attention else "Mid", widths[-1]),
-        )
-        for kind, channels in blocks:
-            if kind.startswith("Attn") and channels % self.attention_head_dim:
+        at_least("model.attention_head_dim", head_dim, 1)
+        mid = "Attn" if self.add_attention else ""
+        kinds = (*self.down_block_types, *self.up_block_types, mid)
+        for kind, channels in zip(kinds, (*widths, *widths[::-1], widths[-1])):
+            if "Attn" in kind and channels % head_dim:
                 raise ValueError(
                     f"model.block_out_channels has {channels}, which "
-                    f"model.attention_head_dim={self.attention_head_dim} does not "
-                    "divide."
+                    f"model.attention_head_dim={head_dim} does not divide."
                 )
+
+
+def check_network(section: str, config: Any) -> None:
+    """Raises a ValueError unless blocks of `models.blocks` can be made of a configuration.
+
+    An error calls its fields "section.field".
+    """
+    check_choices(section, config)
+    for name in ("in_channels", "out_channels", "norm_num_groups"):
+        at_least(f"{section}.{name}", getattr(config, name), 1)
+    names = ("block_out_channels", "down_block_types", "up_block_types")
+    counts = [len(getattr(config, name)) for name in names]
+    if counts[0] == 0 or len(set(counts)) > 1:
+        raise ValueError(
+            f"{section}.{f', {section}.'.join(names)} have {counts} entries; they must "
+            "have as many as each other, 1 or more."
+        )
+    for channels in config.block_out_channels:
+        at_least(f"{section}.block_out_channels", channels, 1)
+        if channels % config.norm_num_groups:
+            raise ValueError(
+                f"{section}.block_out_channels has {channels}, which "
+                f"{section}.norm_num_groups={config.norm_num_groups} does not divide."
+            )
+    if config.freq_shift == 1 and config.block_out_channels[0] < 4:
+        raise ValueError(
+            f"{section}.block_out_channels begins with {config.block_out_channels[0]}; "
+            f"with {section}.freq_shift=1 it must begin with 4 or more."
+        )
+    positive(f"{section}.mid_block_scale_factor", config.mid_block_scale_factor)
+    positive(f"{section}.norm_eps", config.norm_eps)
+    between(f"{section}.dropout", config.dropout, 0, 0.999)
+
+
+AVERAGING = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
+"""Fields without effect that averaging adds to a config.json."""
+
+SQUARE = ("sample_size", "cross_attention_dim")
+"""Fields that diffusers may have as a list, and networks here as one value."""
+
+
+def known_fields(
+    settings: Mapping,
+    names: Collection[str],
+    fixed: Mapping[str, tuple],
+    ignored: Collection[str] = (),
+) -> dict:
+    """Returns the fields of a config.json that are in `names`, as a dataclass has them.
+
+    Lists are tuples; one of equal values is that value in the fields of `SQUARE`.
+
+    Args:
+      fixed: fields that a network does not have, and the values that it implies, of
+        which the first is diffusers' default.
+      ignored: fields without effect, besides those of `AVERAGING`.
+
+    Raises:
+      ValueError: a field is unknown, or has none of its fixed values.
+    """
+    for name, allowed in fixed.items():
+        one_of(f"config.json: {name}", settings.get(name, allowed[0]), allowed)
+    check_fields("config.json", settings, {*names, *fixed, *ignored, *AVERAGING})
+    fields = {name: value for name, value in settings.items() if name in names}
+    for name, value in fields.items():
+        if isinstance(value, list) and name not in SQUARE:
+            fields[name] = tuple(value)
+        elif isinstance(value, list) and len(set(value)) == 1:
+            fields[name] = value[0]
+    return fields

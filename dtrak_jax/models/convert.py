@@ -1,75 +1,73 @@
-"""Checkpoints of diffusers' `UNet2DModel`, read and written without PyTorch."""
+"""Folders of diffusers' networks, read and written without PyTorch."""
 
+import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from dtrak_jax.checks import check_fields, one_of
 from dtrak_jax.files import at, read_json, write_json
+from dtrak_jax.models.autoencoder import AutoencoderKL, autoencoder_config
+from dtrak_jax.models.conditional_unet import UNet2DCondition, conditional_config
 from dtrak_jax.models.config import ModelConfig
-from dtrak_jax.models.functions import build, parameter_shapes
+from dtrak_jax.models.functions import parameter_shapes
 from dtrak_jax.models.tensors import (
-    read_tensors,
-    tensor_names,
+    CONFIG,
+    model_folder,
+    read_weights,
     to_params,
     to_tensors,
+    weight_names,
     write_tensors,
 )
-from dtrak_jax.models.unet import UNet2D
+from dtrak_jax.models.unet import UNet2D, model_config
 
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 
-DEFAULTS = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (224, 448, 672, 896),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D",) + 3 * ("AttnDownBlock2D",),
-    "up_block_types": 3 * ("AttnUpBlock2D",) + ("UpBlock2D",),
-    "attention_head_dim": 8,
-    "add_attention": True,
-    "resnet_time_scale_shift": "default",
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "downsample_padding": 1,
-    "center_input_sample": False,
-    "mid_block_scale_factor": 1,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "dropout": 0.0,
+
+class Format(NamedTuple):
+    """A network in diffusers."""
+
+    class_name: str
+    part: str
+    """The folder of the network in one of a pipeline."""
+    config: Callable
+    """A function from config.json and the tensors, by name, to the settings."""
+
+
+FORMATS = {
+    UNet2D: Format("UNet2DModel", "unet", model_config),
+    UNet2DCondition: Format("UNet2DConditionModel", "unet", conditional_config),
+    AutoencoderKL: Format("AutoencoderKL", "vae", autoencoder_config),
 }
-"""The values that diffusers gives to fields that a config.json leaves out."""
-
-FIXED = {
-    "_class_name": ("UNet2DModel",),
-    "act_fn": ("silu", "swish"),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-}
-"""Fields of diffusers that this UNet does not have, and the values that it implies."""
-
-IGNORED = (
-    "num_train_timesteps",
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
-)
-"""Fields without effect: of learned time embeddings, and those that averaging adds."""
 
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Layers of the attention as diffusers <= 0.17 names them, and as it does now."""
+
+
+def current_name(name: str) -> str:
+    """Returns the name that diffusers now gives to a tensor; see `RENAMED`."""
+    pattern = rf"\.({'|'.join(RENAMED)})\."
+    return re.sub(pattern, lambda match: f".{RENAMED[match[1]]}.", name)
+
+
+def current(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns tensors under the names and in the shapes that diffusers now has.
+
+    Old files have the matrices of attention as weights of 1x1 convolutions.
+    """
+    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        matrix = re.search(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$", name)
+        if matrix and tensor.shape[2:] == (1, 1):
+            tensors[name] = tensor[:, :, 0, 0]
+    return tensors
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -83,94 +81,53 @@ def resolve(config: ModelConfig) -> ModelConfig:
     """
     if not config.folder:
         return config
-    folder = _model_folder(config.folder)
-    names = set(map(current_name, tensor_names(folder / WEIGHTS)))
+    folder = model_folder(config.folder, "unet")
+    names = set(map(current_name, weight_names(folder, STEM)))
     return model_config(read_json(folder / CONFIG), names)
 
 
-def from_diffusers(folder: epath.PathLike) -> tuple[UNet2D, dict]:
-    """Returns the model in a folder of diffusers and its parameters.
+def from_diffusers(
+    folder: epath.PathLike,
+    network: type[nn.Module] = UNet2D,
+    dtype: jnp.dtype | None = jnp.float32,
+) -> tuple[nn.Module, dict]:
+    """Returns the network in a folder of diffusers and its parameters.
 
-    The folder is that of a `UNet2DModel`, with config.json and
-    diffusion_pytorch_model.safetensors; or that of a pipeline, whose folder `unet` is
+    The folder has config.json and diffusion_pytorch_model.safetensors (or shards of it,
+    with their index). It may be that of a pipeline, whose folder `unet` or `vae` is
     then taken.
+
+    Args:
+      network: UNet2D, UNet2DCondition or AutoencoderKL.
+      dtype: the type of the parameters; None leaves each as it is in the folder.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: this UNet does not have a field or value of config.json; a tensor is
-        missing, left over, misshapen or not of floating point; or a file is damaged.
+      ValueError: the network does not have a field or value of config.json; a tensor is
+        missing, left over, misshapen or not of floating point; or a file is damaged or
+        a pickle.
     """
-    folder = _model_folder(folder)
-    tensors = read_tensors(folder / WEIGHTS)
-    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
-    model = build(model_config(read_json(folder / CONFIG), tensors))
-    params = to_params(parameter_shapes(model), tensors, folder / WEIGHTS)
+    form = FORMATS[network]
+    folder = model_folder(folder, form.part)
+    settings = read_json(folder / CONFIG)
+    tensors = current(read_weights(folder, STEM))
+    model = network(form.config(settings, tensors))
+    params = to_params(parameter_shapes(model), tensors, folder, dtype=dtype)
     return model, jax.device_put(params)
 
 
-def _model_folder(folder: epath.PathLike) -> epath.Path:
-    """Returns the folder that holds a model's files: this one, or `unet` in it."""
-    folder = at(folder)
-    if (folder / "unet" / CONFIG).is_file() and not (folder / CONFIG).is_file():
-        folder = folder / "unet"
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} has no {' and no '.join(missing)}; it must hold {CONFIG} and "
-            f"{WEIGHTS} of a diffusers UNet2DModel, or be a pipeline's folder with "
-            "these in `unet`. (Weights in a .bin file: load them in diffusers and "
-            "call save_pretrained.)"
-        )
-    return folder
-
-
-def current_name(name: str) -> str:
-    """Returns the name that diffusers now gives to a tensor; see `RENAMED`."""
-    pattern = rf"\.({'|'.join(RENAMED)})\."
-    return re.sub(pattern, lambda match: f".{RENAMED[match[1]]}.", name)
-
-
-def model_config(settings: Mapping, tensors: Collection[str]) -> ModelConfig:
-    """Returns the settings that a config.json and the names of tensors describe.
-
-    Raises:
-      ValueError: this UNet does not have a field or its value.
-    """
-    for name, allowed in FIXED.items():
-        one_of(f"{CONFIG}: {name}", settings.get(name, allowed[0]), allowed)
-    derived = ("time_embedding_dim", "attn_norm_num_groups")
-    check_fields(CONFIG, settings, {*DEFAULTS, *FIXED, *derived, *IGNORED})
-    fields = {name: settings.get(name, value) for name, value in DEFAULTS.items()}
-    size = fields["sample_size"]
-    if isinstance(size, list) and len(set(size)) == 1:
-        fields["sample_size"] = size[0]
-    for name in ("down_block_types", "up_block_types"):
-        fields[name] = tuple(kind.removeprefix("UNetRes") for kind in fields[name])
-    fields["block_out_channels"] = tuple(fields["block_out_channels"])
-    # Up to 0.16 diffusers normalises before every attention. Later ones leave this
-    # out of the middle block under scale_shift, unless attn_norm_num_groups is set.
-    # config.json may not tell the two apart, the tensors do.
-    fields["mid_attention_norm"] = (
-        fields["resnet_time_scale_shift"] != "scale_shift"
-        or settings.get("attn_norm_num_groups") is not None
-        or "mid_block.attentions.0.group_norm.weight" in tensors
-    )
-    config = ModelConfig(**fields)
-    values = (4 * config.block_out_channels[0], config.norm_num_groups)
-    for name, value in zip(derived, values):
-        one_of(f"{CONFIG}: {name}", settings.get(name), (None, value))
-    return config
-
-
-def to_diffusers(model: UNet2D, params: dict, folder: epath.PathLike) -> None:
-    """Writes a folder that diffusers' `UNet2DModel.from_pretrained` loads.
+def to_diffusers(model: nn.Module, params: dict, folder: epath.PathLike) -> None:
+    """Writes a folder that `from_pretrained` of diffusers' class loads.
 
     The folder is made if it is missing. Its config.json and
     diffusion_pytorch_model.safetensors are replaced, each in one step.
     """
-    config = model.config
-    settings = {name: getattr(config, name) for name in DEFAULTS}
-    groups = config.norm_num_groups if config.mid_attention_norm else None
-    settings |= {"_class_name": "UNet2DModel", "attn_norm_num_groups": groups}
+    form = FORMATS[type(model)]
+    settings = {"_class_name": form.class_name, **dataclasses.asdict(model.config)}
+    if isinstance(model, UNet2D):
+        del settings["folder"]
+        normalize = settings.pop("mid_attention_norm")
+        groups = model.config.norm_num_groups if normalize else None
+        settings["attn_norm_num_groups"] = groups
     write_tensors(at(folder) / WEIGHTS, to_tensors(params))
     write_json(at(folder) / CONFIG, settings)

@@ -223,20 +223,16 @@ def _tag_flax_layer(call, args, kwargs, context):
 
 
 def _dense(module, weight, inputs, outputs):
-    if module.dot_general or module.dot_general_cls:
+    """Tags a Dense, and a DenseGeneral as a product of flattened axes."""
+    axes = getattr(module, "axis", -1)
+    axes = (axes,) if isinstance(axes, int) else axes
+    first = inputs.ndim - len(axes)
+    in_order = [axis % inputs.ndim for axis in axes] == list(range(first, inputs.ndim))
+    batched = getattr(module, "batch_dims", ())
+    if module.dot_general or module.dot_general_cls or batched or not in_order:
         return outputs
-    return layer(weight, inputs, outputs)
-
-
-def _dense_general(module, weight, inputs, outputs):
-    """Tags the layer as a product of flattened axes."""
-    axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
-    last_axes = tuple(range(inputs.ndim - len(axes), inputs.ndim))
-    if tuple(axis % inputs.ndim for axis in axes) != last_axes or module.batch_dims:
-        return outputs
-    lead = inputs.shape[: inputs.ndim - len(axes)]
-    flat = (array.reshape(*lead, -1) for array in (inputs, outputs))
-    return _dense(module, weight, *flat).reshape(outputs.shape)
+    flat = (array.reshape(*inputs.shape[:first], -1) for array in (inputs, outputs))
+    return layer(weight, *flat).reshape(outputs.shape)
 
 
 def _conv(module, weight, inputs, outputs):
@@ -257,5 +253,5 @@ def _conv(module, weight, inputs, outputs):
     )
 
 
-FLAX_LAYERS = {nn.Dense: _dense, nn.DenseGeneral: _dense_general, nn.Conv: _conv}
+FLAX_LAYERS = {nn.Dense: _dense, nn.DenseGeneral: _dense, nn.Conv: _conv}
 """The flax layers that are tagged, and how."""

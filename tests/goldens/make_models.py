@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging
+from seeded import parameter
 
 CIFAR = {
     "sample_size": 16,
@@ -86,14 +87,6 @@ MODELS = {
     "one_level": (ONE_LEVEL, (5, 8)),
 }
 TIMESTEPS = (0, 417, 999)
-
-
-def parameter(rng, name, shape):
-    """Values of about the size of PyTorch's own initialisation, norms included."""
-    if "norm" in name:
-        return name.endswith("weight") + 0.3 * rng.standard_normal(shape)
-    fan_in = np.prod(shape[1:])
-    return rng.uniform(-1, 1, shape) / np.sqrt(fan_in)
 
 
 def run(model, x, t, weights):
