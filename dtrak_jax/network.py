@@ -1,7 +1,7 @@
 """A network as the project sees it: pure functions and a pytree of parameters."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,3 +22,49 @@ TrainApply = Callable[[Params, jax.Array, jax.Array, Any, jax.Array], jax.Array]
 
 `keys` holds one random key for each example, for its dropout.
 """
+
+
+def network_params(params: Params, frozen: Params | None) -> Params:
+    """Returns what a network is called with: params, or (params, frozen)."""
+    return params if frozen is None else (params, frozen)
+
+
+Example = tuple[Any, Any]
+"""What is kept of an example, and its condition: both pytrees of arrays, or None."""
+
+View = Callable[[jax.Array, Example, Params], Example]
+"""(key, example, frozen) -> x [H, W, C] and the condition of one step of training."""
+
+
+class Shapes(NamedTuple):
+    """The `jax.ShapeDtypeStruct` of what a network is given, of one example."""
+
+    x: jax.ShapeDtypeStruct
+    """[1, H, W, C]"""
+    cond: Any
+    """Of the conditions, with a leading axis of 1."""
+    frozen: Params
+    """Of the frozen parameters, or None."""
+    example: Any
+    """Of what training takes as an image, with a leading axis of 1."""
+
+
+def rows_of(tree, count: int):
+    """Returns the shapes of so many rows in place of the first axis."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), tree
+    )
+
+
+class Network(NamedTuple):
+    """What is trained and differentiated, and what it is given."""
+
+    init: Init
+    apply: Apply
+    train_apply: TrainApply
+    shape: tuple[int, int, int]
+    """The shape (H, W, C) of x."""
+    view: View | None
+    """None if every step of training sees an example as it is kept."""
+    settings: str
+    """All that decides these functions, as text."""

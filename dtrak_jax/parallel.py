@@ -158,7 +158,15 @@ def of_process(items: Sequence) -> Sequence:
     return items[jax.process_index() :: jax.process_count()]
 
 
-def groups(items: Sequence) -> list[Sequence]:
-    """Cuts items into groups of one for each of this process's devices."""
-    width = len(jax.local_devices())
-    return [items[start : start + width] for start in range(0, len(items), width)]
+def groups(items: Sequence, per_device: int = 1) -> list[Sequence]:
+    """Cuts items into groups of `per_device` for each of this process's devices.
+
+    What is left over is spread evenly over the devices, and then over some of them.
+    """
+    width, start, cut = len(jax.local_devices()), 0, []
+    while start < len(items):
+        left = len(items) - start
+        size = min(width * per_device, left - left % width or left)
+        cut.append(items[start : start + size])
+        start += size
+    return cut

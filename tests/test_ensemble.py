@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import apply, init, train_apply
 
-from dtrak_jax import diffusion, training
+from dtrak_jax import diffusion, parallel, training
 from dtrak_jax.config import EnsembleConfig, TrainConfig
 from dtrak_jax.evaluation import outputs
 from dtrak_jax.rng import fold_in, id_words, stream
@@ -78,7 +78,7 @@ def test_conditions_and_frozen_parameters_are_a_members_too(images, tmp_path):
 
     def train_both(name, cond):
         member, folder = MEMBERS[2], tmp_path / name
-        recipe = RECIPE._replace(apply=conditioned, flip=True)
+        recipe = RECIPE._replace(apply=conditioned, view=training.mirror)
         own = {"level": cond["level"][member.rows]}
         alone = train_alone(
             images, member, folder / "alone", recipe, cond=own, frozen=frozen
@@ -99,6 +99,20 @@ def test_one_device_and_other_company_change_nothing(
 ):
     train(images, tmp_path, MEMBERS[::-1])
     assert_same(load(tmp_path), load(trained))
+
+
+def test_members_share_a_device_and_equal_those_alone(
+    images, trained, tmp_path, request
+):
+    """Three at a time on the first device; of more, what is left over is spread evenly."""
+    assert [len(g) for g in parallel.groups(range(8 * 2 + 11), 2)] == [16, 8, 3]
+    request.getfixturevalue("one_device")
+    training.train_members(RECIPE, images, MEMBERS, tmp_path / "three", per_device=3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5),
+        load(tmp_path / "three"),
+        load(trained),
+    )
 
 
 def test_growing_trains_the_new_members_alone(images, tmp_path, monkeypatch, trained):

@@ -14,6 +14,7 @@ from conftest import losses
 
 from dtrak_jax import diffusion, training
 from dtrak_jax.config import TrainConfig
+from dtrak_jax.network import Shapes
 from dtrak_jax.parallel import P
 from dtrak_jax.training import loop, programs
 
@@ -110,7 +111,9 @@ def test_the_specs_split_the_largest_dimension_that_fits():
 def compiled(config):
     """The step on eight devices, and the bytes of a state that one device holds."""
     recipe = training.Recipe(init, apply, SCHEDULE, config)
-    program = training.planned_step(recipe, (8, 8, 1), jax.devices())
+    x = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
+    shapes = Shapes(x, None, None, x)
+    program = training.planned_step(recipe, shapes, jax.devices())
     step = program.function.lower(*program.arguments).compile()
     (shardings, *_), _ = step.input_shardings
     state = jax.tree.map(

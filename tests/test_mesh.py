@@ -24,7 +24,7 @@ class Net(nn.Module):
     """Convolutions, which automatic sharding gets wrong."""
 
     @nn.compact
-    def __call__(self, x, t):
+    def __call__(self, x, t, context=None):
         for channels in (8, 1):
             x = jnp.tanh(nn.Conv(channels, (3, 3))(x))
         return x

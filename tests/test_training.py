@@ -14,7 +14,7 @@ from conftest import NO_ATTENTION, init, losses, train_apply
 
 from dtrak_jax import diffusion, files, models, parallel, training
 from dtrak_jax.config import TrainConfig
-from dtrak_jax.models.unet import Dropout
+from dtrak_jax.models.blocks import Dropout
 from dtrak_jax.rng import stream
 from dtrak_jax.training import loop, metrics, step
 
@@ -32,8 +32,8 @@ SMALL = dataclasses.replace(NO_ATTENTION, dropout=0.5)
 RECIPE = training.Recipe(init, train_apply, SCHEDULE, CONFIG)
 
 
-def run(images, directory, config=CONFIG, flip=False):
-    recipe = RECIPE._replace(config=config, flip=flip)
+def run(images, directory, config=CONFIG, view=None):
+    recipe = RECIPE._replace(config=config, view=view)
     return training.train(recipe, images, directory)
 
 
@@ -131,7 +131,7 @@ def test_dropout_masks_do_not_depend_on_the_devices(images):
             {"params": params},
             x,
             t,
-            keys,
+            keys=keys,
             capture_intermediates=lambda module, _: isinstance(module, Dropout),
             mutable=["intermediates"],
         )
@@ -322,7 +322,8 @@ def test_flips_mirror_about_half_of_the_images(images, tmp_path):
     mirrored = np.concatenate([images, images[:, :, ::-1]], axis=2)
     for x, same in [(mirrored, True), (images, False)]:
         straight, flipped = (
-            run(x, tmp_path / f"{same}-{flip}", flip=flip) for flip in (False, True)
+            run(x, tmp_path / f"{same}-{view}", view=view)
+            for view in (None, training.mirror)
         )
         assert (np.abs(straight["w"] - flipped["w"]).max() == 0) == same
 

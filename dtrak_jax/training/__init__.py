@@ -5,7 +5,7 @@ from dtrak_jax.training.config import TrainConfig, kept_steps, saved_steps
 from dtrak_jax.training.ensemble import Member, load_members, train_members
 from dtrak_jax.training.loop import load_params, train
 from dtrak_jax.training.programs import planned_member_step, planned_step
-from dtrak_jax.training.step import Recipe, abstract_params, batch
+from dtrak_jax.training.step import Recipe, abstract_params, batch, mirror
 
 __all__ = [
     "Member",
@@ -17,6 +17,7 @@ __all__ = [
     "latest_step",
     "load_members",
     "load_params",
+    "mirror",
     "planned_member_step",
     "planned_step",
     "saved_steps",

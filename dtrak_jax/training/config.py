@@ -18,6 +18,8 @@ class TrainConfig:
     b2: float = 0.999
     weight_decay: float = 1e-6
     clip_norm: float = 1.0
+    caption_dropout: float = 0.0
+    """The share of captions that are left out in a step, in text-to-image."""
     ema_decay: float = 0.0
     """Decay of the averaged parameters, which then are the model; 0 is off."""
     checkpoints: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -39,7 +41,7 @@ class TrainConfig:
         between("train.warmup", self.warmup, 0, 1)
         between("train.weight_decay", self.weight_decay, 0)
         positive("train.clip_norm", self.clip_norm)
-        for name in ("b1", "b2", "ema_decay"):
+        for name in ("b1", "b2", "ema_decay", "caption_dropout"):
             between(f"train.{name}", getattr(self, name), 0, 0.999999)
         for fraction in self.checkpoints:
             between("train.checkpoints", fraction, 0, 1)

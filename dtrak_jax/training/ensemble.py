@@ -42,20 +42,21 @@ def train_members(
     *,
     cond=None,
     frozen: Params | None = None,
+    per_device: int = 1,
     description: str = "retrain",
 ) -> None:
     """Trains every member that is not finished, as `train` would train it alone.
 
-    As many members as this process has devices are trained at a time, one on each;
-    processes share the members out among themselves.
+    `per_device` members are trained at a time on each of this process's devices, in one
+    batch that shares the frozen parameters; processes share the members out among
+    themselves.
 
     Args:
       recipe: as in `train`; the seed is the member's own, and of its checkpoints only
         the last one is kept.
-      images: all training images [n, H, W, C] in [-1, 1].
       members: what to train.
       directory: gets a folder NAME/ of Orbax checkpoints for each member.
-      cond, frozen: as in `train`.
+      images, cond, frozen: as in `train`.
       description: the progress bar's.
 
     Raises:
@@ -78,7 +79,7 @@ def train_members(
         stop_requests() as stop,
     ):
         notice = Notice(stop)
-        for start, group in _unfinished(members, starts, steps):
+        for start, group in _unfinished(members, starts, steps, per_device):
             bar.set_postfix_str(f"{done} of {len(members)} models done")
             for step in train_group(
                 recipe, group, start, examples, frozen, directory, notice.given
@@ -98,13 +99,13 @@ def train_members(
 
 
 def _unfinished(
-    members: Sequence[Member], starts: dict[str, int], steps: int
+    members: Sequence[Member], starts: dict[str, int], steps: int, per_device: int
 ) -> Iterator[tuple[int, Sequence[Member]]]:
     """Yields the groups to train with the steps that they start from, most first."""
     ahead_first = sorted(members, key=lambda m: -starts[m.name])
     for start, alike in itertools.groupby(ahead_first, lambda m: starts[m.name]):
         if start < steps:
-            for group in parallel.groups(list(alike)):
+            for group in parallel.groups(list(alike), per_device):
                 yield start, group
 
 
@@ -117,12 +118,13 @@ def train_group(
     directory: epath.Path,
     stop: Callable[[], bool],
 ) -> Iterator[int]:
-    """Trains members that have all come to step `start`, one on each device.
+    """Trains members that have all come to step `start`, as many on each device.
 
     Yields the number of every step that is done, the last one where `stop` says so.
     """
     config = recipe.config
-    mesh = parallel.mesh(jax.local_devices()[: len(group)], len(group))
+    devices = jax.local_devices()[: len(group)]
+    mesh = parallel.mesh(devices, len(devices))
     step_fn, saved = programs.member_step_function(recipe, mesh), regular_steps(config)
     seeds = np.array([m.seed for m in group], np.uint32)
     folders = [directory / m.name for m in group]

@@ -31,16 +31,19 @@ def train(
     *,
     cond=None,
     frozen: Params | None = None,
+    description: str = "train",
 ) -> Params:
     """Trains to the end, or continues to it, and returns the trained parameters.
 
     Args:
       recipe: the network, the noise schedule and the settings.
-      images: training images [n, H, W, C] in [-1, 1]; may be mapped from a file.
+      images: training images [n, H, W, C] in [-1, 1]; may be mapped from a file. Or
+        what the recipe's view takes, a pytree of arrays of n rows.
       directory: run directory; gets `checkpoints/` and `metrics.jsonl`.
       cond: a pytree of arrays of n rows, which the network is conditioned on.
       frozen: parameters beside the trained ones, in no checkpoint. If given, the
         network is called with the pair (params, frozen) in place of params.
+      description: the progress bar's.
 
     Returns:
       Parameters on the host (averaged ones if `config.ema_decay`).
@@ -54,6 +57,7 @@ def train(
     mesh = parallel.mesh(jax.devices())
     step_fn, frozen = programs.step_function(recipe, mesh), parallel.put(frozen, mesh)
     seed, saved, asked = np.uint32(config.seed), saved_steps(config), False
+    count = len(jax.tree.leaves(images)[0])
     make_state = jax.jit(
         functools.partial(first_state, recipe.init, config, seed),
         out_shardings=programs.state_shardings(recipe, mesh),
@@ -70,10 +74,14 @@ def train(
             state = make_state()
         metrics = Metrics(directory / "metrics.jsonl", start, config)
         with tqdm(
-            total=config.steps, initial=start, desc="train", unit="step", disable=None
+            total=config.steps,
+            initial=start,
+            desc=description,
+            unit="step",
+            disable=None,
         ) as bar:
             for step in range(start, config.steps):
-                rows, weights = batch(len(images), config.batch_size, config.seed, step)
+                rows, weights = batch(count, config.batch_size, config.seed, step)
                 examples = put_batch(mesh, (images, cond), rows, weights)
                 flags = spread(mesh, np.full(mesh.size, stop.is_set(), np.int32))
                 asked_before = asked

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
+from dtrak_jax.network import Shapes, rows_of
 from dtrak_jax.parallel import REPLICATED, P, Program
 from dtrak_jax.training.step import Batch, Recipe, abstract_state, train_step
 
@@ -70,53 +71,63 @@ def step_function(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
 
 @functools.cache
 def member_step_function(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable:
-    """Returns the jitted step of as many members as the mesh has devices.
+    """Returns the jitted step of members, as many on each device of the mesh.
 
     It maps (states, batches, seeds [M], frozen) to the next states, in the buffers of
     those before. All arrays but the frozen ones have a leading axis of members.
     """
 
     def member_step(states, batches, seeds, frozen):
+        def step(state, batch, seed):
+            return train_step(recipe, state, batch, seed, frozen)
+
+        if len(seeds) > 1:
+            return jax.vmap(step)(states, batches, seeds)
+        # A convolution that is vmapped over its weights is slower than one alone.
         inputs = jax.tree.map(lambda leaf: leaf[0], (states, batches, seeds))
-        state = train_step(recipe, *inputs, frozen)
-        return jax.tree.map(lambda leaf: leaf[None], state)
+        return jax.tree.map(lambda leaf: leaf[None], step(*inputs))
 
     in_specs = (P("member"), P("member"), P("member"), REPLICATED)
     return parallel.sharded(member_step, mesh, in_specs, P("member"), donate_argnums=0)
 
 
 def planned_step(
-    recipe: Recipe, image_shape: Sequence[int], devices: Sequence[jax.Device]
+    recipe: Recipe, shapes: Shapes, devices: Sequence[jax.Device]
 ) -> Program:
     """Returns the step of the main model, which `train` calls `config.steps` times."""
     mesh, size = parallel.mesh(devices), recipe.config.batch_size
-    shapes = _arguments(recipe, image_shape, size + -size % len(devices))
+    arguments = _arguments(recipe, shapes, size + -size % len(devices))
     asked = jax.ShapeDtypeStruct((len(devices),), np.int32)
-    return Program(step_function(recipe, mesh), (*shapes, None, asked), mesh)
+    return Program(
+        step_function(recipe, mesh), (*arguments, shapes.frozen, asked), mesh
+    )
 
 
 def planned_member_step(
-    recipe: Recipe, image_shape: Sequence[int], devices: Sequence[jax.Device]
+    recipe: Recipe, shapes: Shapes, devices: Sequence[jax.Device], per_device: int
 ) -> Program:
-    """Returns the step of a group of members, one on each of a process's devices.
+    """Returns the step of a group of members, as many on each of a process's devices.
 
     `train_members` calls it `config.steps` times for each of the process's groups.
     """
     mesh = parallel.mesh(devices, len(devices))
     stacked = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((len(devices), *leaf.shape), leaf.dtype),
-        _arguments(recipe, image_shape, recipe.config.batch_size),
+        lambda leaf: jax.ShapeDtypeStruct(
+            (len(devices) * per_device, *leaf.shape), leaf.dtype
+        ),
+        _arguments(recipe, shapes, recipe.config.batch_size),
     )
-    return Program(member_step_function(recipe, mesh), (*stacked, None), mesh)
+    return Program(member_step_function(recipe, mesh), (*stacked, shapes.frozen), mesh)
 
 
-def _arguments(recipe: Recipe, image_shape: Sequence[int], size: int) -> tuple:
+def _arguments(recipe: Recipe, shapes: Shapes, size: int) -> tuple:
     """Returns the shapes of a state, a batch and a seed."""
     shape = jax.ShapeDtypeStruct
     batch = Batch(
-        x=shape((size, *image_shape), np.float32),
+        x=rows_of(shapes.example, size),
         index=shape((size,), np.int32),
         weights=shape((size,), np.float32),
+        cond=rows_of(shapes.cond, size),
     )
     state = abstract_state(recipe.init, recipe.config)
     return state, batch, shape((), np.uint32)

@@ -15,19 +15,66 @@ import optax
 
 from dtrak_jax.diffusion.loss import denoising_loss
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.network import Init, Params, TrainApply
+from dtrak_jax.network import (
+    Example,
+    Init,
+    Params,
+    TrainApply,
+    View,
+    network_params,
+)
 from dtrak_jax.rng import fold_in, stream
 from dtrak_jax.training.config import TrainConfig
 
 
+def mirror(key: jax.Array, example: Example, frozen: Params) -> Example:
+    """Returns an example whose image is mirrored, or not, each in half of the steps."""
+    image, cond = example
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image), cond
+
+
 class Recipe(NamedTuple):
-    """A network and how it is trained; hashable, so that programs are kept for it."""
+    """A network and how it is trained; hashable, so that programs are kept for it.
+
+    Training calls `init`, `config` and `losses` alone: another objective is another
+    class that has them.
+    """
 
     init: Init
     apply: TrainApply
     schedule: Schedule
     config: TrainConfig
-    flip: bool = False  # whether half of the images are mirrored
+    view: View | None = None  # None if every step sees the example as it is kept
+
+    def losses(
+        self, params: Params, frozen: Params, batch: "Batch", key: jax.Array
+    ) -> jax.Array:
+        """Returns the denoising loss of each example of a batch, [B].
+
+        Timestep, noise, view and dropout of an example are functions of the key and of
+        its position in the training set.
+        """
+        x, cond, t, eps = self._noised(frozen, fold_in(key, 1), batch)
+        keys = jax.vmap(fold_in, (None, None, 0))(key, 0, batch.index)
+        whole = network_params(params, frozen)
+
+        def predict(x_t, t):
+            return self.apply(whole, x_t, t, cond, keys)
+
+        return denoising_loss(predict, self.schedule, x, t, eps)
+
+    def _noised(self, frozen, key, batch):
+        """Returns images, conditions, timesteps and noise, one draw a row."""
+
+        def draw(index, *example):
+            t_key, eps_key, view_key = jax.random.split(fold_in(key, index), 3)
+            image, cond = example
+            if self.view:
+                image, cond = self.view(view_key, example, frozen)
+            t = jax.random.randint(t_key, (), 0, self.schedule.steps)
+            return image, cond, t, jax.random.normal(eps_key, image.shape)
+
+        return jax.vmap(draw)(batch.index, batch.x, batch.cond)
 
 
 class TrainState(NamedTuple):
@@ -43,7 +90,7 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """The examples of one step; every array has a row for each of them."""
 
-    x: jax.Array | np.ndarray  # images [B, H, W, C]
+    x: Any  # images [B, H, W, C], or what the recipe's view makes them of
     index: jax.Array | np.ndarray  # positions in the training set, int32 [B]
     weights: jax.Array | np.ndarray  # 1, or 0 for the filling of a short batch, [B]
     cond: Any = None  # the conditions of the network: a pytree of arrays, or None
@@ -128,26 +175,19 @@ def train_step(
 ) -> TrainState:
     """Returns the state after a step on a batch of the model with this seed.
 
-    The loss is the mean of the examples' denoising losses with `batch.weights`.
-    Timestep, noise, flip and dropout of an example are functions of (seed, step,
-    position in the training set): neither the batch's order nor its filling, nor the
-    devices that share it, change them. The network is called with the pair
-    (params, frozen) in place of params if there are frozen parameters.
+    The loss is the mean of the examples' losses with `batch.weights`. All that is drawn
+    for an example is a function of (seed, step, position in the training set): neither
+    the batch's order nor its filling, nor the devices that share it, change it. The
+    network is called with the pair (params, frozen) in place of params if there are
+    frozen parameters.
     """
-    config, schedule = recipe.config, recipe.schedule
+    config = recipe.config
     # The flag changes numbers, so the user's setting of it must not count.
     with jax.threefry_partitionable(True):
         key = fold_in(stream(seed, "train"), state.step)
-        x, t, eps = _noised(recipe, fold_in(key, 1), batch)
-        keys = jax.vmap(fold_in, (None, None, 0))(key, 0, batch.index)
 
         def loss(params):
-            whole = params if frozen is None else (params, frozen)
-
-            def predict(x_t, t):
-                return recipe.apply(whole, x_t, t, batch.cond, keys)
-
-            losses = denoising_loss(predict, schedule, x, t, eps)
+            losses = recipe.losses(params, frozen, batch, key)
             return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights)
 
         value, grads = jax.value_and_grad(loss)(state.params)
@@ -161,17 +201,3 @@ def train_step(
     # A sum begins anew after every line of metrics.jsonl.
     loss_sum = jnp.where(state.step % config.log_every == 0, 0, state.loss_sum)
     return TrainState(state.step + 1, params, opt_state, ema, loss_sum + value)
-
-
-def _noised(recipe: Recipe, key: jax.Array, batch: Batch):
-    """Returns images, some of them mirrored, timesteps and noise, one draw a row."""
-
-    def draw(index, image):
-        t_key, eps_key, flip_key = jax.random.split(fold_in(key, index), 3)
-        if recipe.flip:
-            mirrored = jax.random.bernoulli(flip_key)
-            image = jnp.where(mirrored, image[:, ::-1], image)
-        t = jax.random.randint(t_key, (), 0, recipe.schedule.steps)
-        return image, t, jax.random.normal(eps_key, image.shape)
-
-    return jax.vmap(draw)(batch.index, batch.x)
