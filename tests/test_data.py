@@ -1,10 +1,13 @@
 """dtrak_jax.data: choices are functions of ids, pixels are those of the files."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from conftest import png
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from dtrak_jax import files
 from dtrak_jax.checks import check_ids, check_images
 from dtrak_jax.config import DataConfig
 from dtrak_jax.data import (
@@ -21,10 +25,12 @@ from dtrak_jax.data import (
     from_pixels,
     load,
     load_queries,
+    plain_pictures,
     preprocess,
     subset_mask,
     to_pixels,
 )
+from dtrak_jax.data.hands import CONTRAST, GREY, HANDS, hands
 
 IDS = [f"example-{i}" for i in range(1000)]
 LABELS = np.arange(1000) % 10
@@ -263,6 +269,42 @@ def test_digits_end_to_end():
     assert 400 < len(set(other.train.ids) & set(train.ids)) < 700
 
 
+def test_hands_draw_digits_in_their_own_style():
+    """A caption names digit and contributor, whose colours the picture has."""
+    config = DataConfig(
+        source="hands", groups=("contributor",), train=300, validation=60
+    )
+    train, validation = load(config, 16, 3)
+    assert not set(train.ids) & set(validation.ids)
+    digits, words = load_digits(), train.label_names
+    for i, name in enumerate(train.groups["contributor"]):
+        index = int(train.ids[i].removeprefix("digit-"))
+        word = words[digits.target[index]]
+        assert train.captions[i] == f"the digit {word} by {name}"
+        pixels = to_pixels(train.images[i]).astype(int)
+        for colour in (HANDS[name].ink, HANDS[name].ground):
+            assert abs(pixels - colour).max(axis=2).min() < 50
+    counts = Counter(train.groups["contributor"])
+    assert set(counts) == set(HANDS) and min(counts.values()) > 40
+    with pytest.raises(ValueError, match="data.groups is .* one column, 'contributor'"):
+        DataConfig(source="hands", groups=("artist",))
+
+
+def test_plain_pictures_are_of_nobody():
+    """They are of other digits than those by hands, and their ink is seen."""
+    prepare = functools.partial(preprocess, size=16, channels=3)
+    plain, by_hand = plain_pictures(prepare, 1000), hands(prepare)
+    words = np.array(plain.label_names)[plain.labels]
+    assert plain.captions.tolist() == [f"the digit {word}" for word in words]
+    assert len(set(plain.ids)) == len(set(plain.digests)) == 1000
+    np.testing.assert_array_equal(plain.labels[:101], plain.labels[899:])
+    assert len(by_hand) == 898 and len(set(by_hand.ids)) == 898
+    grey = plain.images @ GREY * 127.5
+    assert (np.ptp(grey, axis=(1, 2)) > 0.5 * CONTRAST).all()
+    again = plain_pictures(prepare, 3)
+    np.testing.assert_array_equal(again.images, plain.images[:3])
+
+
 def test_the_number_of_validation_images_does_not_change_the_training_images():
     without = load(DataConfig(train=100, validation=0), 8, 1)
     with_some = load(DataConfig(train=100, validation=30), 8, 1)
@@ -410,7 +452,7 @@ def test_a_csv_gives_labels_and_captions(gallery):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"has the columns \(none\); it must have `file`, and"),
+        ("", r"has the columns \(none\); it must have file, and label or caption, ea"),
         ("file,artist\nb.png,x\n", "has the columns file, artist; it must have"),
         ("name,label\nb.png,x\n", "has the columns name, label; it must have"),
         ("file,label\n", "lists no files"),
@@ -422,7 +464,7 @@ def test_a_csv_gives_labels_and_captions(gallery):
         ("file,caption\nb.png,a, b\n", "line 2: more cells than the header"),
         ('file,label\nb.png,"x\ntall.png,y\n', "line 2: .* is a quote not closed"),
         ('file,label\nb.png,"x"y\n', "line 2: .* is a quote not closed"),
-        ("file,label,label\nb.png,x,y\n", "has the column `label` more than once"),
+        ("file,label,label\nb.png,x,y\n", "label, label; it must have .* each once"),
         (f"file,label\nb.png,{'x' * 200_000}\n", "line 2: field larger than"),
         ("file,label\na,x\n", "line 2: there is no file .*/a\\."),
         ("file,label\nb.png\0,x\n", "line 2: there is no file"),
@@ -463,7 +505,7 @@ def test_columns_of_a_csv_are_groups(gallery):
     assert only.groups["artist"].tolist() == ["B"]
     assert from_folder(path, csv="list.csv").groups == {}
     with pytest.raises(
-        ValueError, match="data.groups has 'owner'; .* file, artist, li"
+        ValueError, match=r"file, artist, li.* must have file, owner \(data.groups\)"
     ):
         from_folder(path, csv="list.csv", groups=("owner",))
     (path / "list.csv").write_text("file,artist\nb.png,B\ntall.png, \n")
@@ -502,6 +544,121 @@ def test_wrong_folders_are_refused(gallery):
         from_folder(path, center_crop=99).images  # noqa: B018
 
 
+# ArtBench
+
+
+PAINTERS = {"baroque": ("rubens", "vouet"), "ukiyo_e": ("hokusai", "kuniyoshi")}
+
+
+def make_artbench(root, split=False):
+    """ArtBench-10 in small: two styles, two paintings of either split by each hand."""
+    header = "name,artist,url,is_public_domain,length,width,label,split,cifar_index"
+    lines, folder = [header], root / f"artbench-10-imagefolder{'-split' * split}"
+    for label, artists in PAINTERS.items():
+        for index, artist in enumerate(artists * 4):
+            part, name = ("train", "test")[index // 4], f"{artist}_no-{index}.jpg"
+            lines.append(f"{name},{artist},x://y,True,800,600,{label},{part},{index}")
+            file = folder / (part if split else "") / label / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(noise(12, 16, 3, seed=index)))
+    (root / "ArtBench-10.csv").write_text("\n".join(lines))
+    return root
+
+
+def from_artbench(path, size=8, train=4, validation=4, **settings):
+    """The splits of ArtBench-10 in small."""
+    counts = {"train": train, "validation": validation}
+    return load(
+        DataConfig(source="artbench", name=str(path), **counts, **settings), size, 3
+    )
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_artbench(tmp_path, split):
+    settings = {"labels": ("ukiyo_e",), "groups": ("artist", "is_public_domain")}
+    splits = from_artbench(make_artbench(tmp_path, split), 6, **settings)
+    first = [0, 4]
+    for part, start in zip(splits, first, strict=True):
+        numbers = range(start, start + 4)
+        artists = [PAINTERS["ukiyo_e"][index % 2] for index in numbers]
+        names = zip(artists, numbers, strict=True)
+        assert part.ids.tolist() == [f"ukiyo_e/{a}_no-{i}.jpg" for a, i in names]
+        assert part.label_names == ("baroque", "ukiyo_e")
+        assert part.labels.tolist() == [1] * 4
+        assert part.captions.tolist() == ["a ukiyo e painting"] * 4
+        assert part.groups["artist"].tolist() == artists
+        assert set(part.groups["is_public_domain"]) == {"True"}
+    picture = Image.fromarray(noise(12, 16, 3, seed=1))
+    # The short side is made 6, bilinearly, and one column of eight left out on each.
+    resized = np.asarray(picture.resize((8, 6), Image.Resampling.BILINEAR))[:, 1:7]
+    np.testing.assert_array_equal(splits.train.images[1], scaled(resized))
+    assert len(splits.validation.images) == 4
+
+
+def test_artbench_in_a_bucket(tmp_path, bucket):
+    source = make_artbench(tmp_path)
+    for file in filter(Path.is_file, source.rglob("*")):
+        target = files.at("gs://bucket/artbench") / str(file.relative_to(source))
+        target.write_bytes(file.read_bytes())
+    there, here = from_artbench("gs://bucket/artbench"), from_artbench(source)
+    np.testing.assert_array_equal(there.train.images, here.train.images)
+
+
+def test_artbench_that_is_not_complete(tmp_path):
+    with pytest.raises(
+        ValueError, match="data.name is .* no artbench-10-imagefolder o"
+    ):
+        from_artbench(tmp_path)
+    path = make_artbench(tmp_path)
+    with pytest.raises(ValueError, match="it must have name, label, split, owner"):
+        from_artbench(path, groups=("owner",))
+    with pytest.raises(ValueError, match="split is 'val'; .* 'test', 'train'"):
+        from_artbench(path, validation_split="val")
+    # What is not used may be missing.
+    shutil.rmtree(path / "artbench-10-imagefolder" / "baroque")
+    from_artbench(path, labels=("ukiyo_e",)).train.images  # noqa: B018
+    with pytest.raises(ValueError, match="image baroque/.*: there is no file .*/baroq"):
+        from_artbench(path, labels=("baroque",)).train.images  # noqa: B018
+    csv = path / "ArtBench-10.csv"
+    csv.write_text(csv.read_text().replace("split", "part"))
+    with pytest.raises(ValueError, match="part, cifar_index; it must have name, label"):
+        from_artbench(path)
+    csv.unlink()
+    with pytest.raises(ValueError, match="in which there is no ArtBench-10.csv; launc"):
+        from_artbench(path)
+
+
+def test_captions_by_a_template(tmp_path):
+    splits = load(DataConfig(caption="the digit {label}", train=9, validation=2), 8, 1)
+    for part in splits:
+        digits = [f"the digit {label}" for label in part.labels]
+        assert part.captions.tolist() == digits
+    path = make_artbench(tmp_path)
+    style = {"caption": "{label} by {artist}", "labels": ("ukiyo_e",)}
+    train = from_artbench(path, groups=("artist",), **style).train
+    assert train.captions.tolist() == ["ukiyo e by hokusai", "ukiyo e by kuniyoshi"] * 2
+    with pytest.raises(
+        ValueError, match="{artist}'; a field is 'artist'; .* of: 'labe"
+    ):
+        from_artbench(path, **style)
+
+
+def test_captions_may_not_change():
+    """Nor vanish; and those that nobody has recorded are not missed."""
+    train = load(DataConfig(caption="a {label}", train=3), 8, 1).train
+    saved = {f"train_{name}": column for name, column in train.columns().items()}
+    assert set(saved) == {"train_ids", "train_labels", "train_captions"}
+    train.recorded_in(saved, "train")
+    for captions in (np.array(["a 1", "a 2", "b"]), None):
+        changed = replace(train, captions=captions)
+        with pytest.raises(
+            ValueError, match="train images have other captions .* such"
+        ):
+            changed.recorded_in(saved, "train")
+    del saved["train_captions"]
+    train.recorded_in(saved, "train")
+
+
 # Queries
 
 
@@ -514,7 +671,14 @@ def test_pictures_are_queries(gallery):
     np.testing.assert_array_equal(queries.images, training.images)
     (path / "prompts.csv").write_text("file,caption\ntall.png,a hat\nb.png,a cat\n")
     queries = load_queries(str(path), 8, 3, csv="prompts.csv")
-    assert queries.captions.tolist() == ["a cat", "a hat"]
+    assert queries.captions.tolist() == ["a cat", "a hat"] and queries.seeds is None
+    (path / "prompts.csv").write_text("file,prompt,seed\ntall.png,x,7\nb.png,y,0\n")
+    queries = load_queries(str(path), 8, 3, csv="prompts.csv")
+    assert queries.captions.tolist() == ["y", "x"] and queries.seeds.tolist() == [0, 7]
+    assert queries.take([1]).seeds.tolist() == [7]
+    (path / "prompts.csv").write_text("file,artist,x\ntall.png,ada,1\nb.png,ben,2\n")
+    queries = load_queries(str(path), 8, 3, "prompts.csv", ("artist", "licence"))
+    assert {n: list(c) for n, c in queries.groups.items()} == {"artist": ["ben", "ada"]}
 
 
 def test_queries_that_cannot_be_are_refused(gallery):
@@ -523,6 +687,12 @@ def test_queries_that_cannot_be_are_refused(gallery):
         load_queries(str(path / "no"), 8, 3)
     with pytest.raises(ValueError, match="queries.folder is .* there is no CSV x.csv"):
         load_queries(str(path), 8, 3, csv="x.csv")
+    for seed in ("-1", "1.5", str(2**32)):
+        (path / "x.csv").write_text(f"file,seed\nb.png,{seed}\n")
+        with pytest.raises(
+            ValueError, match="line 2: `seed` is .* from 0 to 4294967295"
+        ):
+            load_queries(str(path), 8, 3, csv="x.csv")
 
 
 def test_pixels_go_both_ways():

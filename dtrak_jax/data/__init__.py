@@ -2,6 +2,7 @@
 
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.hands import plain_pictures
 from dtrak_jax.data.preprocess import from_pixels, preprocess, to_picture, to_pixels
 from dtrak_jax.data.sources import load_queries
 from dtrak_jax.data.splits import Splits, choose, load, subset_mask
@@ -14,6 +15,7 @@ __all__ = [
     "from_pixels",
     "load",
     "load_queries",
+    "plain_pictures",
     "preprocess",
     "subset_mask",
     "to_picture",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dtrak_jax.checks import at_least, check_choices
 
-SourceName = Literal["digits", "tfds", "folder"]
+SourceName = Literal["digits", "hands", "tfds", "folder", "artbench"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,21 +13,27 @@ class DataConfig:
     """The images of a run, and how many are for training and for validation."""
 
     source: SourceName = "digits"
-    """digits (scikit-learn's), tfds (tensorflow-datasets), or folder (PNG/JPEG)."""
+    """digits (scikit-learn's), hands (the same, drawn in colour by five contributors),
+    tfds (tensorflow-datasets), folder (PNG/JPEG) or artbench (ArtBench-10)."""
     name: str = ""
     """The tfds data set, e.g. cifar10; or the path of the folder."""
     train_split: str = "train"
-    """tfds split of the training images."""
+    """Split of the training images, where the source is tfds or artbench."""
     validation_split: str = "test"
-    """tfds split of the validation images; if it is the training split, validation
-    images are chosen from the examples that training left."""
+    """Split of the validation images; if it is the training split, validation images
+    are chosen from the examples that training left."""
     labels: tuple[str, ...] = ()
     """Keep only the examples with these labels (names, or numbers as text)."""
     csv: str = ""
     """A CSV in the folder with a `file` column and a `label` or `caption` column."""
     groups: tuple[str, ...] = ()
     """Further columns of the CSV, such as contributor or licence, whose values group
-    the images; for tfds, text or label features."""
+    the images; for tfds, text or label features; for artbench, artist and the like;
+    for hands, contributor."""
+    caption: str = ""
+    """Captions by a template, such as "a {label} painting by {artist}": its fields are
+    the label and groups, in which a space stands for each underscore. If it is empty,
+    captions are the source's own; artbench has "a {label} painting"."""
     center_crop: int = 0
     """Cut this square from the centre before resizing; 0 cuts nothing."""
     flip: bool = False
@@ -41,7 +47,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_choices("data", self)
-        if self.source != "digits" and not self.name:
+        if self.source not in ("digits", "hands") and not self.name:
             required = "a data set's name" if self.source == "tfds" else "a folder"
             raise ValueError(
                 f"data.name is empty; data.source={self.source!r} needs {required}."
@@ -51,6 +57,11 @@ class DataConfig:
                 f"data.groups is {self.groups}, but data.source='digits' has none; "
                 "groups are columns of a folder's CSV (source 'folder', data.csv) or "
                 "features of a tfds data set."
+            )
+        if self.source == "hands" and self.groups not in ((), ("contributor",)):
+            raise ValueError(
+                f"data.groups is {self.groups}; data.source='hands' has one column, "
+                "'contributor'."
             )
         if self.groups and self.source == "folder" and not self.csv:
             raise ValueError(
@@ -63,3 +74,8 @@ class DataConfig:
         at_least("data.train", self.train, 1)
         at_least("data.validation", self.validation, 0)
         at_least("data.seed", self.seed, 0)
+
+    @property
+    def has_splits(self) -> bool:
+        """True if the source keeps training and validation images apart."""
+        return self.source in ("tfds", "artbench")

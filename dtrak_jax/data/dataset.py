@@ -27,6 +27,8 @@ class Dataset:
     """str [n]; None if there are no captions."""
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     """For each column of `DataConfig.groups`, str [n]."""
+    seeds: np.ndarray | None = None
+    """uint32 [n], of generated images; None if nobody knows them."""
     recorded: np.ndarray | None = field(default=None, repr=False)
     """The `digests` that the images must have, str [n]; None if nobody knows."""
 
@@ -47,6 +49,7 @@ class Dataset:
             labels=None if self.labels is None else self.labels[rows],
             captions=None if self.captions is None else self.captions[rows],
             groups={name: column[rows] for name, column in self.groups.items()},
+            seeds=None if self.seeds is None else self.seeds[rows],
             recorded=None if self.recorded is None else self.recorded[rows],
         )
 
@@ -87,19 +90,20 @@ class Dataset:
         return digest(*map(str, self.ids), *map(str, self.digests))
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Returns ids, labels and groups by the names that splits.npz has for them."""
-        groups = {f"group_{name}": column for name, column in self.groups.items()}
-        labels = {} if self.labels is None else {"labels": self.labels}
-        return {"ids": self.ids, **labels, **groups}
+        """Returns what splits.npz has beside digests, by the names that it has there."""
+        columns = {"ids": self.ids, "labels": self.labels, "captions": self.captions}
+        columns |= {f"group_{name}": column for name, column in self.groups.items()}
+        return {name: c for name, c in columns.items() if c is not None}
 
     def recorded_in(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
         """Returns the data set that refuses other pixels than those that were recorded.
 
         `saved` has the `columns` and the `digests` that an earlier stage saw, with
-        "train_" or "validation_" before their names. Other ids, labels or groups are a
-        ValueError here, and other pixels one in `images`.
+        "train_" or "validation_" before their names. Other ids, labels, captions or
+        groups are a ValueError here, and other pixels one in `images`.
         """
-        for name, column in self.columns().items():
+        columns = {"labels": np.array([]), "captions": np.array([])} | self.columns()
+        for name, column in columns.items():
             recorded = saved.get(f"{role}_{name}", column)
             if not np.array_equal(recorded, column):
                 changed = set(recorded.astype(str)) ^ set(column.astype(str))

@@ -1,7 +1,5 @@
 """Images from a folder, with labels, captions and groups from a CSV."""
 
-import csv
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,8 +9,12 @@ from PIL import Image
 
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import decode
+from dtrak_jax.data.table import read_table
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+COLUMNS = ("label", "caption")
+GENERATED = (*COLUMNS, "prompt", "seed")
+"""Columns of a CSV beside `file`, of images and of generated ones."""
 
 
 def pictures(
@@ -20,25 +22,36 @@ def pictures(
     prepare: Callable[[Image.Image], np.ndarray],
     csv_name: str = "",
     groups: Sequence[str] = (),
-    setting: str = "data.name",
+    *,
+    is_generated: bool = False,
 ) -> Dataset:
     """Returns the PNG and JPEG files below a folder, sorted by path.
 
     Ids are paths relative to the folder, with forward slashes; hidden files are left
     out, and links are followed. If a CSV in the folder is named, the files are those
-    that it lists, and `groups` are columns of it. Errors call the path `setting`.
+    that it lists, and `groups` are columns of it. Generated images may have the columns
+    prompt, which is their caption, and seed, and need not have the groups.
     """
+    setting = "queries.folder" if is_generated else "data.name"
+    optional, required = COLUMNS, groups
+    if is_generated:
+        optional, required = (*GENERATED, *groups), ()
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(f"{setting} is {path!r}, which is not a folder.")
     if csv_name and not (root / csv_name).is_file():
         raise ValueError(f"{setting} is {path!r}, in which there is no CSV {csv_name}.")
-    rows = _read_csv(root, root / csv_name, groups) if csv_name else _find(root)
+    rows = (
+        _read_csv(root, root / csv_name, required, optional)
+        if csv_name
+        else _find(root)
+    )
     ids = sorted(rows)
     columns = {
         column: np.array([rows[name][column] for name in ids])
         for column in rows[ids[0]]
     }
+    generated = columns if is_generated else {}
     label_names, labels = (), None
     if "label" in columns:
         label_names, labels = np.unique(columns["label"], return_inverse=True)
@@ -47,8 +60,9 @@ def pictures(
         read=lambda index: prepare(decode(root / ids[index])),
         labels=labels,
         label_names=tuple(map(str, label_names)),
-        captions=columns.get("caption"),
-        groups={column: columns[column] for column in groups},
+        captions=generated.get("prompt", columns.get("caption")),
+        groups={name: columns[name] for name in groups if name in columns},
+        seeds=generated["seed"].astype(np.uint32) if "seed" in generated else None,
     )
 
 
@@ -76,59 +90,22 @@ def _find(root: Path) -> dict[str, dict[str, str]]:
 
 
 def _read_csv(
-    root: Path, path: Path, groups: Sequence[str]
+    root: Path, path: Path, groups: Sequence[str], optional: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """Returns {file: {column: cell}} of a CSV: label and caption, if any, and groups."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
-    # A quote that is never closed would swallow the rows below if not for `strict`.
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    """Returns {file: {column: cell}} of a CSV: optional columns, if any, and groups."""
     rows = {}
-    try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        columns = _columns(path, reader.fieldnames, groups)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
+    for where, cells in read_table(path, ["file"], optional, groups):
+        name = PurePosixPath(cells.pop("file")).as_posix()
+        if not (root / name).is_file():
+            raise ValueError(f"{where}: there is no file {root / name}.")
+        if name in rows:
+            raise ValueError(f"{where}: {name} is listed twice.")
+        rows[name] = cells
+        if "seed" in optional and "seed" in cells:
+            seed = cells["seed"]
+            if not (seed.isdecimal() and int(seed) < 2**32):
                 raise ValueError(
-                    f"{where}: more cells than the header has; quote text with commas."
+                    f"{where}: `seed` is {seed!r}; it must be an integer from 0 to "
+                    f"{2**32 - 1}."
                 )
-            cells = {column: (row[column] or "").strip() for column in columns}
-            for column, cell in cells.items():
-                if not cell:
-                    raise ValueError(f"{where}: `{column}` is empty.")
-            name = PurePosixPath(cells.pop("file")).as_posix()
-            if not (root / name).is_file():
-                raise ValueError(f"{where}: there is no file {root / name}.")
-            if name in rows:
-                raise ValueError(f"{where}: {name} is listed twice.")
-            rows[name] = cells
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {reader.line_num + 1}: {error}; is a quote not closed?"
-        ) from error
-    if not rows:
-        raise ValueError(f"{path} lists no files.")
     return rows
-
-
-def _columns(path: Path, header: list[str], groups: Sequence[str]) -> list[str]:
-    """Returns the columns to read, each of which must be in the header once."""
-    known = [name for name in ("label", "caption") if name in header]
-    listed = ", ".join(header) or "(none)"
-    if "file" not in header or not (known or groups):
-        raise ValueError(
-            f"{path} has the columns {listed}; it must have `file`, and `label` or "
-            "`caption`."
-        )
-    columns = list(dict.fromkeys(["file", *known, *groups]))
-    for name in columns:
-        if name not in header:
-            raise ValueError(
-                f"data.groups has {name!r}; {path} has the columns {listed}."
-            )
-        if header.count(name) > 1:
-            raise ValueError(f"{path} has the column `{name}` more than once.")
-    return columns

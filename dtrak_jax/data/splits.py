@@ -28,7 +28,7 @@ def load(config: DataConfig, size: int, channels: int) -> Splits:
 
     Both choices are functions of `config.seed`, ids and labels, and give every label
     its share (`choose`). Validation images come from `config.validation_split` where
-    the source is tfds, and from the same examples as training images otherwise; an
+    the source has splits, and from the same examples as training images otherwise; an
     example whose id a training image has is never one. Images are ordered as in their
     source and never mirrored: mirroring belongs to training.
 
@@ -39,7 +39,7 @@ def load(config: DataConfig, size: int, channels: int) -> Splits:
     source = open_source(config, config.train_split, size, channels)
     train = _choose(config, "train", _labelled(source, config.labels))
     split = config.validation_split
-    if config.source == "tfds" and config.validation and split != config.train_split:
+    if config.has_splits and config.validation and split != config.train_split:
         source = open_source(config, split, size, channels)
     pool = _labelled(source, config.labels)
     pool = pool.take(np.flatnonzero(~np.isin(pool.ids, train.ids)))
