@@ -79,8 +79,10 @@ def pattern(name: str, value: str) -> None:
         ) from error
 
 
-def check_images(images: np.ndarray) -> None:
-    """Raises a ValueError unless `images` are float32 [n, H, W, C] in [-1, 1].
+def check_images(
+    images: np.ndarray, bounds: tuple[float, float] | None = (-1.0, 1.0)
+) -> None:
+    """Raises a ValueError unless `images` are float32 [n, H, W, C] within bounds.
 
     None of n, H, W and C may be 0, and every pixel must be finite. Arrays of NumPy
     and of JAX are accepted.
@@ -100,9 +102,11 @@ def check_images(images: np.ndarray) -> None:
             f"{len(bad)} of {len(images)} images have pixels that are not finite; "
             f"the first one has index {bad[0]}."
         )
-    if low < -1 or high > 1:
+    if bounds and (low < bounds[0] or high > bounds[1]):
+        least, most = bounds
         raise ValueError(
-            f"pixels are between {low:g} and {high:g}; they must be in [-1, 1] ({remedy})."
+            f"pixels are between {low:g} and {high:g}; they must be in "
+            f"[{least:g}, {most:g}] ({remedy})."
         )
 
 

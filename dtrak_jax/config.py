@@ -16,6 +16,7 @@ from typing import Literal
 from dtrak_jax.checks import at_least, check_choices, free, pattern, positive
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.diffusion.config import DiffusionConfig, SampleConfig
+from dtrak_jax.encoding.config import BaseConfig, ClipConfig
 from dtrak_jax.evaluation.config import (
     AblationConfig,
     CounterfactualConfig,
@@ -26,6 +27,7 @@ from dtrak_jax.features.projection import ProjectionKind, check_columns
 from dtrak_jax.features.task import Noise, Strategy
 from dtrak_jax.methods import METHODS, MethodName
 from dtrak_jax.models.config import ModelConfig
+from dtrak_jax.models.lora import LoRAConfig
 from dtrak_jax.training.config import TrainConfig
 
 
@@ -37,7 +39,8 @@ class QueriesConfig:
     """A folder of PNG or JPEG files; if it is empty, the model generates
     `sample.count` images."""
     csv: str = ""
-    """A CSV in the folder with a `file` column, which names the files to take."""
+    """A CSV in the folder with a `file` column, which names the files to take, and
+    perhaps `prompt` (or `caption`), `seed` and the columns of `data.groups`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +148,9 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -157,6 +163,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self):
+        self._check_base()
         self._check_methods()
         if self.sample.steps > self.diffusion.steps:
             raise ValueError(
@@ -168,6 +175,31 @@ class Config:
                 "data.validation and sample.count are both 0 and queries.folder is "
                 "empty: there is no query."
             )
+
+    def _check_base(self):
+        """Raises a ValueError unless what a base decides is left to it."""
+        defaults = {"model": ModelConfig(), "diffusion": DiffusionConfig()}
+        for name, default in defaults.items() if self.is_latent else ():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"base.folder={self.base.folder!r} or base.pictures="
+                    f"{self.base.pictures} decides all of `{name}`; leave it out."
+                )
+        if self.lora.file and not self.base.folder:
+            raise ValueError(
+                f"lora.file is {self.lora.file!r}, adapters of a Stable Diffusion: "
+                "base.folder must be its folder."
+            )
+
+    @property
+    def is_latent(self) -> bool:
+        """True of text-to-image: a Stable Diffusion, given or trained in the run."""
+        return bool(self.base.folder or self.base.pictures)
+
+    @property
+    def is_given(self) -> bool:
+        """True if the model is given, not trained."""
+        return bool(self.model.folder or self.lora.file)
 
     def _check_methods(self):
         """Raises a ValueError unless everything is there that the methods need."""
@@ -185,8 +217,14 @@ class Config:
                 missing = "further models: ensemble.models is 0; it must be 1 or more"
             elif "journey" in folders and self.queries.folder:
                 missing = "each query's sampling: queries.folder must be empty"
-            elif of_checkpoints and self.model.folder:
-                missing = "checkpoints of training: model.folder must be empty"
+            elif method.embeds and not self.clip.folder:
+                missing = (
+                    "CLIP: clip.folder is empty; it must name a CLIP model's folder"
+                )
+            elif of_checkpoints and self.is_given:
+                missing = (
+                    "checkpoints of training: model.folder and lora.file must be empty"
+                )
             if missing:
                 raise ValueError(f"{setting} has {name!r}, which needs {missing}.")
 

@@ -70,7 +70,7 @@ def _journey(run: Run) -> FeatureSet:
     timesteps are kept apart, it is at each of the task's timesteps, of the image that was
     predicted at the sampling timestep closest to it: so it meets its kernel.
     """
-    through = diffusion.sampling_timesteps(run.schedule, run.config.sample.steps)
+    through = diffusion.sampling_timesteps(run.space.sampler)
     task = run.task(measurement=("loss",))
     if not task.per_timestep:
         task = run.task(measurement=("loss",), timesteps=tuple(map(int, through)))
@@ -82,7 +82,8 @@ def _journey(run: Run) -> FeatureSet:
         # One step after the other: all of them may not fit on a device.
         columns = [parallel.gather(predicted[:, i], len(run.seeds)) for i in steps]
         # They are not rounded to pixels, but clipped as training images are.
-        return np.clip(np.stack(columns, axis=1), -1, 1)
+        images = np.stack(columns, axis=1)
+        return np.clip(images, *run.space.bounds) if run.space.bounds else images
 
     return FeatureSet("features/journey", "generated", task, run.projection, "", images)
 
@@ -91,13 +92,16 @@ def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
     """Returns the features, by measurement, computed unless they are there."""
     path = run.workdir / feature_set.store
     if not parallel.agreed(is_made(run, feature_set)):
-        examples, settings = run.examples(feature_set.examples), run.config.features
+        name, space, settings = feature_set.examples, run.space, run.config.features
         features.featurize(
             feature_set.task,
             run.params(feature_set.model),
-            feature_set.images() if feature_set.images else examples.images,
+            feature_set.images() if feature_set.images else space.x(name),
             feature_set.projection,
-            ids=examples.ids,
+            frozen=space.frozen,
+            ids=run.examples(name).ids,
+            cond=space.cond(name),
+            bounds=space.bounds,
             store=path,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
@@ -124,10 +128,18 @@ def _made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
         if field.name not in ("apply", "measurement")
     }
     return {
-        "network": digest(repr(run.model_config)),
+        "network": digest(run.network.settings),
         "params": run.params_digest(feature_set.model),
         "task": digest(repr(task)),
         "projection": repr(feature_set.projection),
-        "examples": run.examples(feature_set.examples).digest,
+        "examples": _examples_digest(run, feature_set.examples),
         "trajectory": repr(run.config.sample) if feature_set.images else "",
     }
+
+
+def _examples_digest(run: Run, name: str) -> str:
+    """Returns the hash of all that the network is given of a set."""
+    examples, base = run.examples(name), run.space.digest
+    if not base:
+        return examples.digest
+    return digest(examples.digest, base, *map(str, examples.captions))

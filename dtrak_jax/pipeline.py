@@ -1,7 +1,9 @@
 """The stages, in the order of the story: from images to a report.
 
-    train ─► sample ─► featurize ─► attribute ─► report
-       └───────► retrain ─► lds, counterfactual, ablate ─┘
+    (base ─► encode ─►) train ─► sample ─► featurize ─► attribute ─► report
+                           └───────► retrain ─► lds, counterfactual, ablate ─┘
+
+Only text-to-image has what is in brackets.
 
 A stage reads from the `Run`, makes what is not there yet and writes it to the run
 directory; interrupted, it continues. A command makes what it needs first.
@@ -12,11 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
 from dtrak_jax import data, feature_sets, files, parallel, score_sets, training
 from dtrak_jax.config import Config
+from dtrak_jax.encoding.base import is_trained_base, train_base
+from dtrak_jax.encoding.encode import are_encoded, encode, encode_sets, is_encoded
 from dtrak_jax.evaluation.ablations import ablate
 from dtrak_jax.evaluation.counterfactual import counterfactual
 from dtrak_jax.evaluation.lds import evaluate
@@ -55,15 +60,17 @@ class Stage(NamedTuple):
 
 def train(run: Run) -> None:
     """Trains the model, or continues: checkpoints/, metrics.jsonl."""
-    if run.config.model.folder:
-        return
-    recipe = run.recipe(run.config.train.steps)
-    training.train(recipe, run.splits.train.images, run.workdir)
+    space, recipe = run.space, run.recipe(run.config.train.steps)
+    if not parallel.agreed(is_trained(run)):
+        examples = space.training_examples
+        more = {"cond": space.cond("train"), "frozen": space.frozen}
+        training.train(recipe, examples, run.workdir, **more)
+    space.export(run.params())
 
 
 def is_trained(run: Run) -> bool:
     """Returns whether the last checkpoint is there, or the model is given."""
-    if run.config.model.folder:
+    if run.config.is_given:
         return True
     return training.latest_step(run.workdir / "checkpoints") == run.config.train.steps
 
@@ -78,7 +85,8 @@ def sample(run: Run) -> None:
     count, share = len(run.seeds), parallel.share(len(run.seeds))
     # All processes load the model together.
     model = run.params_digest()
-    images = run.generate(run.params(), run.seeds[share])
+    run.space.prepare_prompts()
+    images = run.space.decode(run.generate(run.params(), run.seeds[share]))
     if not np.isfinite(images).all():
         raise FloatingPointError(
             "a generated image has pixels that are not finite; is the model trained?"
@@ -93,7 +101,11 @@ def sample(run: Run) -> None:
     if parallel.is_main_process():
         ids = np.array([f"generated-{i:05d}" for i in range(count)])
         saved = {"images": pixels, "ids": ids, "seeds": run.seeds, "model": model}
+        if run.space.prompts is not None:
+            saved["prompts"] = run.space.prompts
         files.write_npz(run.samples, **saved)
+    parallel.barrier("sample")
+    encode_sets(run, run.sampled_sets)
 
 
 def has_samples(run: Run) -> bool:
@@ -104,7 +116,7 @@ def has_samples(run: Run) -> bool:
         return False
     # Samples of an older format do not say which model made them.
     model = files.read_npz(run.samples).get("model", run.params_digest())
-    return str(model) == run.params_digest()
+    return str(model) == run.params_digest() and are_encoded(run, run.sampled_sets)
 
 
 def featurize(run: Run) -> None:
@@ -127,12 +139,16 @@ def measure_distortion(run: Run) -> None:
         return
     if parallel.agreed(path.exists()):
         return
+    first, space = slice(DISTORTION_EXAMPLES), run.space
     errors = distortion(
         run.task(),
         run.params(),
-        examples.images[:DISTORTION_EXAMPLES],
+        space.x("train")[first],
         run.projection,
-        ids=examples.ids[:DISTORTION_EXAMPLES],
+        frozen=space.frozen,
+        cond=jax.tree.map(lambda column: column[first], space.cond("train")),
+        bounds=space.bounds,
+        ids=examples.ids[first],
         batch_size=settings.batch_size,
         proj_devices=settings.proj_devices,
     )
@@ -176,7 +192,9 @@ def scores_need(config: Config) -> tuple[str, ...]:
 
 
 STAGES = (
-    Stage("train", always(), train, is_trained, programs.train),
+    Stage("base", always(), train_base, is_trained_base),
+    Stage("encode", always("base"), encode, is_encoded),
+    Stage("train", always("encode"), train, is_trained, programs.train),
     Stage("sample", always("train"), sample, has_samples, programs.sample),
     Stage("retrain", always("sample"), retrain, is_retrained, programs.retrain),
     Stage("featurize", features_need, featurize, is_featurized, programs.featurize),

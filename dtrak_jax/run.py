@@ -11,15 +11,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, diffusion, files, models, parallel, score_sets, training
+from dtrak_jax import data, diffusion, files, parallel, score_sets, training
 from dtrak_jax.attribution import Damping, Kernels, Scores
 from dtrak_jax.config import Config, flatten, locked
-from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.digests import digest_tree
+from dtrak_jax.encoding.clip import Clip, kept_embeddings
+from dtrak_jax.encoding.latents import Latents
+from dtrak_jax.encoding.pixels import Pixels
 from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features, Projection, Task
-from dtrak_jax.network import Apply, Init, Params, TrainApply
+from dtrak_jax.network import Network, Params
 
 PACKAGES = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -59,6 +61,9 @@ class Run:
             something else.
         """
         run, settings = cls(config, files.at(workdir)), flatten(config)
+        if config.clip.folder:
+            # A wrong folder is refused now, not after hours of training.
+            Clip.from_folder(config.clip.folder)
         path = run.workdir / "config.json"
         # A config that no stage has made anything of is no run yet.
         if not files.is_empty(run.workdir, besides=path.name):
@@ -83,12 +88,6 @@ class Run:
 
     # Data
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The height, width and channels of an image."""
-        size = self.model_config.sample_size
-        return size, size, self.model_config.in_channels
-
     @functools.cached_property
     def splits(self) -> data.Splits:
         """The training and validation images, those that the first stage saw.
@@ -96,7 +95,7 @@ class Run:
         Raises:
           ValueError: the source has other ids, labels, groups or pixels than then.
         """
-        size, _, channels = self.image_shape
+        size, _, channels = self.space.image_shape
         splits = data.load(self.config.data, size, channels)
         path = self.workdir / "splits.npz"
         roles = {"train": splits.train, "validation": splits.validation}
@@ -116,6 +115,11 @@ class Run:
     def is_sampled(self) -> bool:
         """True if the model generates queries; they may be given, or there are none."""
         return bool(self.config.sample.count) and not self.config.queries.folder
+
+    @property
+    def sampled_sets(self) -> tuple[str, ...]:
+        """The sets of queries that the model generates."""
+        return ("generated",) if self.is_sampled else ()
 
     @property
     def seeds(self) -> np.ndarray:
@@ -152,62 +156,50 @@ class Run:
         """The generated images, from their 8-bit pixels or from `queries.folder`."""
         given = self.config.queries
         if given.folder:
-            size, _, channels = self.image_shape
-            return data.load_queries(given.folder, size, channels, given.csv)
+            size, _, channels = self.space.image_shape
+            groups = self.config.data.groups
+            return data.load_queries(given.folder, size, channels, given.csv, groups)
         if not self.samples.exists():
             raise FileNotFoundError(
                 f"there is no {self.samples}; run `dtrak-jax sample` with this config "
                 "and workdir first."
             )
         saved = files.read_npz(self.samples)
-        return data.Dataset.of(data.from_pixels(saved["images"]), saved["ids"])
+        images = data.Dataset.of(data.from_pixels(saved["images"]), saved["ids"])
+        return dataclasses.replace(images, captions=saved.get("prompts"))
 
     # Models
 
     @functools.cached_property
-    def model_config(self) -> models.ModelConfig:
-        """The network's settings, those of the given model if there is one."""
-        return models.resolve(self.config.model)
-
-    @functools.cached_property
-    def model(self) -> models.UNet2D:
-        return models.build(self.model_config)
+    def space(self) -> Pixels | Latents:
+        """The network, and what it is given: pixels, or latents and text embeddings."""
+        return Latents(self) if self.config.is_latent else Pixels(self)
 
     @property
-    def init(self) -> Init:
-        return models.init_fn(self.model)
+    def network(self) -> Network:
+        """The network that is trained and differentiated."""
+        return self.space.network
 
     @property
-    def apply(self) -> Apply:
-        return models.apply_fn(self.model)
-
-    @property
-    def train_apply(self) -> TrainApply:
-        return models.train_apply_fn(self.model)
+    def schedule(self) -> diffusion.Schedule:
+        """The noise schedule."""
+        return self.space.schedule
 
     @property
     def param_shapes(self) -> Params:
-        """The shapes of the parameters."""
-        return training.abstract_params(self.init)
-
-    @functools.cached_property
-    def schedule(self) -> diffusion.Schedule:
-        """The noise schedule."""
-        return build_schedule(self.config.diffusion)
-
-    @functools.cached_property
-    def sampler(self) -> diffusion.Sampler:
-        """The sampler of the queries."""
-        settings = self.config.sample
-        return diffusion.Sampler(
-            self.schedule, settings.sampler, settings.steps, settings.eta, settings.clip
-        )
+        """The shapes of the parameters that are trained."""
+        return training.abstract_params(self.network.init)
 
     def recipe(self, steps: int) -> training.Recipe:
         """Returns how a model is trained for so many steps with the config's settings."""
-        settings = dataclasses.replace(self.config.train, steps=steps)
-        network = self.init, self.train_apply, self.schedule
-        return training.Recipe(*network, settings, self.config.data.flip)
+        settings, network = self.config.train, self.network
+        return training.Recipe(
+            network.init,
+            network.train_apply,
+            self.schedule,
+            dataclasses.replace(settings, steps=steps),
+            network.view,
+        )
 
     @once
     def params(self, model: str = "") -> Params:
@@ -219,12 +211,12 @@ class Run:
         kind, _, name = model.partition("/")
         if kind == "models":
             steps, folder = self.config.train.steps, self.workdir / "ensemble"
-            stack = training.load_members(self.init, [name], steps, folder)
+            stack = training.load_members(self.network.init, [name], steps, folder)
             return jax.tree.map(lambda leaf: leaf[0], stack)
-        if self.config.model.folder and not name:
-            return models.from_diffusers(self.config.model.folder)[1]
-        step = int(name) if name else None
-        return training.load_params(self.init, self.config.train, self.workdir, step)
+        if self.config.is_given and not name:
+            return self.space.given
+        step, init = int(name) if name else None, self.network.init
+        return training.load_params(init, self.config.train, self.workdir, step)
 
     @once
     def params_digest(self, model: str = "") -> str:
@@ -232,10 +224,24 @@ class Run:
         return digest_tree(self.params(model))
 
     def generate(self, params: Params, seeds: np.ndarray, **options):
-        """Generates an image for each seed, see `diffusion.sample`."""
-        how = self.apply, params, self.sampler, seeds, self.image_shape
+        """Generates x for each of some of `seeds`, see `diffusion.sample`."""
+        apply, params, cond = self.space.generator(params, seeds)
+        how = apply, params, self.space.sampler, seeds, self.network.shape
         size = self.config.sample.batch_size
-        return diffusion.sample(*how, batch_size=size, **options)
+        return diffusion.sample(*how, batch_size=size, cond=cond, **options)
+
+    # CLIP
+
+    @functools.cached_property
+    def clip_network(self) -> Clip:
+        """The CLIP of `clip.folder`."""
+        return Clip.from_folder(self.config.clip.folder)
+
+    @once
+    def clip(self, name: str) -> np.ndarray:
+        """Returns CLIP's embeddings of "train" or of a set of queries, float32 [n, P]."""
+        path = self.workdir / "encoded" / "clip" / f"{name}.npz"
+        return kept_embeddings(self.clip_network, self.examples(name), path)
 
     # Features
 
@@ -245,7 +251,7 @@ class Run:
         shared = {field.name for field in dataclasses.fields(Task)} & settings.keys()
         fields = {name: settings[name] for name in shared}
         fields["measurement"] = settings["measurements"]
-        return Task(self.apply, self.schedule, **fields | changes)
+        return Task(self.network.apply, self.schedule, **fields | changes)
 
     @property
     def projection(self) -> Projection:

@@ -50,6 +50,8 @@ def made_from(run: "Run", method: str) -> str:
     if "retrain" in row.needs:
         paths.append(run.outputs)
     contents = [path.read_bytes() for path in paths if path.exists()]
+    if row.embeds:
+        contents.append(run.clip_network.digest)
     solved = f"{settings.damping} {settings.absolute} {settings.solver}"
     queries = [examples.digest for examples in run.queries.values()]
     return digest(method, solved if row.measurement else "", *queries, *contents)

@@ -147,7 +147,9 @@ def test_a_trajectory_ends_in_the_image():
     np.testing.assert_allclose(predicted[:, -1], images, atol=1e-6)
     assert np.abs(predicted).max() <= 1
     assert np.abs(predicted[:, 0] - images).max() > 0.01
-    assert diffusion.sampling_timesteps(schedule, 5).tolist() == [800, 600, 400, 200, 0]
+    assert diffusion.sampling_timesteps(
+        diffusion.Sampler(schedule, steps=5)
+    ).tolist() == [800, 600, 400, 200, 0]
 
 
 def test_no_seeds_make_no_images():

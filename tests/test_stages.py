@@ -12,7 +12,11 @@ from dtrak_jax.attribution import Scores
 from dtrak_jax.evaluation import counterfactual, retrain
 from dtrak_jax.methods import METHODS
 
-NAMES = [name for name in METHODS if not name.startswith("kernel-")]
+NAMES = [
+    name
+    for name, row in METHODS.items()
+    if not row.embeds and not name.startswith("kernel-")
+]
 FLAGS = {
     "data.train": "60",
     "data.validation": "5",

@@ -3,6 +3,7 @@
 from dtrak_jax.diffusion.loss import denoising_loss
 from dtrak_jax.diffusion.sampling import (
     Sampler,
+    guided,
     sample,
     sample_program,
     sampling_timesteps,
@@ -19,6 +20,7 @@ __all__ = [
     "Schedule",
     "cosine_schedule",
     "denoising_loss",
+    "guided",
     "linear_schedule",
     "sample",
     "sample_program",

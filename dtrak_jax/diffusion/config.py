@@ -39,9 +39,18 @@ class SampleConfig:
     batch_size: int = free(128)
     """Images generated at once on each device."""
     seed: int = 0
+    prompts: tuple[str, ...] = ()
+    """Of text-to-image: the prompts, each for an equal block of the images, one after
+    the other. If there are none, the captions of the training images, sorted."""
+    negative: str = ""
+    """The prompt that guidance leads away from."""
+    guidance: float = 7.5
+    """The scale w of classifier-free guidance in text-to-image,
+    prediction = p(negative) + w (p(prompt) - p(negative)); 1 is without."""
 
     def __post_init__(self):
         check_choices("sample", self)
+        between("sample.guidance", self.guidance, 0)
         at_least("sample.count", self.count, 0)
         at_least("sample.steps", self.steps, 1)
         between("sample.eta", self.eta, 0, 1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.network import Apply, Params
+from dtrak_jax.network import Apply, Params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.rng import fold_in, stream
 
@@ -44,6 +44,10 @@ class Sampler:
     eta: float = 0.0
     """The noise of DDIM, from 0 to 1; "ancestral" does not use it."""
     clip: bool = True
+    offset: int = 0
+    """Added to every timestep, as diffusers' steps_offset."""
+    to_one: bool = True
+    """False takes alpha_bar_0 for alpha_bar_s where s < 0, as Stable Diffusion does."""
 
     def __post_init__(self):
         check_choices("sampler", self)
@@ -54,11 +58,33 @@ class Sampler:
                 f"{self.schedule.steps}, the number of timesteps of the schedule."
             )
         between("sampler.eta", self.eta, 0, 1)
+        first = (self.steps - 1) * (self.schedule.steps // self.steps)
+        between("sampler.offset", self.offset, 0, self.schedule.steps - 1 - first)
 
 
-def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """Returns the timesteps that sampling goes through, descending to 0, [steps]."""
-    return np.arange(steps)[::-1] * (schedule.steps // steps)
+def sampling_timesteps(sampler: Sampler) -> np.ndarray:
+    """Returns the timesteps that sampling goes through, descending, [steps]."""
+    stride = sampler.schedule.steps // sampler.steps
+    return np.arange(sampler.steps)[::-1] * stride + sampler.offset
+
+
+@functools.cache
+def guided(apply: Apply, scale: float) -> Apply:
+    """Returns a network under classifier-free guidance (Ho and Salimans 2022).
+
+    Its prediction is p(negative) + scale (p(prompt) - p(negative)), arXiv 2207.12598,
+    eq. 6; its condition is a pair (prompt, negative) of the network's conditions.
+    """
+
+    def guided_apply(params, x, t, cond):
+        def twice(*halves):
+            return jnp.concatenate(halves)
+
+        both = apply(params, twice(x, x), twice(t, t), jax.tree.map(twice, *cond))
+        prompt, negative = jnp.split(both, 2)
+        return negative + scale * (prompt - negative)
+
+    return guided_apply
 
 
 def sample(
@@ -99,7 +125,7 @@ def sample(
         lambda leaf: parallel.pad(np.asarray(leaf), padded),
         (np.asarray(seeds, np.uint32), cond),
     )
-    timesteps = sampling_timesteps(sampler.schedule, sampler.steps)
+    timesteps = sampling_timesteps(sampler)
     moves = list(zip(timesteps, np.append(timesteps[1:], -1), strict=True))
     images = np.zeros((padded, *shape), np.float32)
     predicted = np.zeros((padded, len(moves) * trajectory, *shape), np.float32)
@@ -126,10 +152,12 @@ def sample_program(
     count: int,
     batch_size: int,
     devices: Sequence[jax.Device],
+    cond: Any = None,
 ) -> tuple[Program, int]:
     """Returns the program of a sampling step, and how often `sample` calls it.
 
-    It samples `count` images without conditions; `params` may be shapes.
+    It samples `count` images; `params` may be shapes, and `cond` are those of the
+    conditions of one image.
     """
     mesh = parallel.mesh(devices)
     size = batch_of(count, batch_size, mesh.size)
@@ -137,7 +165,8 @@ def sample_program(
     seeds = jax.ShapeDtypeStruct((size,), np.uint32)
     t = jax.ShapeDtypeStruct((), np.int32)
     function = step_function(apply, sampler, mesh)
-    program = Program(function, (params, x, seeds, None, t, t), mesh)
+    arguments = params, x, seeds, rows_of(cond, size), t, t
+    program = Program(function, arguments, mesh)
     return program, -(-count // size) * sampler.steps
 
 
@@ -172,7 +201,8 @@ def sampling_step(
     if sampler.clip:
         x = jnp.clip(x, -1, 1)
     alpha_bar = jnp.asarray(schedule.alpha_bar)
-    alpha_bar_t, alpha_bar_s = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], 1.0)
+    last = 1.0 if sampler.to_one else alpha_bar[0]
+    alpha_bar_t, alpha_bar_s = alpha_bar[t], jnp.where(s >= 0, alpha_bar[s], last)
     eta = sampler.eta
     if sampler.kind == "ancestral":
         eta = 1.0

@@ -20,7 +20,7 @@ from dtrak_jax.run import Run
 
 
 def ablate(run: Run) -> None:
-    """Makes the rows of every study, but for those that are there: ablations.json."""
+    """Scores with other noises, kernels, timesteps, ...: ablations.json."""
     truth = run.truth()
     # Arms of one spec follow each other: an interruption leaves one store unfinished.
     ordered = sorted(arms(run.config), key=lambda arm: arm.spec.name)

@@ -27,11 +27,14 @@ class EnsembleConfig:
     """Noise draws at each of them, the same for all members."""
     batch_size: int = free(256)
     """Noised queries at once on each device when losses are measured."""
+    per_device: int = free(1)
+    """Models that train at a time on each device, in one batch: worth more than 1 for
+    adapters, which share the frozen network."""
     seed: int = 0
     """Decides the subsets and the noise of the measured losses."""
 
     def __post_init__(self):
-        for name in ("subsets", "seeds", "draws", "batch_size"):
+        for name in ("subsets", "seeds", "draws", "batch_size", "per_device"):
             at_least(f"ensemble.{name}", getattr(self, name), 1)
         at_least("ensemble.models", self.models, 0)
         between("ensemble.fraction", self.fraction, 0.01, 0.99)

@@ -6,6 +6,7 @@ taking away random ones, the better the method.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dtrak_jax import data, diffusion, files, models, parallel, training
-from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.encoding.encode import moments
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
     CONTROLS,
@@ -53,8 +54,8 @@ def counterfactual(run: Run) -> None:
     generated = run.queries["generated"]
     count = min(settings.queries, len(generated))
     # Those with the smallest hashes of (seed, id).
-    chosen = data.choose(generated.ids, None, count, settings.seed, FOLDER)
-    originals, seeds = generated.take(chosen), run.seeds[chosen]
+    rows = data.choose(generated.ids, None, count, settings.seed, FOLDER)
+    originals = generated.take(rows)
     queries = originals.ids.tolist()
     scores = {
         Choice(*names): run.scores(names[0], "generated")
@@ -65,8 +66,8 @@ def counterfactual(run: Run) -> None:
     for steps in dict.fromkeys(model.steps for model in planned):
         members = [model.member for model in planned if model.steps == steps]
         train(run, members, steps, f"retrain {steps} steps", FOLDER)
-    images, losses = regenerate(run, planned, originals, seeds)
-    metrics = compare(run, originals, images, losses)
+    images, losses = regenerate(run, planned, rows)
+    metrics = compare(run, rows, images, losses)
     if parallel.is_main_process():
         files.write_npz(
             run.workdir / FOLDER / "images.npz",
@@ -96,17 +97,16 @@ def check(run: Run) -> None:
 
 
 def regenerate(
-    run: Run, planned: Sequence[Model], originals: Dataset, seeds: np.ndarray
+    run: Run, planned: Sequence[Model], rows: np.ndarray
 ) -> tuple[dict[Choice, np.ndarray], dict[Choice, np.ndarray]]:
     """Returns the images [Q, H, W, C] that every choice makes of the originals, and the
     losses [Q] of the originals under its models.
 
-    Each model's part is kept in MEMBER/images.npz; processes share the models out.
+    The originals are these rows of the generated images. Each model's part is kept in MEMBER/images.npz; processes share the models out.
     """
     share = parallel.of_process(planned)
     for model in tqdm(share, "regenerate", unit="model", disable=None):
-        positions = model.queries
-        _regenerate_with(run, model, originals.take(positions), seeds[positions])
+        _regenerate_with(run, model, rows[model.queries])
     parallel.barrier("regenerate")
     images, losses = {}, {}
     for choice in dict.fromkeys(model.choice for model in planned):
@@ -120,25 +120,24 @@ def regenerate(
     return images, losses
 
 
-def _regenerate_with(
-    run: Run, model: Model, originals: Dataset, seeds: np.ndarray
-) -> None:
+def _regenerate_with(run: Run, model: Model, rows: np.ndarray) -> None:
     """Writes a model's images and losses, unless they are of these originals already."""
-    path, name = _images_path(run, model), model.member.name
+    path, name, seeds = _images_path(run, model), model.member.name, run.seeds[rows]
+    originals = run.queries["generated"].images[rows]
     measured = np.array(run.config.ensemble.measured)
-    made_from = {"seeds": seeds, "originals": originals.images, "measured": measured}
+    made_from = {"seeds": seeds, "originals": originals, "measured": measured}
     if files.holds(path, made_from):
         return
     folder = run.workdir / FOLDER
-    stack = training.load_members(run.init, [name], model.steps, folder)
+    stack = training.load_members(run.network.init, [name], model.steps, folder)
     params = jax.tree.map(lambda leaf: leaf[0], stack)
-    images = run.generate(params, seeds)
+    images = run.space.decode(run.generate(params, seeds))
     if not np.isfinite(images).all():
         raise FloatingPointError(
             f"an image that {name} generated has pixels that are not finite; delete its "
             "folder and try a smaller train.learning_rate."
         )
-    pixels, losses = data.to_pixels(images), _losses(run, params, originals)
+    pixels, losses = data.to_pixels(images), _losses(run, params, rows)
     files.write_npz(path, images=pixels, losses=losses, **made_from)
 
 
@@ -146,47 +145,77 @@ def _images_path(run: Run, model: Model):
     return run.workdir / FOLDER / model.member.name / "images.npz"
 
 
-def _losses(run: Run, params: Params, originals: Dataset) -> np.ndarray:
+def _losses(run: Run, params: Params, rows: np.ndarray) -> np.ndarray:
     """Returns the losses [Q] under one model, measured as the ensemble's are."""
-    stack = jax.tree.map(lambda leaf: leaf[None], params)
-    images, ids, settings = originals.images, originals.ids, run.config.ensemble
-    return measure(run.apply, run.schedule, stack, images, ids, settings)[0]
+    space, stack = run.space, jax.tree.map(lambda leaf: leaf[None], params)
+    ids = run.queries["generated"].ids
+    x, ids, cond = jax.tree.map(
+        lambda column: column[rows],
+        (space.x("generated"), ids, space.cond("generated")),
+    )
+    network = run.network.apply, run.schedule, stack
+    return measure(*network, x, ids, run.config.ensemble, cond, space.frozen)[0]
 
 
 def compare(
     run: Run,
-    originals: Dataset,
+    rows: np.ndarray,
     images: Mapping[Choice, np.ndarray],
     losses: Mapping[Choice, np.ndarray],
 ) -> dict[Choice, dict[str, np.ndarray]]:
     """Returns every choice's metrics of each query [Q]: `distances`, and by how much the
     original's loss is above that under the original model."""
-    params, train_images = run.params(), run.splits.train.images
-    before = _losses(run, params, originals)
-    embeddings = {
-        "pixels": lambda images: images.reshape(len(images), -1),
-        "bottleneck": bottleneck(run.model, params, run.schedule, train_images),
-    }
+    params, originals = run.params(), run.queries["generated"].images[rows]
+    before = _losses(run, params, rows)
+    lengths, cosines = {"pixel": flattened}, {}
+    if run.config.is_latent:
+        lengths = {"latent": partial(latents, run), "pixel": flattened}
+    else:
+        network = run.space.model, params, run.schedule
+        cosines["pixels"] = flattened
+        cosines["bottleneck"] = bottleneck(*network, run.splits.train.images)
+    if run.config.clip.folder:
+        cosines["clip"] = run.clip_network
     return {
-        choice: distances(originals.images, made, embeddings)
+        choice: distances(originals, made, lengths, cosines)
         | {"loss_increase": losses[choice] - before}
         for choice, made in images.items()
     }
 
 
+def flattened(images: np.ndarray) -> np.ndarray:
+    """Returns the pixels [Q, d] of images [Q, H, W, C]."""
+    return images.reshape(len(images), -1)
+
+
+def latents(run: Run, images: np.ndarray) -> np.ndarray:
+    """Returns the modes [Q, d] of images' latents, without the scaling factor."""
+    mean, _ = moments(run, images)
+    return flattened(mean / run.space.pipeline.vae.config.scaling_factor)
+
+
 def distances(
-    original: np.ndarray, images: np.ndarray, embeddings: Mapping[str, Callable]
+    original: np.ndarray,
+    images: np.ndarray,
+    lengths: Mapping[str, Callable],
+    cosines: Mapping[str, Callable],
 ) -> dict[str, np.ndarray]:
     """Returns how far images [Q, H, W, C] are from the original ones, by metric [Q].
 
-    "pixel_l2" is the Euclidean distance of the flattened pixels in [-1, 1]. For each
-    embedding f, images -> vectors [Q, d], "NAME_cosine" is
-    <f(a), f(b)> / (|f(a)| |f(b)|), and 0 where one of them is the zero vector.
+    Every embedding f maps images to vectors [Q, d]. "NAME_l2" is |f(a) - f(b)| of those
+    in `lengths`; and "NAME_cosine" is <f(a), f(b)> / (|f(a)| |f(b)|) of those in
+    `cosines`, and 0 where one of them is the zero vector.
     """
-    flat = (images - original).reshape(len(images), -1).astype(np.float64)
-    metrics = {"pixel_l2": np.linalg.norm(flat, axis=1)}
-    for name, embed in embeddings.items():
-        a, b = (np.asarray(embed(x), np.float64) for x in (original, images))
+
+    def embedded(embed):
+        return (np.asarray(embed(x), np.float64) for x in (original, images))
+
+    metrics = {}
+    for name, embed in lengths.items():
+        a, b = embedded(embed)
+        metrics[f"{name}_l2"] = np.linalg.norm(b - a, axis=1)
+    for name, embed in cosines.items():
+        a, b = embedded(embed)
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         products = np.einsum("qd,qd->q", a, b)
         metrics[f"{name}_cosine"] = products / np.where(norms == 0, 1, norms)

@@ -9,7 +9,7 @@ import numpy as np
 from dtrak_jax import parallel
 from dtrak_jax.config import EnsembleConfig
 from dtrak_jax.diffusion import Schedule, denoising_loss
-from dtrak_jax.network import Apply, Params
+from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.rng import fold_in, id_words, stream
 
@@ -46,6 +46,8 @@ def measure(
     images: np.ndarray,
     ids: np.ndarray,
     settings: EnsembleConfig,
+    cond=None,
+    frozen: Params | None = None,
 ) -> np.ndarray:
     """Returns the mean denoising loss of every image under several models, [models, n].
 
@@ -57,13 +59,14 @@ def measure(
       apply, schedule: the network without dropout, and its noise schedule.
       params: the models' parameters, stacked along a first axis; at most as many models
         as this process has devices, one on each.
-      images, ids: [n, H, W, C] in [-1, 1], and their names [n].
+      images, ids: what the network is given [n, H, W, C], and the names [n].
+      cond, frozen: its conditions and frozen parameters, as in `featurize`.
       settings: timesteps (see `timestep_grid`), draws, seed and batch_size.
     """
     models, n = len(jax.tree.leaves(params)[0]), len(images)
     mesh = parallel.mesh(jax.local_devices()[:models], models)
     losses = losses_function(apply, schedule, mesh)
-    params = parallel.put(params, mesh, P("member"))
+    params, frozen = parallel.put(params, mesh, P("member")), parallel.put(frozen, mesh)
     words, total = id_words(ids), np.zeros((models, n))
     pairs = [
         (t, np.int32(draw))
@@ -73,9 +76,12 @@ def measure(
     seed, size = np.uint32(settings.seed), min(settings.batch_size, n)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
-        x, x_words = (parallel.pad(array[rows], size) for array in (images, words))
+        inputs = jax.tree.map(
+            lambda array, rows=rows: parallel.pad(array[rows], size),
+            (images, words, cond),
+        )
         # All are dispatched before the first is waited for.
-        values = [losses(params, x, x_words, t, draw, seed) for t, draw in pairs]
+        values = [losses(params, frozen, *inputs, t, draw, seed) for t, draw in pairs]
         for value in values:
             total[:, rows] += np.asarray(value)[:, : rows.stop - rows.start]
     return total / len(pairs)
@@ -83,22 +89,24 @@ def measure(
 
 @functools.cache
 def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
-    """Compiles (params, x [B,...], words [B,2], t, draw, seed) -> losses [models, B]."""
+    """Compiles (params, frozen, x [B,...], words [B,2], cond, t, draw, seed) -> losses
+    [models, B]."""
 
-    def losses(params, x, words, t, draw, seed):
+    def losses(params, frozen, x, words, cond, t, draw, seed):
         member_params = jax.tree.map(lambda leaf: leaf[0], params)
+        network = network_params(member_params, frozen)
 
         def eps(word):
             key = fold_in(stream(seed, "outputs"), word[0], word[1], t, draw)
             return jax.random.normal(key, x.shape[1:])
 
         def predict(x_t, t):
-            return apply(member_params, x_t, t, None)
+            return apply(network, x_t, t, cond)
 
         t_all = jnp.full(len(x), t)
         return denoising_loss(predict, schedule, x, t_all, jax.vmap(eps)(words))[None]
 
-    specs = (P("member"), P(), P(), P(), P(), P())
+    specs = (P("member"), *7 * [P()])
     return parallel.sharded(losses, mesh, specs, P("member"))
 
 
@@ -106,7 +114,7 @@ def losses_program(
     apply: Apply,
     schedule: Schedule,
     params: Params,
-    image_shape: tuple[int, ...],
+    given: Shapes,
     queries: int,
     settings: EnsembleConfig,
     devices: list[jax.Device],
@@ -116,8 +124,10 @@ def losses_program(
     size = min(settings.batch_size, queries)
     arguments = (
         jax.tree.map(lambda p: shape((len(devices), *p.shape), p.dtype), params),
-        shape((size, *image_shape), np.float32),
+        given.frozen,
+        rows_of(given.x, size),
         shape((size, 2), np.uint32),
+        rows_of(given.cond, size),
         *(shape((), dtype) for dtype in (np.int32, np.int32, np.uint32)),
     )
     pairs = len(timestep_grid(settings.timesteps, schedule)) * settings.draws

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -71,10 +72,15 @@ def train(
     """Trains members as the run's model was trained, but for their rows and steps."""
     # Images are decoded only where they are needed.
     if not parallel.agreed(are_trained(run, members, steps, folder)):
-        images, directory = run.splits.train.images, run.workdir / folder
-        recipe = run.recipe(steps)
         training.train_members(
-            recipe, images, members, directory, description=description
+            run.recipe(steps),
+            run.space.training_examples,
+            members,
+            run.workdir / folder,
+            cond=run.space.cond("train"),
+            frozen=run.space.frozen,
+            per_device=run.config.ensemble.per_device,
+            description=description,
         )
 
 
@@ -95,13 +101,18 @@ def measure_members(run: Run, names: Sequence[str]) -> None:
         if not files.holds(outputs_path(run, name), made_from)
     ]
     if unmeasured:
-        images = np.concatenate([examples.images for examples in run.queries.values()])
+        x = np.concatenate([run.space.x(name) for name in run.queries])
+        conds = [run.space.cond(name) for name in run.queries]
+        cond = jax.tree.map(
+            lambda *parts: np.concatenate([p[:] for p in parts]), *conds
+        )
     ids, settings = made_from["query_ids"], run.config.ensemble
     steps, folder = member_steps(run.config), run.workdir / "ensemble"
     groups = parallel.groups(unmeasured)
     for group in tqdm(groups, "measure", unit="group", disable=None):
-        params = training.load_members(run.init, group, steps, folder)
-        losses = measure(run.apply, run.schedule, params, images, ids, settings)
+        params = training.load_members(run.network.init, group, steps, folder)
+        network = run.network.apply, run.schedule, params
+        losses = measure(*network, x, ids, settings, cond, run.space.frozen)
         for name, outputs in zip(group, losses, strict=True):
             files.write_npz(outputs_path(run, name), outputs=outputs, **made_from)
     parallel.barrier("measure the ensemble")

@@ -34,6 +34,7 @@ def featurize(
     frozen: Params | None = None,
     ids: Sequence[str] | None = None,
     cond: object = None,
+    bounds: tuple[float, float] | None = (-1.0, 1.0),
     store: epath.PathLike | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
@@ -45,13 +46,15 @@ def featurize(
     Args:
       task: what is differentiated, and with which noise.
       params: the parameters that are differentiated, any pytree.
-      images: [n, H, W, C] in [-1, 1]; any array that can be sliced by rows. Or
+      images: [n, H, W, C] within `bounds`; any array that can be sliced by rows. Or
         [n, pairs, H, W, C]: for every pair an image of its own.
       projection: P.
       frozen: the network's other parameters, any pytree. If given, the network is
         called as apply((params, frozen), x, t, cond).
       ids: a stable, unique name for every image; "0", "1", ... if None.
       cond: a pytree of arrays with n rows that are passed on to the network, or None.
+      bounds: the least and the largest value of a pixel; None where there is no such
+        bound, as of latents.
       store: a folder to keep the features in; what it has already is not computed
         again. In memory if None.
       batch_size: noised images at once on each device; limits memory.
@@ -67,7 +70,7 @@ def featurize(
       FloatingPointError: a gradient is not finite; names the example.
     """
     ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
-    _check_examples(task, images, ids, cond)
+    _check_examples(task, images, ids, cond, bounds)
     _check_network(task, params, frozen, images, cond)
     at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
@@ -221,7 +224,7 @@ def _finish(
     return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
 
 
-def _check_examples(task: Task, images, ids: Sequence[str], cond) -> None:
+def _check_examples(task: Task, images, ids: Sequence[str], cond, bounds) -> None:
     """Raises a ValueError unless images, ids and conditions are right and as many."""
     apart = images.ndim == 5
     if apart and images.shape[1] != len(task.pairs):
@@ -229,7 +232,8 @@ def _check_examples(task: Task, images, ids: Sequence[str], cond) -> None:
             f"images have shape {images.shape}: {images.shape[1]} for each example; "
             f"the task has {len(task.pairs)} pairs of a timestep and a draw."
         )
-    check_images(np.reshape(images, (-1, *images.shape[-3:])) if apart else images)
+    flat = np.reshape(images, (-1, *images.shape[-3:])) if apart else images
+    check_images(flat, bounds)
     check_ids(ids, len(images))
     for path, leaf in named_leaves(cond).items():
         name = f"cond: {path}" if path else "cond"

@@ -13,7 +13,7 @@ from dtrak_jax.features.microbatches import Microbatch
 from dtrak_jax.features.projection import DENSE, Projection, project_all
 from dtrak_jax.features.task import Task
 from dtrak_jax.models.tags import ChannelSketch, Tags, WeightSketch, collecting
-from dtrak_jax.network import Params
+from dtrak_jax.network import Params, network_params
 from dtrak_jax.parallel import P, sharded
 
 Sketches = dict[int, tuple[ChannelSketch, ChannelSketch]]
@@ -22,11 +22,6 @@ formed, but P_in^T G P_out; see `factorized`."""
 
 EXAMPLES = P(("data", "proj"))
 """Microbatches are spread over both axes, so that no gradient is computed twice."""
-
-
-def network_params(params: Params, frozen: Params | None) -> Params:
-    """Returns what the network is called with: params, or (params, frozen)."""
-    return params if frozen is None else (params, frozen)
 
 
 def network_inputs(images, cond, count: int) -> tuple:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from dtrak_jax import files
 from dtrak_jax.checks import one_of
 from dtrak_jax.config import Config, flatten
+from dtrak_jax.models.stable_diffusion import stable_diffusion_1
 from dtrak_jax.planning.costs import DISTRIBUTIONS, cost
 from dtrak_jax.planning.table import Row, as_text, total
 from dtrak_jax.planning.topology import Topology, find
@@ -29,6 +30,14 @@ def plan(
     for name in names:
         one_of("--stages", name, planned)
     run, steps = Run(config, None), []
+    if config.base.pictures:
+        raise ValueError(
+            "base.pictures is set: a base that the run trains itself is not planned; "
+            "name a base.folder."
+        )
+    if config.base.folder and not files.at(config.base.folder).exists():
+        print(f"Planned for Stable Diffusion 1: there is no {config.base.folder}.")
+        run.space.resolved = stable_diffusion_1()
     for name, programs in planned.items():
         if not names or name in names:
             steps += programs(run, topology)

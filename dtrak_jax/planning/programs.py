@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from dtrak_jax import diffusion, training
 from dtrak_jax.attribution.kernel import eigh_bytes
@@ -18,6 +17,7 @@ from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import StepPrograms, example_mesh, step_programs
 from dtrak_jax.methods import METHODS
+from dtrak_jax.network import network_params
 from dtrak_jax.parallel import Program
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.run import Run
@@ -49,11 +49,11 @@ def size(tree) -> int:
 def train(run: Run, topology: Topology) -> list[Planned]:
     """Returns the training step; nothing for a model that is given."""
     config, devices = run.config.train, topology.devices
-    if run.config.model.folder:
+    if run.config.is_given:
         return []
-    program = training.planned_step(run.recipe(config.steps), run.image_shape, devices)
+    program = training.planned_step(run.recipe(config.steps), run.space.shapes, devices)
     state, batch, *_ = program.arguments
-    step = f"{config.batch_size} images, {len(batch.x) // len(devices)} on a device"
+    step = f"{config.batch_size} images, {len(batch.index) // len(devices)} on a device"
     written = len(training.saved_steps(config)) * size(state)
     stored = len(training.kept_steps(config)) * size(state)
     return [Planned("train", step, [(program, config.steps)], written, stored)]
@@ -65,11 +65,14 @@ def sample(run: Run, topology: Topology) -> list[Planned]:
     if not run.is_sampled:
         return []
     images = math.ceil(settings.count / topology.processes), settings.batch_size
-    network = run.apply, run.param_shapes, run.sampler, run.image_shape
-    call = diffusion.sample_program(*network, *images, devices)
+    given = run.space.shapes
+    params = network_params(run.param_shapes, given.frozen)
+    network = run.space.sampled, params, run.space.sampler, run.network.shape
+    cond = given.cond and (given.cond, given.cond)
+    call = diffusion.sample_program(*network, *images, devices, cond)
     step = f"{len(call[0].arguments[1]) // len(devices)} images on a device"
     # The files hold each picture, and all of them in one array.
-    written = 2 * settings.count * math.prod(run.image_shape)
+    written = 2 * settings.count * math.prod(run.space.image_shape)
     return [Planned("sample", step, [call], written, written)]
 
 
@@ -103,10 +106,18 @@ def featurize(run: Run, topology: Topology) -> list[Planned]:
 def _features(run: Run, topology: Topology) -> StepPrograms:
     """Returns the programs of featurize on a process's devices."""
     settings = run.config.features
-    image = jax.ShapeDtypeStruct((1, *run.image_shape), np.float32)
     mesh = example_mesh(topology.local, settings.proj_devices)
-    examples = run.task(), run.param_shapes, image, run.projection
-    return step_programs(*examples, mesh, settings.batch_size)
+    given = run.space.shapes
+    return step_programs(
+        run.task(),
+        run.param_shapes,
+        given.x,
+        run.projection,
+        mesh,
+        settings.batch_size,
+        frozen=given.frozen,
+        cond=given.cond,
+    )
 
 
 def attribute(run: Run, topology: Topology) -> list[Planned]:
@@ -134,7 +145,7 @@ def retrain(run: Run, topology: Topology) -> list[Planned]:
     if settings.models:
         full = settings.models, run.config.train.steps
         plans.append(_members(run, topology, "train models", *full))
-    network = run.apply, run.schedule, run.param_shapes, run.image_shape
+    network = run.network.apply, run.schedule, run.param_shapes, run.space.shapes
     program, calls = losses_program(*network, queries, settings, devices)
     calls *= groups_of(members, topology)
     step = f"{min(settings.batch_size, queries)} noised queries, a model on a device"
@@ -147,15 +158,20 @@ def _members(
 ) -> Planned:
     """Returns the training step of so many models, one on each device."""
     devices, config = topology.local, run.config.train
-    program = training.planned_member_step(run.recipe(steps), run.image_shape, devices)
-    state, final = size(program.arguments[0]) // len(devices), size(run.param_shapes)
-    step = f"a model of {members} on a device, {config.batch_size} images"
-    calls = groups_of(members, topology) * steps
+    per_device = run.config.ensemble.per_device
+    program = training.planned_member_step(
+        run.recipe(steps), run.space.shapes, devices, per_device
+    )
+    trained = len(devices) * per_device
+    state, final = size(program.arguments[0]) // trained, size(run.param_shapes)
+    models = "a model" if per_device == 1 else f"{per_device} models"
+    step = f"{models} of {members} on a device, {config.batch_size} images"
+    calls = groups_of(members, topology, per_device) * steps
     written = members * ((steps - 1) // config.save_every * state + final)
     return Planned(name, step, [(program, calls)], written, members * final)
 
 
-def groups_of(members: int, topology: Topology) -> int:
-    """Returns how many groups of models the busiest process trains, one on a device."""
+def groups_of(members: int, topology: Topology, per_device: int = 1) -> int:
+    """Returns how many groups of models, as many on each device, the busiest process has."""
     of_process = math.ceil(members / topology.processes)
-    return math.ceil(of_process / len(topology.local))
+    return math.ceil(of_process / len(topology.local) / per_device)

@@ -44,7 +44,7 @@ def passes(run: Run) -> dict[str, float]:
         return (1 + 2 * measurements) * pairs * images
 
     return {
-        "train": 0 if config.model.folder else training,
+        "train": 0 if config.is_given else training,
         "sample": run.is_sampled * config.sample.count * config.sample.steps,
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(len(task.pairs), len(task.measurements)),
@@ -63,6 +63,9 @@ def describe(stage: str, run: Run) -> str:
     images = config.data.train + sum(run.query_counts.values())
     more = f", {ensemble.models} of {config.train.steps:,}" if ensemble.models else ""
     words = {
+        "base": f"a small Stable Diffusion, {config.base.autoencoder_steps:,} and "
+        f"{config.base.steps:,} steps",
+        "encode": "latents of pictures, text embeddings of captions",
         "train": f"{config.train.steps:,} steps of {config.train.batch_size} images",
         "sample": f"{config.sample.count:,} images in {config.sample.steps} steps",
         "retrain": f"{ensemble.subsets} x {ensemble.seeds} models of "
@@ -75,6 +78,8 @@ def describe(stage: str, run: Run) -> str:
 
 def seconds(stages: Sequence[str], run: Run) -> float | None:
     """Returns about how long stages take; None if they are too short to tell."""
+    if run.config.is_latent:
+        return None  # Its passes are not told apart by the time of one.
     by_stage = passes(run)
     total = sum(by_stage.get(stage, 0) for stage in stages)
     if run.metrics:
@@ -87,7 +92,7 @@ def seconds(stages: Sequence[str], run: Run) -> float | None:
 def seconds_of_pass(run: Run, images: int = 64) -> float:
     """Times a sampling step with constant parameters, so many images on each device."""
     devices = jax.local_devices()
-    network = run.apply, run.param_shapes, run.sampler, run.image_shape
+    network = run.space.sampled, run.param_shapes, run.space.sampler, run.network.shape
     count = images * len(devices)
     program, _ = diffusion.sample_program(*network, count, images, devices)
     arguments = jax.tree.map(
