@@ -14,6 +14,8 @@ from dtrak_jax.attribution import (
     Kernels,
     Scores,
     datamodels,
+    embedding_cosine,
+    embedding_dot,
     empirical_influence,
     gas,
     gradient_cosine,
@@ -29,6 +31,7 @@ from dtrak_jax.attribution import (
 from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
+    EMBEDDINGS,
     IDS,
     IMAGES,
     JOURNEY,
@@ -64,6 +67,11 @@ class Method(NamedTuple):
     def kernel(self) -> bool:
         """True if the scores are those of one model's kernels, at any damping."""
         return self.inputs is ONE_MODEL and self.function is influence
+
+    @property
+    def embeds(self) -> bool:
+        """True if the scores are those of CLIP's embeddings, which need `clip.folder`."""
+        return self.inputs is EMBEDDINGS
 
     @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
@@ -180,6 +188,22 @@ ROWS = (
     Method("pixel-dot", "pixel dot", pixel_dot, "pixels' inner product", DTRAK, IMAGES),
     Method(
         "pixel-cosine", "pixel cosine", pixel_cosine, "pixels' cosine", DTRAK, IMAGES
+    ),
+    Method(
+        "clip-dot",
+        "CLIP dot",
+        embedding_dot,
+        "inner product of CLIP's embeddings; needs clip.folder",
+        DTRAK,
+        EMBEDDINGS,
+    ),
+    Method(
+        "clip-cosine",
+        "CLIP cosine",
+        embedding_cosine,
+        "cosine of CLIP's embeddings; needs clip.folder",
+        DTRAK,
+        EMBEDDINGS,
     ),
     Method(
         "random", "random", random_scores, "chance, which a method must beat", "", IDS

@@ -380,6 +380,26 @@ def scores(method=None):
     return dtrak.attribute(train, query[:3], method=method)
 
 
+def test_a_groups_score_is_the_sum_of_its_images():
+    scores = np.array([[1, 2, -4, 8, 0.5], [0, -1, 3, 1e-9, 7]], np.float32)
+    column = ["b", "a", "b", "c", "a"]
+    names, sums = attribution.group_scores(scores, column)
+    assert names.tolist() == ["a", "b", "c"] and sums.dtype == np.float64
+    expected = [[2.5, -3, 8], [6, 3, np.float32(1e-9)]]
+    np.testing.assert_array_equal(sums, expected)
+    ids = np.array(column), np.array(["x", "y"])
+    made = dtrak.Scores(scores, *ids, "dtrak")
+    np.testing.assert_array_equal(made.group(np.array(column))[1], sums)
+    # All in one group, and many images, whose sum is exact in float64.
+    names, sums = attribution.group_scores(
+        np.ones((1, 2**16), np.float32), ["x"] * 2**16
+    )
+    assert (names.tolist(), sums.tolist()) == (["x"], [[2**16]])
+    for wrong in (column[:4], [column], []):
+        with pytest.raises(ValueError, match=r"column has shape .* \[n\] and \[q, n\]"):
+            attribution.group_scores(scores, wrong)
+
+
 def test_top_is_sorted_and_opposing_is_the_other_end():
     result = scores()
     top, bottom = result.top(6), result.top(6, opposing=True)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import TINY, init, train_apply, use_simple_network, use_two_devices
+from test_clip_similarity import write_clip
 
 from dtrak_jax import data, diffusion, files, models, pipeline, training
 from dtrak_jax.attribution import Scores
 from dtrak_jax.config import (
     AttributionConfig,
+    ClipConfig,
     Config,
     CounterfactualConfig,
     DataConfig,
@@ -23,11 +25,13 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
+from dtrak_jax.encoding.clip import Clip
 from dtrak_jax.evaluation.counterfactual import (
     FOLDER,
     bottleneck,
     counterfactual,
     distances,
+    flattened,
 )
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
@@ -171,7 +175,7 @@ def test_a_removal_is_what_training_by_hand_on_the_rest_gives(
     np.testing.assert_allclose(saved[choice][:1], image, atol=PIXEL)
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), params, finished.params())
     after, before = measure(
-        finished.apply,
+        finished.network.apply,
         finished.schedule,
         stack,
         saved["original"][:1],
@@ -223,6 +227,22 @@ def test_the_metrics_of_the_results_are_those_of_the_images(finished, queries):
         assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
+
+
+def test_clip_adds_the_cosine_of_its_embeddings(finished, workdir, tmp_path, trained):
+    write_clip(tmp_path)
+    config = dataclasses.replace(CONFIG, clip=ClipConfig(folder=str(tmp_path)))
+    result = evaluate(workdir, config)
+    assert not trained
+    saved = files.read_npz(workdir / FOLDER / "images.npz")
+    del saved["query_ids"]
+    vectors = {name: Clip.from_folder(tmp_path)(x) for name, x in saved.items()}
+    vectors = {x: v / np.linalg.norm(v, axis=1)[:, None] for x, v in vectors.items()}
+    cosines = [row.pop("clip_cosine") for row in result["rows"]]
+    expected = [(vectors["original"] * vectors[name]).sum(axis=1) for name in CHOICES]
+    np.testing.assert_allclose(cosines, np.concatenate(expected), rtol=1e-5)
+    assert min(cosines) < 0.999
+    assert result["rows"] == finished.json("counterfactual")["rows"]
 
 
 def test_what_is_done_is_not_done_again(finished, workdir, trained, sampled):
@@ -389,15 +409,14 @@ def test_the_plan_keeps_the_epochs_and_names_the_rows():
 
 
 def test_distances_by_hand(images):
-    def flat(images):
-        return images.reshape(len(images), -1)
-
-    metrics = distances(images, images, {"pixels": flat})
+    lengths = {"pixel": flattened}
+    metrics = distances(images, images, lengths, {"pixels": flattened})
     np.testing.assert_array_equal(metrics["pixel_l2"], 0)
     np.testing.assert_allclose(metrics["pixels_cosine"], 1)
     a = np.array([3.0, 4.0, 0.0, 0.0]).reshape(2, 1, 1, 2)
     b = np.array([4.0, 3.0, 1.0, 0.0]).reshape(2, 1, 1, 2)
-    metrics = distances(a, b, {"first": lambda x: x[:, 0, 0, :1], "pixels": flat})
+    cosines = {"first": lambda x: x[:, 0, 0, :1], "pixels": flattened}
+    metrics = distances(a, b, lengths, cosines)
     np.testing.assert_allclose(metrics["pixel_l2"], [2**0.5, 1])
     np.testing.assert_allclose(metrics["first_cosine"], [1, 0])
     np.testing.assert_allclose(metrics["pixels_cosine"], [24 / 25, 0])

@@ -224,6 +224,7 @@ def test_attribute_says_what_a_method_needs(stored):
         ("journey-trak", "made from features along sampling trajectories"),
         ("trak-ensemble", "made from features of further models"),
         ("pixel-dot", "made from images"),
+        ("clip-dot", "made from CLIP's embeddings"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             dtrak.attribute(*stored, method=name)
@@ -274,6 +275,11 @@ class SmallRun:
         train = self.features("train", measurement, folder)
         return Kernels(train, solver=self.solver)
 
+    def clip(self, examples):
+        seed = zlib.crc32(examples.encode())
+        size = {"train": 15, "validation": 4, "generated": 3}[examples]
+        return np.random.default_rng(seed).normal(size=(size, 6)).astype(np.float32)
+
     def truth(self):
         return {
             name: SimpleNamespace(masks=self.masks, outputs=losses)
@@ -314,6 +320,8 @@ def expected_scores(run, name, queries):
         return row.function(run.masks, run.losses[queries].mean(axis=1))
     if name.startswith("pixel"):
         return row.function(run.splits.train.images, run.queries[queries].images)
+    if name.startswith("clip"):
+        return row.function(run.clip("train"), run.clip(queries))
     if name == "random":
         return row.function(run.splits.train.ids, run.queries[queries].ids)
     return row.function(*run.arrays(queries, row.measurement), *[0.2] * row.damped)

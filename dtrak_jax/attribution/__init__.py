@@ -5,6 +5,7 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
     damping_path,
     influence,
@@ -22,6 +23,7 @@ from dtrak_jax.attribution.retraining import datamodels, empirical_influence
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.similarity import (
     embedding_cosine,
+    embedding_dot,
     gas,
     gradient_cosine,
     gradient_dot,
@@ -41,10 +43,12 @@ __all__ = [
     "damping_path",
     "datamodels",
     "embedding_cosine",
+    "embedding_dot",
     "empirical_influence",
     "gas",
     "gradient_cosine",
     "gradient_dot",
+    "group_scores",
     "influence",
     "pixel_cosine",
     "pixel_dot",

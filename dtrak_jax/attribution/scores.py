@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import files
+from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.kernel import Damping
 
 SIGN = "positive: training on the example lowered the query's loss"
@@ -54,6 +55,13 @@ class Scores:
         index = np.argsort(order, axis=1, kind="stable")[:, :count]
         scores = np.take_along_axis(self.scores, index, axis=1)
         return Top(self.train_ids[index], scores, index)
+
+    def group(
+        self, column: Sequence[str] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the names of the groups of a column, and their scores [queries, groups],
+        see `group_scores`."""
+        return group_scores(self.scores, column)
 
     def save(self, path: epath.PathLike) -> None:
         """Writes an .npz, whole or not at all."""

@@ -141,6 +141,11 @@ IMAGES = Inputs(
     partial(_each, lambda run, _, q: (run.splits.train.images, run.queries[q].images)),
     needs=(),
 )
+EMBEDDINGS = Inputs(
+    "CLIP's embeddings of images",
+    partial(_each, lambda run, _, q: (run.clip("train"), run.clip(q))),
+    needs=(),
+)
 IDS = Inputs(
     "ids",
     partial(_each, lambda run, _, q: (run.splits.train.ids, run.queries[q].ids)),

@@ -60,8 +60,7 @@ def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
 
     It is the D-TRAK paper's "raw pixel (dot)".
     """
-    train, query = _pixels(train_images, query_images)
-    return query @ train.T
+    return embedding_dot(*_pixels(train_images, query_images))
 
 
 def pixel_cosine(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
@@ -72,18 +71,27 @@ def pixel_cosine(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarr
     return embedding_cosine(*_pixels(train_images, query_images))
 
 
-def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Returns e_q . e_n / (||e_q|| ||e_n||), float64 [q, n], of embeddings [q, d], [n, d].
+def embedding_dot(train: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Returns e_q . e_n, float64 [q, n], of embeddings [q, d] and [n, d].
 
-    With the embeddings of CLIP's image encoder (arXiv 2103.00020) this is the D-TRAK
-    paper's "CLIP similarity".
+    With the embeddings of CLIP's image encoder (arXiv 2103.00020), not normalised, it is
+    the D-TRAK paper's "CLIP similarity (dot)".
     """
     if train.ndim != 2 or query.ndim != 2 or train.shape[1] != query.shape[1]:
         raise ValueError(
             f"train embeddings have shape {train.shape} and query embeddings "
             f"{query.shape}; they must be [n, d] and [q, d]."
         )
-    return _unit_rows(query) @ _unit_rows(train).T
+    return query.astype(np.float64) @ train.astype(np.float64).T
+
+
+def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Returns e_q . e_n / (||e_q|| ||e_n||), float64 [q, n], of embeddings [q, d], [n, d].
+
+    With the embeddings of CLIP's image encoder it is the D-TRAK paper's "CLIP similarity
+    (cos)".
+    """
+    return embedding_dot(_unit_rows(train), _unit_rows(query))
 
 
 def random_scores(
