@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from dtrak_jax.config import (
 from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, page
+from dtrak_jax.report.groups import matrix, right
 from dtrak_jax.report.queries import agreement
 from dtrak_jax.report.text import signed
 from dtrak_jax.report.trust import STYLES
@@ -91,13 +93,14 @@ def make(
         shape = (len(ids), size, size, channels)
         images = rng.uniform(-1, 1, shape).astype(np.float32)
         nothing = {"labels": None, "label_names": (), "captions": None}
-        return SimpleNamespace(images=images, ids=np.array(ids), **nothing | known)
+        columns = nothing | {"groups": {}} | known
+        return SimpleNamespace(images=images, ids=np.array(ids), **columns)
 
     ids = [*(f"train-{i:03d}" for i in range(n - 1)), LONG]
     known = {"labels": np.arange(n) % 2, "label_names": ("cat", "dog")}
     if hostile:
         ids[0] = HOSTILE
-        known |= {"label_names": ("cat&", HOSTILE), "captions": (HOSTILE,) * n}
+        known |= {"label_names": ("cat&", HOSTILE), "captions": np.full(n, HOSTILE)}
     train = dataset(ids, **known)
     queries = {
         name: dataset(
@@ -148,6 +151,30 @@ def fill(run):
         files.write_bytes(run.workdir / name, b"")
 
 
+HANDS = np.array(["ada", "ben", "ben", "cleo", "ben"] * 4)
+
+
+def describe(run, *, hands=HANDS, column="contributor"):
+    """Adds contributors and captions; a picture's own contributor has the highest sums.
+
+    Prompts are captions of ada's alone, of ben's and cleo's, and of nobody.
+    """
+    train = run.splits.train
+    words = {"ada": "a red hat", "ben": "a shoe", "cleo": "a shoe"}
+    train.captions = np.array([words.get(hand, "a glove") for hand in hands])
+    train.groups = {column: hands}
+    own = np.array(["ada", "cleo", "ada", "zoe", "ben"])
+    for name, images in run.queries.items():
+        if name == "validation":
+            images.groups = {column: own}
+        else:
+            images.captions = np.array(["a red hat", "a shoe", "", "x", "a red hat"])
+        for method in run.config.attribution.methods:
+            scores = run.scores(method, name).scores
+            scores[:] = scores + 5 * (hands == own[:, None])
+    return run
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(page, run) of a run with all its artefacts and with real figures."""
@@ -157,14 +184,25 @@ def whole(tmp_path_factory):
     return page(run), run
 
 
+def draw_nothing(draw, alt, height=0):
+    return Markup('<svg role="img" aria-label="{}"></svg>').format(alt)
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing is what takes time."""
-    monkeypatch.setattr(
-        figures,
-        "inline",
-        lambda draw, alt, height=0: Markup("<svg>{}</svg>").format(alt),
-    )
+    monkeypatch.setattr(figures, "inline", draw_nothing)
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """(page, run) of a run with contributors and captions, without figures."""
+    run = describe(make(tmp_path_factory.mktemp("described"), shown=5))
+    for write in (fill, write_counterfactual):
+        write(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "inline", draw_nothing)
+        return page(run), run
 
 
 VOID = ("meta", "link", "img")
@@ -356,9 +394,10 @@ def test_what_the_run_left_is_told(whole):
         assert name in html
 
 
-def test_the_page_is_sound_html(whole):
+@pytest.mark.parametrize("name", ["whole", "described"])
+def test_the_page_is_sound_html(name, request):
     """All that is opened is closed, no heading skips a level, every image is named."""
-    html, _ = whole
+    html, _ = request.getfixturevalue(name)
     outline = Outline(html)
     assert not outline.open
     levels = [level for level, _ in outline.headings]
@@ -430,6 +469,9 @@ def test_text_is_escaped(tmp_path):
         HOSTILE: run.results["features/distortion"]["square"]
     }
     run.change("data", source="folder", name=f"/data/{HOSTILE}")
+    for images in run.queries.values():
+        images.captions = np.full(5, HOSTILE)
+    run.splits.train.groups = {HOSTILE: np.full(20, HOSTILE)}
     html = page(run)
     assert html.count("&lt;script") >= 40
     outline = Outline(html)
@@ -438,6 +480,177 @@ def test_text_is_escaped(tmp_path):
     assert ["version of " + HOSTILE, HOSTILE] in outline.rows
     assert f"LDS, study {HOSTILE}" in outline.tables
     assert (3, HOSTILE) in outline.headings
+    assert (3, f"By {HOSTILE}: generated images") in outline.headings
+    for column in (f"The first {HOSTILE} is", f"First {HOSTILE} (columns) for"):
+        assert any(caption.startswith(column) for caption in outline.tables)
+    assert f"{HOSTILE} {HOSTILE}, like all training" in unescape(words(html))
+
+
+def rankings(html):
+    """The groups of every ranking: (rank, name, sum, number of images), own with a *."""
+    found = []
+    for items in re.findall('<ol class="ranking">(.*?)</ol>', html, re.DOTALL):
+        rows = re.findall("<li(.*?)</li>", items, re.DOTALL)
+        cells = [
+            re.findall(r"<(?:small|b|span class=\"name\")>(.*?)</", row, re.DOTALL)
+            for row in rows
+        ]
+        names = [
+            re.sub(" <i>its own", "*", name) for _, name, *_ in filter(None, cells)
+        ]
+        rest = [(cell[0], *cell[2:]) for cell in cells if cell]
+        found.append(list(zip(names, rest, strict=True)))
+    return found
+
+
+def test_groups_are_ranked_for_every_query(described):
+    html, run = described
+    tables = rankings(section(html, "validation"))
+    assert len(tables) == 5 * 2
+    names, index, sizes = np.unique(HANDS, return_inverse=True, return_counts=True)
+    for i, own in enumerate(run.queries["validation"].groups["contributor"]):
+        scores = run.scores("dtrak", "validation").scores[i]
+        sums = np.bincount(index, scores.astype(np.float64))
+        order = np.argsort(-sums)
+        assert tables[2 * i] == [
+            (
+                names[j] + "*" * (names[j] == own),
+                (str(rank), signed(sums[j]), f"{sizes[j]} images"),
+            )
+            for rank, j in enumerate(order, 1)
+        ]
+    found = words(section(html, "validation"))
+    assert found.count("contributor ada ") == 2 and "contributor zoe" in found
+
+
+def test_prompts_tell_whose_a_picture_is_or_nobody_does(described):
+    html, _ = described
+    found = section(html, "generated")
+    told = re.findall("<p>contributor <b>(.*?)</b>(.*?)</p>", found)
+    assert told == [("ada", ", like all training images with this prompt")] * 2
+    tables = rankings(found)
+    own = [[name for name, _ in table if "*" in name] for table in tables[::2]]
+    assert own == [["ada*"], [], [], [], ["ada*"]]
+    assert "2 of 5 pictures have such a prompt" in words(section(html, "groups"))
+    assert "1 of 5 pictures are of groups without" in words(section(html, "groups"))
+
+
+def test_first_groups_are_held_against_the_queries_own(described):
+    html, _ = described
+    tables = Outline(section(html, "groups")).tables
+    expected = {
+        "validation": ["D-TRAK", "4 of 4", "100%", "33%", "38%"],
+        "generated": ["D-TRAK", "1 of 2", "50%", "33%", "50%"],
+    }
+    for name, row in expected.items():
+        rows = tables[f"The first contributor is the query's own: {name} images"]
+        assert len(rows) == 3 and rows[1] == row
+    caption = "First contributor (columns) for the pictures of each (rows): D-TRAK, "
+    head, *rows = tables[caption + "validation images"]
+    assert [head[0], *head[-1:]] == ["contributor", "zoe"]
+    counts = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    assert [counts[name][name] for name in ("ada", "ben", "cleo")] == ["2", "1", "1"]
+    assert sum(int(n) for row in counts.values() for n in row.values()) == 5
+
+
+def test_one_group_for_every_query_is_no_better_than_shuffled():
+    own = ["a"] * 6 + ["b"] * 3 + [None, "unknown"]
+    found = right(own, ["a"] * 11, ["a", "b", "c"])
+    assert (found["hits"], found["queries"]) == (6, 9)
+    assert found["share"] == found["shuffled"] == 6 / 9
+    assert right([None, "unknown"], ["a", "a"], ["a"]) is None
+
+
+def test_rare_groups_share_a_row_and_a_column():
+    own = ["x"] * 5 + [f"{i:02d}" for i in range(30)]
+    found = matrix(own, ["x"] * 20 + ["y"] * 15)
+    assert found["columns"][-3:] == ["x", "y", None] and len(found["columns"]) == 11
+    rows = dict(found["rows"])
+    assert rows["x"][-3:] == [(5, 1.0, True), (0, 0.0, False), (0, 0.0, False)]
+    assert sum(count for row in rows.values() for count, *_ in row) == len(own)
+    assert not any(is_right for *_, is_right in rows[None])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_of_many_groups_the_ends_and_the_own_one_are_listed(tmp_path):
+    run = make(tmp_path, methods=("dtrak",), shown=1, sets=("validation",))
+    run.splits.train.groups = {"artist": np.array([f"{i:02d}" for i in range(20)])}
+    run.queries["validation"].groups = {"artist": np.full(5, "07")}
+    run.scores("dtrak", "validation").scores[:] = -np.arange(20)
+    html = page(run)
+    everything, query = rankings(html)
+    assert [name for name, _ in query] == [
+        *("00", "01", "02", "03", "04", "05", "07*", "18", "19"),
+    ]
+    assert "… 1 more" in html and "… 10 more" in html and "1 image<" in html
+    assert len(everything) == 20
+    # Of the mean over queries, each relative to its largest.
+    assert everything[-1][1][1:] == ("−1.00", "1 image, first for 0 of 5")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_groups_without_captions_and_captions_without_groups(tmp_path):
+    run = describe(make(tmp_path))
+    run.splits.train.captions = run.queries["generated"].captions = None
+    html = page(run)
+    assert "like all training" not in html and "<q>" not in html
+    groups = words(section(html, "groups"))
+    assert "By contributor: generated images" in groups and "4 of 4" in groups
+    run = describe(make(tmp_path))
+    run.splits.train.groups = {}
+    html = page(run)
+    assert 'id="groups"' not in html and "<q>a red hat</q>" in html
+
+
+def test_captions_are_beside_pictures(described):
+    html, run = described
+    train = run.splits.train
+    items = re.findall("<li title.*?</li>", html, re.DOTALL)
+    shown = [item for item in items if 'alt="train-' in item]
+    assert shown
+    for item in shown:
+        index = int(re.search('alt="train-([0-9]+)"', item)[1])
+        assert f"<q>{train.captions[index]}</q><span>{HANDS[index]}</span>" in item
+        assert f" · contributor {HANDS[index]} · " in item
+    for name, count in (("generated", 1), ("counterfactual", 1), ("model", 2)):
+        pattern = "<article.*?</h3>.*?<q>a red hat</q>|<li.*?<q>a red hat</q>"
+        assert len(re.findall(pattern, section(html, name), re.DOTALL)) >= count
+    assert "<q></q>" not in html
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_nothing_changes_without_groups_and_captions(tmp_path):
+    """Not even a template of theirs is read, and pictures stay what they are."""
+    run = make(tmp_path, size=80, channels=3, sets=("generated",))
+    fill(run)
+    write_counterfactual(run)
+    html = page(run)
+    for word in ("<q>", "ranking", "Group", "groups if", "matrix", "subgrid", "jpeg"):
+        assert word not in html
+    described = page(describe(run))
+    assert "subgrid" in described and "data:image/jpeg" in described
+    run.splits.train.captions = run.queries["generated"].captions = None
+    run.splits.train.groups = {}
+    fresh = make(tmp_path, size=80, channels=3, sets=("generated",))
+    run.made = fresh.made
+    assert page(run) == html
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("size", [8, 32, 256])
+def test_pictures_have_a_size_that_one_can_see(tmp_path, size):
+    run = describe(make(tmp_path, size=size, channels=3, shown=1))
+    grey = np.linspace(-1, 1, size)[:, None, None] * np.ones((1, size, 3))
+    for images in (run.splits.train, *run.queries.values()):
+        images.images = np.tile(grey.astype(np.float32), (len(images.ids), 1, 1, 1))
+    html = page(run)
+    sources = re.findall(r'<img src="data:image/(\w+);base64,([^"]*)" alt="(\w*)', html)
+    assert '<body class="pixelated">' in html or size == 256
+    for kind, source, alt in sources:
+        picture = Image.open(io.BytesIO(base64.b64decode(source)))
+        largest = 256 if alt == "query" else 128
+        assert max(picture.size) == min(size, largest)
+        assert kind == ("png" if size <= 64 else "jpeg") and len(source) < 20_000
 
 
 def test_only_charts_are_markup():
@@ -462,8 +675,9 @@ def test_nothing_is_asked_of_the_network(whole):
     assert policy.startswith("default-src 'none';")
 
 
-def test_ids_of_elements_are_unique_and_links_lead_somewhere(whole):
-    html, _ = whole
+@pytest.mark.parametrize("name", ["whole", "described"])
+def test_ids_of_elements_are_unique_and_links_lead_somewhere(name, request):
+    html, _ = request.getfixturevalue(name)
     ids = re.findall(r' id="([^"]*)"', html)
     assert len(ids) == len(set(ids))
     used = re.findall(r'href="#([^"]*)"', html) + re.findall(r"url\(#([^)]*)\)", html)
@@ -628,7 +842,7 @@ def test_images_after_removal_with_their_distance(tmp_path):
         f", {name}" for name in expected
     ]
     assert found.count("<b>1.234</b>") == 5 and "Showing 1 of 2" in words(found)
-    assert found.count("<svg>") == 2
+    assert found.count("<svg") == 2
     tables = Outline(found).tables
     effects = tables["Effect of removal over all queries"]
     assert ["D-TRAK squared", "cosine of pixels", "2.468", "[1.000, 3.000]"] in [
@@ -656,7 +870,7 @@ def test_every_study_has_its_rows(tmp_path):
     assert "All rows: queries validation; measurement loss; noise common" in found
     rows = Outline(found).tables["LDS, study noise"]
     assert ["common", "cosine", "–", "–", "0.271", "[0.241, 0.291]"] in rows
-    assert found.count("<svg>") == 2 and "nan" not in found.lower()
+    assert found.count("<svg") == 2 and "nan" not in found.lower()
 
 
 def test_charts_take_any_name(tmp_path):
@@ -745,8 +959,9 @@ MEASURE = """<!doctype html><title></title>
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
-def test_browser_lays_it_out_on_a_narrow_screen(whole, tmp_path):
-    html, _ = whole
+@pytest.mark.parametrize("name", ["whole", "described"])
+def test_browser_lays_it_out_on_a_narrow_screen(name, request, tmp_path):
+    html, _ = request.getfixturevalue(name)
     assert f'alt="{LONG}"' in html, "an id that does not fit must be among the shown"
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "measure.html").write_text(MEASURE, encoding="utf-8")

@@ -12,9 +12,11 @@ from dtrak_jax.report.text import CONTROLS, grouped, method_name
 
 METRICS = {
     "loss_increase": "increase of the original’s loss",
+    "latent_l2": "distance of latents (L2)",
     "pixel_l2": "distance of pixels (L2)",
     "pixels_cosine": "cosine of pixels",
     "bottleneck_cosine": "cosine in the model’s bottleneck",
+    "clip_cosine": "cosine of CLIP’s embeddings",
 }
 """Labels of metrics."""
 

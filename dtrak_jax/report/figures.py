@@ -43,14 +43,21 @@ STYLE = {
 """Settings of matplotlib."""
 
 
-def data_uri(image: np.ndarray, largest: int = 128) -> str:
+LOSSLESS = 64
+"""The largest height and width of an image that is a PNG where others may be JPEGs."""
+
+
+def data_uri(image: np.ndarray, largest: int = 128, lossy: bool = False) -> str:
     """Returns an image [H, W, 1 or 3] in [-1, 1] as the data URI of a PNG, scaled down
-    to at most `largest` pixels of height and width."""
+    to at most `largest` pixels of height and width; `lossy` makes large ones JPEGs."""
     picture = to_picture(to_pixels(image))
     picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    kind, options = "png", {"optimize": True}
+    if lossy and max(picture.size) > LOSSLESS:
+        kind, options = "jpeg", {"quality": 80, "optimize": True}
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def inline(draw: Callable[[Axes], None], alt: str, height: float = 3.2) -> Markup:

@@ -14,6 +14,7 @@ from dtrak_jax.report.charts import score_histogram, training_curve
 from dtrak_jax.report.counterfactual import counterfactual
 from dtrak_jax.report.features import features
 from dtrak_jax.report.figures import data_uri
+from dtrak_jax.report.groups import groupings
 from dtrak_jax.report.queries import frequent_supporters, query_set
 from dtrak_jax.report.text import grouped
 from dtrak_jax.report.trust import trust
@@ -59,11 +60,22 @@ def page(run: "Run") -> str:
     path = run.workdir / "counterfactual" / "images.npz"
     images = files.read_npz(path) if path.exists() else {}
     shown = config.report.queries
+    generated = run.queries.get("generated")
+    prompts = {}
+    if generated and generated.captions is not None:
+        prompts = dict(zip(generated.ids, generated.captions, strict=True))
+    datasets = (train, *run.queries.values())
+    captioned = any(images.captions is not None for images in datasets)
     return TEMPLATES.get_template("page.html").render(
         run=run,
         train=train,
         methods=list(by_method),
         top=top,
+        generated=generated,
+        prompts=prompts,
+        # Only then does the page have larger pictures, and what belongs to them.
+        described=captioned or bool(train.groups),
+        groupings=groupings(train, run.queries, scores, shown),
         lds=lds,
         trust=trust(lds, methods, config.attribution.absolute) if lds else [],
         sets=[query_set(n, run.queries[n], scores[n], shown, top) for n in sets],
