@@ -22,11 +22,12 @@ HERE = Path(__file__).parent
 def get_config() -> Config:
     digits = runpy.run_path(str(HERE / "digits.py"))["get_config"]()
     measurements = ("square", "loss", "mean", "l1", "l2", "linf", "elbo")
+    methods = tuple(name for name, row in METHODS.items() if not row.embeds)
     return dataclasses.replace(
         digits,
         sample=SampleConfig(count=200),
         features=dataclasses.replace(digits.features, measurements=measurements),
-        attribution=dataclasses.replace(digits.attribution, methods=tuple(METHODS)),
+        attribution=dataclasses.replace(digits.attribution, methods=methods),
         ensemble=dataclasses.replace(digits.ensemble, models=2),
         counterfactual=dataclasses.replace(
             digits.counterfactual,

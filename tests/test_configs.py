@@ -2,27 +2,42 @@
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import DIGITS, PLANS, use_simple_network
 
-from dtrak_jax import cli, feature_sets, files, models, pipeline, planning
+from dtrak_jax import cli, feature_sets, files, models, pipeline, planning, training
 from dtrak_jax.config import FeaturesConfig, flatten
+from dtrak_jax.diffusion.sampling import sampling_timesteps
 from dtrak_jax.features.measurements import MEASUREMENTS
 from dtrak_jax.methods import METHODS
+from dtrak_jax.models.autoencoder import autoencoder_config
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.stable_diffusion import stable_diffusion_1
 from dtrak_jax.planning.topology import AXES
 from dtrak_jax.run import Run
 
+NAMES = Path(__file__).parent / "goldens" / "latent_names.npz"
 CONFIGS = {path.stem: path for path in sorted(DIGITS.parent.glob("*.py"))}
 # From the paper's code: parameters, and steps of 200 epochs.
 PAPER = {
     "cifar2": (38_307_203, 8_000, 5_000),
     "cifar10": (38_307_203, 78_200, 50_000),
     "celeba": (118_795_011, 8_000, 5_000),
+}
+# Of text-to-image: steps of 100 epochs, images, and prompts in their order.
+ARTBENCH = {
+    "artbench2": (7_900, 5_000, ["ukiyo e", "post impressionism"]),
+    "artbench5": (
+        *(19_600, 12_500),
+        ["ukiyo e", "post impressionism", "romanticism", "renaissance", "baroque"],
+    ),
 }
 PROGRAMS = (
     *("data", "model", "diffusion", "train", "sample", "features", "ensemble"),
@@ -73,6 +88,71 @@ def test_settings_are_the_papers(name):
     assert config.features.dim == 32768
     assert config.features.timesteps == 100
     assert 100 % config.features.batch_size == 0, "else some images are computed twice"
+
+
+@pytest.mark.parametrize("name", ARTBENCH)
+def test_settings_of_text_to_image_are_the_papers(name):
+    config, (steps, images, styles) = config_of(name), ARTBENCH[name]
+    train, lora, sample = config.train, config.lora, config.sample
+    assert config.data.train == images
+    assert config.data.validation == sample.count == 1000
+    assert sorted(s.replace(" ", "_") for s in styles) == sorted(config.data.labels)
+    assert config.data.flip and config.base.resolution == 256
+    assert train.steps == steps == 100 * -(-images // 64)
+    assert (train.batch_size, train.learning_rate, train.b1, train.b2) == (
+        *(64, 3e-4),
+        *(0.9, 0.999),
+    )
+    assert (train.warmup, train.weight_decay, train.clip_norm) == (0.1, 1e-6, 1)
+    assert train.caption_dropout == lora.dropout == 0.1
+    assert (lora.rank, lora.scale) == (128, 1)
+    assert training.kept_steps(train) == [steps * i // 4 for i in (1, 2, 3, 4)]
+    assert list(sample.prompts) == [f"a {style} painting" for style in styles]
+    assert (sample.sampler, sample.steps, sample.eta) == ("ddim", 50, 0)
+    assert sample.guidance == 7.5 and not sample.negative
+    features, ensemble = config.features, config.ensemble
+    assert (features.dim, features.timesteps, features.draws) == (32768, 100, 1)
+    assert (features.noise, features.noise_batch) == ("reference", 32)
+    assert features.measurements == ("square", "loss") and not features.per_timestep
+    assert (ensemble.subsets, ensemble.seeds, ensemble.fraction) == (64, 3, 0.5)
+    assert (ensemble.timesteps, ensemble.draws) == (1000, 3)
+    assert (config.counterfactual.queries, config.counterfactual.count) == (60, 1000)
+
+
+def test_text_to_image_at_full_size(monkeypatch):
+    """Shapes of what the networks of Stable Diffusion 1 make of pictures of 256x256."""
+    parts = stable_diffusion_1()
+    vae = json.loads(str(np.load(NAMES)["vae"]))[0]
+    assert parts.vae.config == autoencoder_config(vae)
+    # As if of larger pictures, in which the config does not believe.
+    assert parts.unet.config.sample_size == 64
+    monkeypatch.setattr(models, "resolve_stable_diffusion", lambda folder: parts)
+    run = Run(config_of("artbench2"), None)
+    assert run.space.image_shape == (256, 256, 3)
+    assert run.network.shape == (32, 32, 4)
+    adapters = run.param_shapes
+    assert len(adapters) == 32 * 4
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == 25_509_888
+
+    def shape(*sizes, dtype=np.float16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def params(module):
+        halves = jax.tree.map(lambda leaf: shape(*leaf.shape), parameter_shapes(module))
+        return {"params": halves}
+
+    ids = shape(2, 77, dtype=np.int32)
+    context = jax.eval_shape(parts.text.apply, params(parts.text), ids).last
+    assert context.shape == (2, 77, 768)
+    encode = functools.partial(parts.vae.apply, method="encode")
+    picture = shape(1, *run.space.image_shape, dtype=np.float32)
+    for moment in jax.eval_shape(encode, params(parts.vae), picture):
+        assert moment.shape == (1, 32, 32, 4) and moment.dtype == np.float32
+    frozen = {"unet": params(parts.unet)["params"], "empty": shape(77, 768)}
+    x, t = shape(2, *run.network.shape, dtype=np.float32), shape(2, dtype=np.int32)
+    predict = run.network.apply, (adapters, frozen), x, t, context
+    assert jax.eval_shape(*predict).shape == x.shape
+    assert list(sampling_timesteps(run.space.sampler)[[0, -1]]) == [981, 1]
 
 
 @pytest.mark.parametrize("command", [stage.name for stage in pipeline.STAGES])
