@@ -9,6 +9,7 @@ sides load from one diffusers folder, and the same images.
 """
 
 import importlib.util
+import os
 from typing import NamedTuple
 
 
@@ -22,6 +23,9 @@ class Comparison(NamedTuple):
 
 COMPARISONS = {
     "featurize": Comparison("features, against vmap(grad) in PyTorch", peers=True),
+    "adapters": Comparison(
+        "features of adapters, against vmap(grad) in PyTorch", peers=True
+    ),
     "stage": Comparison("the featurize stage, against one plain batched gradient"),
     "projection": Comparison("projections alone, against the gradient and the peers'"),
     "solver": Comparison("27 values of lambda, against 27 float32 inversions"),
@@ -34,6 +38,7 @@ COMPARISONS = {
 PEERS = {
     "torch": "torch",
     "diffusers": "diffusers",
+    "peft": "peft",
     "trak": "traker",
     "dattri": "dattri",
 }
@@ -43,3 +48,10 @@ PEERS = {
 def missing_peers() -> list[str]:
     """The packages that are not installed."""
     return [p for m, p in PEERS.items() if importlib.util.find_spec(m) is None]
+
+
+def cores() -> int:
+    """How many cores both sides may use: all, or as many as `taskset` leaves them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import COMPARISONS, missing_peers
+from tests.benchmarks import COMPARISONS, cores, missing_peers
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def run(name: str, small: bool, repetitions: int) -> dict | None:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             # As the command line has it.
-            "JAX_NUM_CPU_DEVICES": str(os.cpu_count()),
+            "JAX_NUM_CPU_DEVICES": str(cores()),
             "TMPDIR": folder,
             "TQDM_DISABLE": "1",
         }

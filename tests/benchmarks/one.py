@@ -2,14 +2,13 @@
 
 import argparse
 import importlib
-import os
 import platform
 from importlib import metadata
 
 import jax
 
 from dtrak_jax import files
-from tests.benchmarks import PEERS, missing_peers
+from tests.benchmarks import PEERS, cores, missing_peers
 
 PACKAGES = ("dtrak-jax", "jax", "jaxlib", "numpy", "scipy", *PEERS.values())
 
@@ -18,7 +17,7 @@ def machine() -> dict:
     """What the numbers depend on beside the code."""
     known = {d.metadata["Name"].lower() for d in metadata.distributions()}
     described = {
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "processor": platform.machine(),
         "python": platform.python_version(),
         "jax_devices": [str(device) for device in jax.local_devices()],
@@ -43,7 +42,7 @@ def main() -> None:
     if "torch" not in missing_peers():
         import torch
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(cores())
     module = importlib.import_module(f"tests.benchmarks.{arguments.name}")
     rows = module.measure(arguments.small, arguments.repetitions)
     for row in rows:

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from dattri.func import projection as dattri
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging
 from torch.func import functional_call, grad, vmap
 from trak import projectors as traker
 
-from tests.benchmarks.workload import Workload
+from tests.benchmarks.workload import Adapted, Workload
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore", module="diffusers|torch|trak|dattri")
@@ -26,6 +31,17 @@ def unet(work: Workload) -> UNet2DModel:
     return UNet2DModel.from_pretrained(work.folder, low_cpu_mem_usage=False).eval()
 
 
+def adapted(work: Adapted) -> UNet2DConditionModel:
+    """The same UNet and adapters, of which only these have gradients."""
+    network = UNet2DConditionModel.from_pretrained(work.folder, low_cpu_mem_usage=False)
+    network.load_lora_adapter(
+        str(work.folder / "lora"), prefix="unet", use_safetensors=True
+    )
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return network.eval()
+
+
 def untrained(work: Workload) -> UNet2DModel:
     """A network like that with new weights, in training mode."""
     return UNet2DModel.from_config(UNet2DModel.load_config(work.folder)).train()
@@ -36,23 +52,31 @@ def square(prediction: torch.Tensor) -> torch.Tensor:
     return (prediction**2).mean()
 
 
-def gradients(network: UNet2DModel) -> Callable:
-    """vmap(grad) of `square` over a batch: (x_t [B,C,H,W], t) -> {name: [B, ...]}.
+def gradients(network: UNet2DModel | UNet2DConditionModel) -> Callable:
+    """vmap(grad) of `square`: (x_t [B,C,H,W], t, cond [B,S,D]) -> {name: [B, ...]}.
 
-    With the attention written out, as the reference has it: PyTorch has no batching
-    rule for its fused one on a CPU, and is several times slower with it.
+    Of parameters that require gradients; a UNet2DModel has no cond. With the attention
+    written out, as the reference has it: PyTorch has no batching rule for its fused one
+    on a CPU, and is several times slower with it.
     """
     for module in network.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(AttnProcessor())
-    params = {name: p.detach() for name, p in network.named_parameters()}
+    params = {
+        name: p.detach() for name, p in network.named_parameters() if p.requires_grad
+    }
 
-    def f(params, x_t, t):
-        output = functional_call(network, params, (x_t[None], t))
+    def f(params, x_t, t, *cond):
+        output = functional_call(
+            network, params, (x_t[None], t, *(c[None] for c in cond))
+        )
         return square(output.sample)
 
-    per_example = vmap(grad(f), in_dims=(None, 0, None))
-    return lambda x_t, t: per_example(params, x_t, torch.tensor([int(t)]))
+    def per_example(x_t, t, *cond):
+        axes = (None, 0, None, *(0 for _ in cond))
+        return vmap(grad(f), axes)(params, x_t, torch.tensor([int(t)]), *cond)
+
+    return per_example
 
 
 def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -61,7 +85,12 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def features(
-    gradient: Callable, project: Callable, x_t: np.ndarray, t: np.ndarray, apart: bool
+    gradient: Callable,
+    project: Callable,
+    x_t: np.ndarray,
+    t: np.ndarray,
+    apart: bool,
+    *cond: np.ndarray,
 ) -> np.ndarray:
     """The reference's loop over batches and timesteps: [T, n, k] or [n, k].
 
@@ -75,18 +104,23 @@ def features(
       x_t: noised images [T, n, C, H, W].
       t: timesteps [T].
       apart: whether to keep the timesteps apart.
+      cond: what the network is given beside them [n, ...], if anything.
     """
     results = []
     for start in range(0, x_t.shape[1], BATCH):
-        batch = torch.from_numpy(x_t[:, start : start + BATCH])
+        rows = slice(start, start + BATCH)
+        batch = torch.from_numpy(x_t[:, rows])
+        given = [torch.from_numpy(c[rows]) for c in cond]
         if apart:
-            every = [flat(gradient(x, s)) for x, s in zip(batch, t, strict=True)]
+            every = [
+                flat(gradient(x, s, *given)) for x, s in zip(batch, t, strict=True)
+            ]
             projected = project(torch.cat(every))
             results.append(projected.reshape(len(t), batch.shape[1], -1))
         else:
             total = torch.zeros(())
             for x, s in zip(batch, t, strict=True):
-                total = total + flat(gradient(x, s))
+                total = total + flat(gradient(x, s, *given))
             results.append(project(total / len(t)))
     return torch.cat(results, dim=-2).numpy()
 
