@@ -178,6 +178,14 @@ class Config:
 
     def _check_base(self):
         """Raises a ValueError unless what a base decides is left to it."""
+        if not self.is_latent and (self.lora, self.base) != (
+            LoRAConfig(),
+            BaseConfig(),
+        ):
+            raise ValueError(
+                "base and lora have settings of text-to-image, but base.folder is empty "
+                "and base.pictures 0; name a Stable Diffusion, or leave them out."
+            )
         defaults = {"model": ModelConfig(), "diffusion": DiffusionConfig()}
         for name, default in defaults.items() if self.is_latent else ():
             if getattr(self, name) != default:
@@ -185,7 +193,7 @@ class Config:
                     f"base.folder={self.base.folder!r} or base.pictures="
                     f"{self.base.pictures} decides all of `{name}`; leave it out."
                 )
-        if self.lora.file and not self.base.folder:
+        if self.lora.file and self.base.pictures:
             raise ValueError(
                 f"lora.file is {self.lora.file!r}, adapters of a Stable Diffusion: "
                 "base.folder must be its folder."

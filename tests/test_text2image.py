@@ -283,7 +283,14 @@ def test_refusals(base, pictures, tmp_path):
     with pytest.raises(ValueError, match="base.folder is .* and base.pictures 8"):
         BaseConfig(folder="x", pictures=8)
     with pytest.raises(ValueError, match="lora.file is .*: base.folder must be"):
-        Config(lora=LoRAConfig(file="x"))
+        Config(lora=LoRAConfig(file="x"), base=BaseConfig(pictures=8))
+    with pytest.raises(
+        ValueError, match="base and lora have settings of text-to-image"
+    ):
+        Config(lora=LoRAConfig(rank=2))
+    bare = dataclasses.replace(config_of(base, pictures).data, csv="", groups=())
+    with pytest.raises(ValueError, match="all of 16 train pictures have no caption"):
+        pipeline.run("train", config_of(base, pictures, data=bare), tmp_path / "bare")
     with pytest.raises(ValueError, match="lora.file is 'x', which decides lora.rank"):
         LoRAConfig(file="x", rank=4)
     gaps = config_of(

@@ -52,8 +52,9 @@ class Rows:
 def encode(run: "Run") -> None:
     """Turns pictures and captions into latents and text embeddings: encoded/."""
     if run.config.is_latent:
+        names = given_sets(run)
         run.space.note_base()
-    encode_sets(run, given_sets(run))
+        encode_sets(run, names)
 
 
 def is_encoded(run: "Run") -> bool:
@@ -64,8 +65,15 @@ def is_encoded(run: "Run") -> bool:
 
 
 def given_sets(run: "Run") -> list[str]:
-    """Returns the sets of pictures that are there before training."""
-    return ["train", *(n for n in run.config.query_sets if n not in run.sampled_sets)]
+    """Returns the sets of pictures that are there before training.
+
+    Raises:
+      ValueError: a picture has no caption.
+    """
+    queries = [n for n in run.config.query_sets if n not in run.sampled_sets]
+    for name in ("train", *queries):
+        check_captions(name, run.examples(name))
+    return ["train", *queries]
 
 
 def encode_sets(run: "Run", names: Sequence[str]) -> None:
@@ -81,7 +89,6 @@ def are_encoded(run: "Run", names: Sequence[str]) -> bool:
 
 def _encode_set(run: "Run", name: str) -> None:
     examples = run.examples(name)
-    check_captions(name, examples)
     embed(run, name, examples.captions)
     missing = [
         rows

@@ -66,8 +66,12 @@ def describe(stage: str, run: Run) -> str:
         "base": f"a small Stable Diffusion, {config.base.autoencoder_steps:,} and "
         f"{config.base.steps:,} steps",
         "encode": "latents of pictures, text embeddings of captions",
-        "train": f"{config.train.steps:,} steps of {config.train.batch_size} images",
-        "sample": f"{config.sample.count:,} images in {config.sample.steps} steps",
+        "train": "nothing, as the model is given"
+        if config.is_given
+        else f"{config.train.steps:,} steps of {config.train.batch_size} images",
+        "sample": f"{config.sample.count:,} images in {config.sample.steps} steps"
+        if run.is_sampled
+        else "nothing, as the queries are given",
         "retrain": f"{ensemble.subsets} x {ensemble.seeds} models of "
         f"{member_steps(config):,} steps{more}",
         "featurize": f"gradients of {images:,} images",
