@@ -2,7 +2,7 @@
 
     dtrak-jax run configs/tiny_text2image.py --workdir runs/tiny_text2image
 
-It downloads nothing and takes about six minutes on two CPU cores. It first trains a small
+It downloads nothing and takes about three minutes on two CPU cores. It first trains a small
 Stable Diffusion on digits in any colours, with captions like "the digit three". Then it
 trains adapters beside it on 600 pictures by five contributors, each of whom has a hand of
 their own, with captions like "the digit three by ada". A generated picture "by ada" should
