@@ -30,7 +30,7 @@ def network_params(params: Params, frozen: Params | None) -> Params:
 
 
 Example = tuple[Any, Any]
-"""What is kept of an example, and its condition: both pytrees of arrays, or None."""
+"""An example as it is kept, and its condition: both pytrees of arrays, or None."""
 
 View = Callable[[jax.Array, Example, Params], Example]
 """(key, example, frozen) -> x [H, W, C] and the condition of one step of training."""
@@ -42,11 +42,11 @@ class Shapes(NamedTuple):
     x: jax.ShapeDtypeStruct
     """[1, H, W, C]"""
     cond: Any
-    """Of the conditions, with a leading axis of 1."""
+    """The conditions, with a leading axis of 1."""
     frozen: Params
-    """Of the frozen parameters, or None."""
+    """The frozen parameters, or None."""
     example: Any
-    """Of what training takes as an image, with a leading axis of 1."""
+    """An example as training keeps it, with a leading axis of 1."""
 
 
 def rows_of(tree, count: int):
@@ -57,7 +57,7 @@ def rows_of(tree, count: int):
 
 
 class Network(NamedTuple):
-    """What is trained and differentiated, and what it is given."""
+    """The functions that are trained and differentiated, and the shape of their input."""
 
     init: Init
     apply: Apply

@@ -39,7 +39,8 @@ class Scores:
     lambdas: np.ndarray | None = None
     """The lambda of every kernel whose scores were added [kernels]."""
     eigenvalues: np.ndarray | None = None
-    """Those of every kernel, ascending [kernels, min(train, k)]; None of solver "cg"."""
+    """The eigenvalues of every kernel, ascending [kernels, min(train, k)]; None of solver
+    "cg"."""
     made_from: str = ""
     """A hash of what the scores were made from; "" if nobody keeps it."""
 

@@ -40,7 +40,7 @@ class SampleConfig:
     """Images generated at once on each device."""
     seed: int = 0
     prompts: tuple[str, ...] = ()
-    """Of text-to-image: the prompts, each for an equal block of the images, one after
+    """The prompts of text-to-image, each for an equal block of the images, one after
     the other. If there are none, the captions of the training images, sorted."""
     negative: str = ""
     """The prompt that guidance leads away from."""

@@ -38,7 +38,7 @@ class Latents:
 
     @functools.cached_property
     def resolved(self) -> models.StableDiffusion:
-        """What the folder holds, but for weights."""
+        """The contents of the folder, but for weights."""
         return models.resolve_stable_diffusion(self.folder)
 
     @functools.cached_property

@@ -83,7 +83,7 @@ class Pixels:
 
     @property
     def training_examples(self) -> np.ndarray:
-        """What `training.train` takes as images: `Network.view` makes x of them."""
+        """The images of `training.train`, of which `Network.view` makes x."""
         return self.run.splits.train.images
 
     @property
@@ -93,7 +93,7 @@ class Pixels:
 
     @property
     def digest(self) -> str:
-        """What decides x and the conditions, beside pictures and captions."""
+        """The hash of all that decides x and the conditions, beside pictures and captions."""
         return ""
 
     prompts = None

@@ -187,7 +187,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class TextOutput(NamedTuple):
-    """What the text network computes of ids [B, S], all float32."""
+    """The outputs of the text network for ids [B, S], all float32."""
 
     last: jax.Array
     """The final norm of the last layer's states, [B, S, D]: the context of Stable

@@ -106,9 +106,9 @@ class Format(NamedTuple):
     folder: str
     """The folder of the network in one of a pipeline."""
     prefix: str
-    """What its tensors begin with, at least in old files and in a whole `CLIPModel`."""
+    """The beginning of its tensors' names, at least in old files and in a whole `CLIPModel`."""
     left_out: tuple[str, ...]
-    """What the tensors of a whole `CLIPModel` begin with that are not its own."""
+    """The beginnings of the names of a whole `CLIPModel`'s other tensors."""
 
 
 FORMATS = {

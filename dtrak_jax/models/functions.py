@@ -27,8 +27,12 @@ def build(config: ModelConfig) -> UNet2D:
     return UNet2D(config)
 
 
+@functools.cache
 def parameter_shapes(model: nn.Module) -> dict:
-    """Returns a network's parameters as nested dicts of `jax.ShapeDtypeStruct`."""
+    """Returns a network's parameters as nested dicts of `jax.ShapeDtypeStruct`.
+
+    A large network is traced for seconds, so equal ones share the result.
+    """
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(model.init, key, *model.inputs())["params"]
 

@@ -65,7 +65,7 @@ IGNORED = (
 
 
 class StableDiffusion(NamedTuple):
-    """What a Stable Diffusion folder holds but for weights (Rombach et al. 2022)."""
+    """The contents of a Stable Diffusion folder, but for weights (Rombach et al. 2022)."""
 
     unet: UNet2DCondition
     vae: AutoencoderKL

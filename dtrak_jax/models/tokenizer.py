@@ -21,7 +21,7 @@ WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|"
     r"[^\s\p{L}\p{N}]+"
 )
-"""What a text is cut into: an ending after an apostrophe, letters, a digit, other signs."""
+"""The pieces that a text is cut into: an ending after an apostrophe, letters, a digit, other signs."""
 
 NAMED = {
     "bos_token": "<|startoftext|>",
