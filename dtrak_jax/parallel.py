@@ -153,6 +153,20 @@ def pad(array: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
 
 
+def in_batches(function: Callable, array: np.ndarray, size: int):
+    """Returns what a function makes of the rows of an array, `size` of them at a time.
+
+    The last batch is filled up, so that one compiled program serves all. The results, a
+    pytree of arrays with a row for each of the batch, are joined on the host.
+    """
+    parts = []
+    for start in range(0, len(array), size):
+        batch = pad(array[start : start + size], size)
+        parts.append(jax.device_get(function(batch)))
+    # Only the last batch is filled up.
+    return jax.tree.map(lambda *rows: np.concatenate(rows)[: len(array)], *parts)
+
+
 def of_process(items: Sequence) -> Sequence:
     """Returns this process's part of what processes share out item by item."""
     return items[jax.process_index() :: jax.process_count()]

@@ -69,19 +69,17 @@ class Clip:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         mesh = parallel.mesh(jax.local_devices())
-        embed, params = (
-            embed_function(self.model, mesh),
-            parallel.put(self.params, mesh),
-        )
+        function = embed_function(self.model, mesh)
+        params = parallel.put(self.params, mesh)
+
+        def embed(batch: np.ndarray) -> jax.Array:
+            pictures = map(data.to_picture, data.to_pixels(batch))
+            return function(params, np.stack([self.preprocess(p) for p in pictures]))
+
         size = batch_of(len(images), BATCH_SIZE, mesh.size)
-        width = self.model.config.projection_dim
-        embeddings = np.zeros((len(images), width), np.float32)
-        for start in range(0, len(images), size):
-            batch = data.to_pixels(images[start : start + size])
-            pixels = np.stack([self.preprocess(data.to_picture(x)) for x in batch])
-            rows = embed(params, parallel.pad(pixels, size))
-            embeddings[start : start + size] = rows[: len(batch)]
-        return embeddings
+        if not len(images):
+            return np.zeros((0, self.model.config.projection_dim), np.float32)
+        return parallel.in_batches(embed, images, size)
 
 
 @functools.cache

@@ -233,7 +233,7 @@ def _made_from(run: "Run", examples: Dataset, rows: slice) -> dict[str, np.ndarr
     return {"made_from": np.array(digest(pixels, run.space.part_digest("vae"), flip))}
 
 
-def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -> list:
+def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -> tuple:
     """Returns what a part of the base makes of the rows of an array, float32."""
     mesh = parallel.mesh(jax.local_devices())
     function, params = (
@@ -241,12 +241,7 @@ def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -
         parallel.put(run.space.part(part), mesh),
     )
     size = run.config.base.batch_size * mesh.size
-    results = []
-    for start in range(0, len(array), size):
-        batch = array[start : start + size]
-        outputs = function(params, parallel.pad(batch, size))
-        results.append([np.asarray(out)[: len(batch)] for out in outputs])
-    return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+    return parallel.in_batches(functools.partial(function, params), array, size)
 
 
 def _compiled(function, mesh: jax.sharding.Mesh):

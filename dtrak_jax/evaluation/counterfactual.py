@@ -239,12 +239,11 @@ def bottleneck(
     t = schedule.steps // 100
 
     def embed(images: np.ndarray) -> np.ndarray:
+        def features_of(x: np.ndarray) -> jax.Array:
+            return features(params, x, jnp.full(len(x), t))
+
         size = min(batch_size, len(images))
-        blocks = []
-        for start in range(0, len(images), size):
-            x = parallel.pad(images[start : start + size], size)
-            blocks.append(np.asarray(features(params, x, jnp.full(size, t))))
-        return np.concatenate(blocks)[: len(images)]
+        return parallel.in_batches(features_of, images, size)
 
     mean = embed(images).mean(axis=0)
     return lambda images: embed(images) - mean
