@@ -185,9 +185,21 @@ ROWS = (
         "arXiv 2202.00622",
         OUTPUTS,
     ),
-    Method("pixel-dot", "pixel dot", pixel_dot, "pixels' inner product", DTRAK, IMAGES),
     Method(
-        "pixel-cosine", "pixel cosine", pixel_cosine, "pixels' cosine", DTRAK, IMAGES
+        "pixel-dot",
+        "pixel dot",
+        pixel_dot,
+        "inner product of pixels, or of latents in text-to-image",
+        DTRAK,
+        IMAGES,
+    ),
+    Method(
+        "pixel-cosine",
+        "pixel cosine",
+        pixel_cosine,
+        "cosine of pixels, or of latents in text-to-image",
+        DTRAK,
+        IMAGES,
     ),
     Method(
         "clip-dot",

@@ -255,6 +255,8 @@ class SmallRun:
             "validation": SimpleNamespace(images=images[:4] / 2, ids=ids[:4]),
             "generated": SimpleNamespace(images=images[:3] / 3, ids=ids[4:7]),
         }
+        shown = {"train": images} | {k: q.images for k, q in self.queries.items()}
+        self.space = SimpleNamespace(x=shown.__getitem__)
         self.masks = rng.random((20, 15)) < 0.5
         self.losses = {
             name: rng.normal(size=(20, 2, len(examples.ids)))

@@ -190,6 +190,14 @@ def test_generated_pictures_are_decoded_latents(run):
     np.testing.assert_array_equal(pixels, data.to_pixels(generated.images[2:3]))
     x, _ = encode.moments(run, generated.images)
     np.testing.assert_allclose(x[:, 0], run.space.x("generated"), atol=1e-5)
+    # The baseline of similar pictures is of latents, as in the paper.
+    query, train = (
+        rows.reshape(len(rows), -1)
+        / np.linalg.norm(rows.reshape(len(rows), -1), axis=1)[:, None]
+        for rows in (x[:, 0], run.space.x("train"))
+    )
+    scores = run.scores("pixel-cosine", "generated").scores
+    np.testing.assert_allclose(scores, query @ train.T, atol=1e-5)
 
 
 def test_nothing_is_encoded_twice(run, monkeypatch):

@@ -137,8 +137,8 @@ OUTPUTS = Inputs(
     "models retrained on subsets", partial(_each, _outputs), needs=("retrain",)
 )
 IMAGES = Inputs(
-    "images",
-    partial(_each, lambda run, _, q: (run.splits.train.images, run.queries[q].images)),
+    "images, or their latents",
+    partial(_each, lambda run, _, q: (run.space.x("train"), run.space.x(q))),
     needs=(),
 )
 EMBEDDINGS = Inputs(

@@ -56,15 +56,16 @@ def gas(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
 
 
 def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
-    """Returns x_q . x_n of the pixels of images in [-1, 1], float64 [q, n].
+    """Returns x_q . x_n of the pixels of images, or of their latents, float64 [q, n].
 
-    It is the D-TRAK paper's "raw pixel (dot)".
+    It is the D-TRAK paper's "raw pixel (dot)", which for Stable Diffusion is of the mode
+    of the autoencoder's posterior.
     """
     return embedding_dot(*_pixels(train_images, query_images))
 
 
 def pixel_cosine(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
-    """Returns x_q . x_n / (||x_q|| ||x_n||) of the pixels, float64 [q, n].
+    """Returns x_q . x_n / (||x_q|| ||x_n||) of the same, float64 [q, n].
 
     It is the D-TRAK paper's "raw pixel (cos)".
     """
@@ -157,8 +158,8 @@ def _mean_over_checkpoints(
 
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:
     """Returns both as float64 rows of pixels."""
-    check_images(train_images)
-    check_images(query_images)
+    check_images(train_images, bounds=None)
+    check_images(query_images, bounds=None)
     if train_images.shape[1:] != query_images.shape[1:]:
         raise ValueError(
             f"train images have shape {train_images.shape} and query images "
