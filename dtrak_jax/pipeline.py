@@ -193,7 +193,7 @@ def scores_need(config: Config) -> tuple[str, ...]:
 
 STAGES = (
     Stage("base", always(), train_base, is_trained_base),
-    Stage("encode", always("base"), encode, is_encoded),
+    Stage("encode", always("base"), encode, is_encoded, programs.encode),
     Stage("train", always("encode"), train, is_trained, programs.train),
     Stage("sample", always("train"), sample, has_samples, programs.sample),
     Stage("retrain", always("sample"), retrain, is_retrained, programs.retrain),

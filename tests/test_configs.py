@@ -148,6 +148,17 @@ def test_text_to_image_at_full_size(monkeypatch):
     picture = shape(1, *run.space.image_shape, dtype=np.float32)
     for moment in jax.eval_shape(encode, params(parts.vae), picture):
         assert moment.shape == (1, 32, 32, 4) and moment.dtype == np.float32
+    steps = [
+        s for s in pipeline.STAGES if s.programs and s.name in ("encode", "sample")
+    ]
+    at_hand = planning.find(None)
+    planned = {p.name: p for stage in steps for p in stage.programs(run, at_hand)}
+    # Means and deviations of paintings, of their mirror images, and of queries.
+    assert planned["encode"].stored == 2 * (2 * 5000 + 1000 + 1000) * 4 * 32 * 32 * 4
+    ((program, calls),) = planned["decode"].calls
+    (pictures,) = jax.eval_shape(program.function, *program.arguments)
+    assert pictures.shape[1:] == run.space.image_shape
+    assert calls == -(-1000 // len(pictures))
     frozen = {"unet": params(parts.unet)["params"], "empty": shape(77, 768)}
     x, t = shape(2, *run.network.shape, dtype=np.float32), shape(2, dtype=np.int32)
     predict = run.network.apply, (adapters, frozen), x, t, context

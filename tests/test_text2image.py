@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtrak_jax import data, models, pipeline, training
+from dtrak_jax import data, models, pipeline, planning, training
 from dtrak_jax.config import (
     AttributionConfig,
     BaseConfig,
@@ -28,6 +28,7 @@ from dtrak_jax.config import (
 from dtrak_jax.encoding import encode
 from dtrak_jax.encoding.adapted import posterior_view
 from dtrak_jax.models import lora
+from dtrak_jax.planning import programs
 from dtrak_jax.run import Run
 
 GOLDEN = Path(__file__).with_name("goldens") / "stable_diffusion.npz"
@@ -198,6 +199,26 @@ def test_generated_pictures_are_decoded_latents(run):
     )
     scores = run.scores("pixel-cosine", "generated").scores
     np.testing.assert_allclose(scores, query @ train.T, atol=1e-5)
+
+
+def test_encoding_calls_what_is_planned(run, tmp_path, monkeypatch):
+    """As often, with arrays of the planned shapes; and it writes as many bytes."""
+    sample = dataclasses.replace(run.config.sample, count=0)
+    config = dataclasses.replace(run.config, sample=sample)
+    (step,) = programs.encode(Run(config, None), planning.find(None))
+    ((program, count),) = step.calls
+    batches, real = [], encode.encode_function
+
+    def counted(vae, mesh):
+        assert real(vae, mesh) is program.function
+        return lambda params, x: batches.append(x.shape) or real(vae, mesh)(params, x)
+
+    monkeypatch.setattr(encode, "encode_function", counted)
+    done = pipeline.run("encode", config, tmp_path)
+    assert batches == [program.arguments[1].shape] * count
+    latents = done.space.training_examples, {"x": done.space.x("validation")}
+    sizes = [sum(leaf.nbytes for leaf in part.values()) for part in latents]
+    assert step.stored == sizes[0] + 2 * sizes[1]
 
 
 def test_nothing_is_encoded_twice(run, monkeypatch):

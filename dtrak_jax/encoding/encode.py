@@ -7,7 +7,7 @@ caption. Latents are those of the autoencoder times its scaling factor.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,7 +20,7 @@ from dtrak_jax import files, parallel
 from dtrak_jax.data import Dataset
 from dtrak_jax.digests import digest
 from dtrak_jax.models import AutoencoderKL, CLIPText
-from dtrak_jax.parallel import P
+from dtrak_jax.parallel import P, Program
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -242,6 +242,17 @@ def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -
     )
     size = run.config.base.batch_size * mesh.size
     return parallel.in_batches(functools.partial(function, params), array, size)
+
+
+def planned_batches(
+    run: "Run", function_of: Callable, part: str, row: jax.ShapeDtypeStruct, devices
+) -> tuple[Program, int]:
+    """Returns the program of a batch of such rows on a process's devices, and its rows."""
+    mesh, space = parallel.mesh(devices), run.space
+    size = run.config.base.batch_size * mesh.size
+    batch = jax.ShapeDtypeStruct((size, *row.shape), row.dtype)
+    function = function_of(getattr(space.pipeline, part), mesh)
+    return Program(function, (space.part_shapes(part), batch), mesh), size
 
 
 def _compiled(function, mesh: jax.sharding.Mesh):

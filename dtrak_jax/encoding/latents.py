@@ -63,6 +63,14 @@ class Latents:
             self.parts[name] = models.read_part(self.folder, name, dtype)
         return self.parts[name]
 
+    def part_shapes(self, name: str) -> Params:
+        """Returns the shapes of these parameters; float32 where the folder decides."""
+        dtype = self.config.base.dtype.replace("folder", "float32")
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype),
+            parameter_shapes(getattr(self.pipeline, name)),
+        )
+
     def part_digest(self, name: str) -> str:
         """Returns the hash of these parameters.
 
@@ -161,14 +169,7 @@ class Latents:
         size = text.max_position_embeddings, text.hidden_size
         variants = 1 + self.config.data.flip
         moments = shape((1, variants, *self.network.shape), np.float32)
-        dtype = self.config.base.dtype.replace("folder", "float32")
-        frozen = {
-            "unet": jax.tree.map(
-                lambda leaf: shape(leaf.shape, dtype),
-                parameter_shapes(self.pipeline.unet),
-            ),
-            "empty": shape(size, np.float32),
-        }
+        frozen = {"unet": self.part_shapes("unet"), "empty": shape(size, np.float32)}
         return Shapes(
             shape((1, *self.network.shape), np.float32),
             shape((1, *size), np.float32),

@@ -9,10 +9,17 @@ import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from dtrak_jax import diffusion, training
 from dtrak_jax.attribution.kernel import eigh_bytes
 from dtrak_jax.attribution.linalg import gram_program
+from dtrak_jax.encoding.encode import (
+    chunks,
+    decode_function,
+    encode_function,
+    planned_batches,
+)
 from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import StepPrograms, example_mesh, step_programs
@@ -46,6 +53,33 @@ def size(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def encode(run: Run, topology: Topology) -> list[Planned]:
+    """Returns the encoding of a batch of pictures, those to be generated too; nothing of
+    a network of pixels. The few captions count as nothing."""
+    if not run.config.is_latent:
+        return []
+    picture = jax.ShapeDtypeStruct(run.space.image_shape, np.float32)
+    program, size = planned_batches(
+        run, encode_function, "vae", picture, topology.local
+    )
+    variants = {"train": 1 + run.config.data.flip}
+    counts = {"train": run.config.data.train, **run.query_counts}
+    calls = written = 0
+    for name, count in counts.items():
+        shared = chunks(count)[:: topology.processes]
+        batches = sum(-(-(rows.stop - rows.start) // size) for rows in shared)
+        calls += batches * variants.get(name, 1)
+        # A mean and a deviation.
+        written += 2 * count * variants.get(name, 1) * latent_bytes(run)
+    step = f"{size // len(topology.local)} pictures on a device"
+    return [Planned("encode", step, [(program, calls)], written, written)]
+
+
+def latent_bytes(run: Run) -> int:
+    """Returns the bytes of what a network is given of a picture."""
+    return 4 * math.prod(run.network.shape)
+
+
 def train(run: Run, topology: Topology) -> list[Planned]:
     """Returns the training step; nothing for a model that is given."""
     config, devices = run.config.train, topology.devices
@@ -73,7 +107,13 @@ def sample(run: Run, topology: Topology) -> list[Planned]:
     step = f"{len(call[0].arguments[1]) // len(devices)} images on a device"
     # The files hold each picture, and all of them in one array.
     written = 2 * settings.count * math.prod(run.space.image_shape)
-    return [Planned("sample", step, [call], written, written)]
+    steps = [Planned("sample", step, [call], written, written)]
+    if run.config.is_latent:
+        latent = jax.ShapeDtypeStruct(run.network.shape, np.float32)
+        program, size = planned_batches(run, decode_function, "vae", latent, devices)
+        step = f"{size // len(devices)} pictures on a device"
+        steps += [Planned("decode", step, [(program, -(-images[0] // size))], 0, 0)]
+    return steps
 
 
 def featurize(run: Run, topology: Topology) -> list[Planned]:
