@@ -26,13 +26,8 @@ from dtrak_jax.config import (
     TrainConfig,
 )
 from dtrak_jax.encoding.clip import Clip
-from dtrak_jax.evaluation.counterfactual import (
-    FOLDER,
-    bottleneck,
-    counterfactual,
-    distances,
-    flattened,
-)
+from dtrak_jax.evaluation.changes import distances, flattened
+from dtrak_jax.evaluation.counterfactual import FOLDER, bottleneck, counterfactual
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
 from dtrak_jax.evaluation.statistics import summarize
