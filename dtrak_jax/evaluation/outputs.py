@@ -142,7 +142,7 @@ def losses_program(
     return program, pairs * -(-queries // size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QueryLosses:
     """The function params -> losses [queries] of a model of one's own, see `measure`.
 
@@ -160,6 +160,7 @@ class QueryLosses:
     """The noise schedule that the network was trained with."""
     images: np.ndarray
     """The queries as the network is given them [queries, H, W, C]."""
+    _: dataclasses.KW_ONLY
     ids: Sequence[str] | None = None
     """Names that decide the noise, str [queries]; "0", "1", ... if None."""
     cond: Any = None

@@ -70,6 +70,7 @@ def retrain(
         model was trained on.
     """
     at_least("n", n, 2)
+    at_least("subsets", subsets, 1)
     at_least("seeds", seeds, 1)
     at_least("seed", seed, 0)
     check_subsets(subsets)
@@ -235,7 +236,7 @@ def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
     if isinstance(scores, Scores):
         orders = []
         for name, ids in expected.items():
-            places = {key: i for i, key in enumerate(getattr(scores, name).tolist())}
+            places = {str(key): i for i, key in enumerate(getattr(scores, name))}
             if places.keys() != set(ids.tolist()):
                 differing = min(places.keys() ^ set(ids.tolist()))
                 raise ValueError(
@@ -243,7 +244,7 @@ def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
                     "give `retrain` the ids of `featurize`."
                 )
             orders.append([places[key] for key in ids.tolist()])
-        values = scores.scores[np.ix_(*orders)]
+        values = np.asarray(scores.scores)[np.ix_(*orders)]
     else:
         values = np.asarray(scores)
     shape = tuple(map(len, expected.values()))

@@ -162,9 +162,14 @@ def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]
             f"be one or more, and none of {', '.join(map(repr, CONTROLS))}."
         )
     with_ids = [given for given in scores.values() if isinstance(given, Scores)]
-    shape = np.shape(next(iter(scores.values()))) if not with_ids else ()
+    first = next(iter(scores.values()))
+    shape = np.shape(first.scores if isinstance(first, Scores) else first)
+    if len(shape) != 2:
+        raise ValueError(
+            f"scores have shape {shape}; they must be [queries, training examples]."
+        )
     ids = {
-        name: getattr(with_ids[0], name) if with_ids else named(None, shape[axis])
+        name: named(getattr(with_ids[0], name) if with_ids else None, shape[axis])
         for axis, name in enumerate(("query_ids", "train_ids"))
     }
     return {Choice(name): _fitting(name, given, ids) for name, given in scores.items()}
@@ -172,7 +177,7 @@ def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]
 
 def _fitting(method: str, given: AnyScores, ids: Mapping[str, np.ndarray]) -> Scores:
     """Returns scores that have these ids, or a ValueError."""
-    values = given.scores if isinstance(given, Scores) else np.asarray(given)
+    values = np.asarray(given.scores if isinstance(given, Scores) else given)
     same = values.shape == tuple(map(len, ids.values()))
     if isinstance(given, Scores):
         same = all(np.array_equal(getattr(given, name), ids[name]) for name in ids)
