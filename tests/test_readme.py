@@ -88,7 +88,7 @@ def test_the_script_that_checks_scores(tmp_path, monkeypatch, capsys, images):
     given |= {"images": images, "generated": images[:2], "seeds": np.arange(2)}
     given["scores"] = np.einsum("qhwc,nhwc->qn", images[:2], images)
     given["schedule"] = dtrak.linear_schedule()
-    given["apply"] = lambda params, x, t, cond: x - params
+    given["apply"] = lambda params, x, t, cond: x - params[None]
     given["train_my_model"] = lambda rows, seed: rows.mean(axis=0) + 0.01 * seed
     given["sample_my_model"] = lambda mean, seeds: mean + seeds.reshape(-1, 1, 1, 1)
     run(script, tmp_path, **given)

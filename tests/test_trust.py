@@ -185,10 +185,15 @@ def test_losses_of_queries_share_their_noise(images):
         ({"timesteps": 1001}, "^timesteps is 1001"),
         ({"draws": 0}, "^draws is 0"),
         ({"ids": ["a"]}, "1 ids for 4"),
-        ({"cond": {"level": levels[:3]}}, "an array of 3 rows; there are 4"),
+        ({"cond": {"level": levels[:3]}}, r"cond: level has shape \(3,\); .* 4 rows"),
+        ({"bounds": (0, 1)}, r"they must be in \[0, 1\]"),
+        ({"seed": 2**32}, "seed is 4294967296"),
     ):
         with pytest.raises(ValueError, match=message):
             dtrak.QueryLosses(apply, schedule, images[:4], **options | changes)
+    small = dtrak.QueryLosses(lambda p, x, t, cond: x[:, :1], schedule, images)
+    with pytest.raises(ValueError, match="a prediction must have the shape"):
+        small({})
 
 
 def generate(model, rows):

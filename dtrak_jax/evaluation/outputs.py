@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, between, check_images
 from dtrak_jax.diffusion import Schedule, denoising_loss
-from dtrak_jax.digests import digest, digest_rows, digest_tree
+from dtrak_jax.digests import digest, digest_rows, digest_tree, named_leaves
 from dtrak_jax.evaluation.config import EnsembleConfig
 from dtrak_jax.evaluation.truth import named
 from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
@@ -173,36 +173,46 @@ class QueryLosses:
     """Noise draws at each of them."""
     seed: int = 0
     """The seed of the noise."""
+    bounds: tuple[float, float] | None = None
+    """The least and the largest value of a pixel, or None."""
     batch_size: int = 256
     """Noised queries at once; limits memory."""
 
     def __post_init__(self):
         at_least("draws", self.draws, 1)
         at_least("seed", self.seed, 0)
+        between("seed", self.seed, 0, 2**32 - 1)
         at_least("batch_size", self.batch_size, 1)
         timestep_grid(self.timesteps, self.schedule, "timesteps")
         images = np.asarray(self.images, np.float32)
-        if images.ndim < 2 or not len(images):
-            raise ValueError(
-                f"images have shape {images.shape}; they must be [queries, height, "
-                "width, channels], of one query or more."
-            )
-        if not np.isfinite(images).all():
-            raise ValueError("images have values that are not finite.")
+        check_images(images, self.bounds)
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "ids", named(self.ids, len(images)))
-        for leaf in jax.tree.leaves(self.cond):
-            if len(leaf) != len(images):
+        for path, leaf in named_leaves(self.cond).items():
+            if np.ndim(leaf) == 0 or len(leaf) != len(images):
                 raise ValueError(
-                    f"cond has an array of {len(leaf)} rows; there are {len(images)} "
-                    "images."
+                    f"cond: {path} has shape {np.shape(leaf)}; it must have "
+                    f"{len(images)} rows, one for each image."
                 )
 
     def __call__(self, params: Params) -> np.ndarray:
         """Returns the loss of every query under one model, float64 [queries]."""
+        self._check_network(params)
         stack = jax.tree.map(lambda leaf: np.asarray(leaf)[None], params)
         queries = self.images, self.ids, self, self.cond, self.frozen
         return measure(self.apply, self.schedule, stack, *queries)[0]
+
+    def _check_network(self, params: Params) -> None:
+        """Raises a ValueError unless predictions have the shape of the images."""
+        # A smaller prediction would be compared with the noise by broadcasting.
+        x, cond = jax.tree.map(lambda rows: rows[:1], (self.images, self.cond))
+        network = network_params(params, self.frozen)
+        prediction = jax.eval_shape(self.apply, network, x, np.zeros(1, np.int32), cond)
+        if prediction.shape != x.shape:
+            raise ValueError(
+                f"the network maps images {x.shape} to {prediction.shape}; a prediction "
+                "must have the shape of the images."
+            )
 
     @functools.cached_property
     def made_from(self) -> str:
