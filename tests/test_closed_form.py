@@ -7,6 +7,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import random_scores
+from dtrak_jax.digests import digest_rows
 from dtrak_jax.rng import id_words
 
 SHAPE, D = (2, 2, 1), 4
@@ -59,13 +60,14 @@ def best(z, eps):
 def retrained():
     """(images by role, how to train, a model's losses, those under every subset's)."""
     rng = np.random.default_rng(0)
-    images, data = {}, {}
+    images, data, ids = {}, {}, {}
     for role, count in (("train", N), ("query", QUERIES)):
         images[role] = rng.uniform(-1, 1, (count, *SHAPE)).astype(np.float32)
-        words = id_words([f"{role}-{i}" for i in range(count)])
-        data[role] = [np.asarray(a, np.float64) for a in noised(images[role], words)]
+        # Noise is known by an image's content, or by an id that says the same.
+        ids[role] = digest_rows(images[role])
+        columns = noised(images[role], id_words(ids[role]))
+        data[role] = [np.asarray(a, np.float64) for a in columns]
     (z, eps), (query_z, query_eps) = data.values()
-    ids = {role: [f"{role}-{i}" for i in range(len(images[role]))] for role in images}
 
     def train(rows, seed):
         return best(z[rows], eps[rows])
