@@ -69,17 +69,8 @@ def retrain(
         is trained; or losses are not finite, of the wrong shape, or the same whatever a
         model was trained on.
     """
-    at_least("n", n, 2)
-    at_least("subsets", subsets, 1)
-    at_least("seeds", seeds, 1)
+    _check_sizes(n, subsets, seeds, fraction)
     at_least("seed", seed, 0)
-    check_subsets(subsets)
-    between("fraction", fraction, 0.01, 0.99)
-    if not 1 <= round(fraction * n) < n:
-        raise ValueError(
-            f"fraction is {fraction}: of {n} examples a subset has "
-            f"{round(fraction * n)}; it must have 1 to {n - 1}."
-        )
     train_ids, labels = named(ids, n), None if labels is None else np.asarray(labels)
     if labels is not None and labels.shape != (n,):
         raise ValueError(f"labels have shape {labels.shape}; they must be [{n}].")
@@ -88,21 +79,23 @@ def retrain(
     made_from = {"measured": np.array(getattr(losses, "made_from", ""))}
     if query_ids is not None:
         made_from["query_ids"] = named(query_ids, len(query_ids))
-    measured: dict[str, np.ndarray] = {}
+    measured: list[np.ndarray] = []
     members = ensemble(masks, seeds)
     for member in tqdm(members, "retrain", unit="model", disable=None):
         rows_from = made_from | {"train_ids": train_ids[member.rows]}
         path = store and files.at(store) / f"{member.name}.npz"
-        saved = kept(path, rows_from)
-        if saved is None:
+        saved = kept(path, rows_from) or {}
+        values = saved.get("outputs")
+        if values is None:
             values = losses(train(member.rows.copy(), member.seed))
-            saved = {"outputs": _checked(member.name, values, query_ids, measured)}
-            if path:
-                files.write_npz(path, **saved, **rows_from)
-        measured[member.name] = saved["outputs"]
+        expected = query_ids if query_ids is not None or not measured else measured[0]
+        values = checked(member.name, values, expected)
+        if path and not saved:
+            files.write_npz(path, outputs=values, **rows_from)
+        measured.append(values)
         if len(measured) == 2 and (masks[0] != masks[1]).any():
-            _check_differing(*measured.values())
-    outputs = by_subset(list(measured.values()), subsets)
+            _check_differing(*measured)
+    outputs = by_subset(measured, subsets)
     if seeds > 1 and (outputs == outputs[:, :1]).all():
         warnings.warn(
             f"the losses are the same for all {seeds} seeds: unless training is "
@@ -111,6 +104,19 @@ def retrain(
             stacklevel=2,
         )
     return RetrainedLosses(outputs, masks, query_ids, train_ids)
+
+
+def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:
+    """Raises a ValueError unless there are enough subsets, of some examples each."""
+    for name, value, low in (("n", n, 2), ("subsets", subsets, 1), ("seeds", seeds, 1)):
+        at_least(name, value, low)
+    check_subsets(subsets)
+    between("fraction", fraction, 0.01, 0.99)
+    if not 1 <= round(fraction * n) < n:
+        raise ValueError(
+            f"fraction is {fraction}: of {n} examples a subset has "
+            f"{round(fraction * n)}; it must have 1 to {n - 1}."
+        )
 
 
 def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict | None:
@@ -127,20 +133,17 @@ def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict |
     return saved
 
 
-def _checked(
-    name: str,
-    values: Any,
-    query_ids: Sequence[str] | None,
-    measured: Mapping[str, np.ndarray],
-) -> np.ndarray:
-    """Returns a model's losses, float64 [queries], once they are sure to be right."""
+def checked(name: str, values: Any, queries: Sequence | None) -> np.ndarray:
+    """Returns a model's losses, float64 [queries], once they are sure to be right.
+
+    `queries` has an item for each query; None if nobody knows how many there are.
+    """
     values = np.asarray(values, np.float64)
-    known = query_ids if query_ids is not None else next(iter(measured.values()), None)
-    shape = ("queries",) if known is None else (len(known),)
-    if values.ndim != 1 or not values.size or shape not in (("queries",), values.shape):
+    count = values.size if queries is None else len(queries)
+    if values.shape != (count,) or not count:
         raise ValueError(
             f"losses has returned an array of shape {values.shape}; it must have a loss "
-            f"for each query, [{shape[0]}]."
+            f"for each query, [{'queries' if queries is None else count}]."
         )
     if not np.isfinite(values).all():
         raise ValueError(f"the losses of the model {name} are not all finite.")

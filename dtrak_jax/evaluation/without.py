@@ -8,7 +8,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -29,7 +29,7 @@ from dtrak_jax.evaluation.removals import (
     kept_rows,
     removals,
 )
-from dtrak_jax.evaluation.trust import AnyScores, kept
+from dtrak_jax.evaluation.trust import AnyScores, checked, kept
 from dtrak_jax.evaluation.truth import named
 
 
@@ -65,6 +65,33 @@ class Counterfactual:
         """Returns what counterfactual.json says."""
         parts = ("settings", "rows", "summary", "differences")
         return {name: getattr(self, name) for name in parts}
+
+
+class Functions(NamedTuple):
+    """What a user hands over to make pictures without some examples."""
+
+    train: Callable[[np.ndarray, int], Any]
+    generate: Callable[[Any, np.ndarray], np.ndarray]
+    losses: Callable[[Any], np.ndarray] | None
+
+    @property
+    def measured(self) -> str:
+        """What is known of the losses; "" if none are measured."""
+        return getattr(self.losses, "made_from", "losses") if self.losses else ""
+
+    def make(
+        self, model: Removal, originals: np.ndarray, rows: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Trains a model; returns the pictures, and the losses, of some of all queries."""
+        trained = self.train(model.rows.copy(), model.seed)
+        images = np.asarray(self.generate(trained, rows.copy()))
+        shape = (len(rows), *originals.shape[1:])
+        _check_pictures("what generate returns", images, shape)
+        made = {"images": images}
+        if self.losses is not None:
+            values = checked(model.choice.name, self.losses(trained), originals)
+            made["losses"] = values[rows]
+        return made
 
 
 def counterfactual(
@@ -121,34 +148,26 @@ def counterfactual(
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
     left = kept_rows(ranked, names, first.train_ids, count, seed)
-    measured = "" if losses is None else getattr(losses, "made_from", "losses")
-    columns: dict[Choice, list[dict]] = {}
     models = removals(left, names, n, train_seed)
+    functions = Functions(train, generate, losses)
+    parts: dict[Choice, list[dict]] = {}
     for model in tqdm(models, "counterfactual", unit="model", disable=None):
-        rows = positions[model.queries]
         made_from = {
             "train_ids": first.train_ids[model.rows],
-            "query_ids": first.query_ids[rows],
-            "originals": originals[rows],
+            "query_ids": first.query_ids[positions[model.queries]],
+            "originals": originals[positions[model.queries]],
             "seed": np.array(model.seed),
-            "measured": np.array(measured),
+            "measured": np.array(functions.measured),
         }
         path = store and files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
-            saved = _make(train, generate, losses, model, originals, rows)
+            saved = functions.make(model, originals, positions[model.queries])
             if path:
                 files.write_npz(path, **saved, **made_from)
-        columns.setdefault(model.choice, []).append(saved)
-    joined = {
-        choice: {
-            name: np.concatenate([part[name] for part in parts])
-            for name in parts[0].keys() & {"images", "losses"}
-        }
-        for choice, parts in columns.items()
-    }
+        parts.setdefault(model.choice, []).append(saved)
     settings = {"count": count, "queries": names, "seed": seed, "train": n}
-    return _result(settings, originals[positions], joined, embeddings)
+    return _result(settings, originals[positions], parts, embeddings)
 
 
 def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]:
@@ -198,30 +217,6 @@ def _file_name(model: Removal, names: Sequence[str]) -> str:
     return f"{words}-{short_digest(content.encode(), 8)}.npz"
 
 
-def _make(
-    train: Callable,
-    generate: Callable,
-    losses: Callable | None,
-    model: Removal,
-    originals: np.ndarray,
-    rows: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Trains a model; returns the pictures and losses of its queries."""
-    trained = train(model.rows.copy(), model.seed)
-    images = np.asarray(generate(trained, rows.copy()))
-    _check_pictures("what generate returns", images, (len(rows), *originals.shape[1:]))
-    made = {"images": images}
-    if losses is not None:
-        values = np.asarray(losses(trained), np.float64)
-        if values.shape != (len(originals),) or not np.isfinite(values).all():
-            raise ValueError(
-                f"losses has returned an array of shape {values.shape}; it must have a "
-                f"finite loss for each of {len(originals)} queries."
-            )
-        made["losses"] = values[rows]
-    return made
-
-
 def _check_pictures(name: str, images: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises a ValueError unless pictures have a shape and finite values."""
     if images.shape != shape or images.ndim < 2:
@@ -236,26 +231,29 @@ def _check_pictures(name: str, images: np.ndarray, shape: tuple[int, ...]) -> No
 def _result(
     settings: dict,
     originals: np.ndarray,
-    made: Mapping[Choice, Mapping[str, np.ndarray]],
+    parts: Mapping[Choice, Sequence[Mapping[str, np.ndarray]]],
     embeddings: Mapping[str, Callable] | None,
 ) -> Counterfactual:
-    """Returns the metrics of all pictures, and says where none of them has moved."""
-    images = {choice.name: columns["images"] for choice, columns in made.items()}
-    same = made[Choice(EVERYTHING)]
-    if all(np.array_equal(pictures, same["images"]) for pictures in images.values()):
+    """Returns the metrics of all pictures, and says if none of them has moved."""
+
+    def column(choice: Choice, name: str) -> np.ndarray:
+        # The models of a choice are in the order of their queries.
+        return np.concatenate([part[name] for part in parts[choice]])
+
+    cosines = {"pixels": flattened} | dict(embeddings or {})
+    images, metrics, everything = {}, {}, Choice(EVERYTHING)
+    for choice in parts:
+        made = images[choice.name] = column(choice, "images")
+        metrics[choice] = distances(originals, made, {"pixel": flattened}, cosines)
+        if "losses" in parts[choice][0]:
+            increase = column(choice, "losses") - column(everything, "losses")
+            metrics[choice]["loss_increase"] = increase
+    if all(np.array_equal(made, images[EVERYTHING]) for made in images.values()):
         warnings.warn(
             "all models make exactly the same pictures: does train use its rows and its "
             "seed, and generate the model that it is given?",
             stacklevel=3,
         )
-    cosines = {"pixels": flattened} | dict(embeddings or {})
-    metrics = {}
-    for choice, columns in made.items():
-        how = {"pixel": flattened}, cosines
-        metrics[choice] = distances(originals, columns["images"], *how)
-        if "losses" in columns:
-            increase = columns["losses"] - same["losses"]
-            metrics[choice]["loss_increase"] = increase
     described = {"query_ids": np.array(settings["queries"]), "original": originals}
-    parts = tables(metrics, settings["queries"])
-    return Counterfactual(settings, **parts, images=described | images)
+    tabled = tables(metrics, settings["queries"])
+    return Counterfactual(settings, **tabled, images=described | images)
