@@ -58,6 +58,7 @@ def test_every_subset_is_trained_with_every_seed():
     assert truth.query_ids.tolist() == ["0", "1", "2"]
     found = dtrak.lds(VALUES.T, truth)
     assert found.value == pytest.approx(1) and found.ceiling.value == pytest.approx(1)
+    assert found.high <= 1
     assert "3 queries, 12 subsets × 2 seeds, 10 of 20 images" in repr(truth)
     shown = r"LDS\(1.000 \[.+\], ceiling 1.000, 3 queries, 12 subsets × 2 seeds\)"
     assert re.fullmatch(shown, repr(found))
@@ -172,7 +173,7 @@ def test_losses_of_queries_share_their_noise(images):
     measure = dtrak.QueryLosses(apply, schedule, images[:4], draws=2, **options)
     params = {"w": jnp.float32(0.3)}
     assert measure(params).shape == (4,)
-    assert (measure({"w": 0.3}) == measure(params)).all()
+    np.testing.assert_allclose(measure({"w": 0.3}), measure(params), rtol=1e-5)
     assert measure.ids.tolist() == ["0", "1", "2", "3"]
     (one,) = dtrak.QueryLosses(
         *(apply, schedule, images[2:3]),

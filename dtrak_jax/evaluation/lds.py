@@ -15,6 +15,7 @@ from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
     RESAMPLES,
     Estimate,
+    correlation_interval,
     interval,
     resamples,
     spearman,
@@ -205,7 +206,7 @@ def bootstrap(
     to the same draws, so their differences are those of a paired comparison.
     """
     samples = _resampled(predictions, truth.target)
-    return interval(lds(predictions, truth), samples), samples
+    return correlation_interval(lds(predictions, truth), samples), samples
 
 
 def _resampled(a: np.ndarray, b: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -338,4 +339,4 @@ def _over_halves(
         predicted, target = fit(half)[~half], truth.target[~half]
         values.append(spearman(predicted, target).mean())
         samples = samples + _resampled(predicted, target, seed) / 2
-    return interval(np.mean(values), samples)
+    return correlation_interval(np.mean(values), samples)
