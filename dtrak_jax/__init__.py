@@ -8,6 +8,10 @@ from dtrak_jax.diffusion import (
     linear_schedule,
     scaled_linear_schedule,
 )
+from dtrak_jax.evaluation.outputs import QueryLosses
+from dtrak_jax.evaluation.trust import lds, retrain
+from dtrak_jax.evaluation.truth import RetrainedLosses
+from dtrak_jax.evaluation.without import counterfactual
 from dtrak_jax.features import (
     Features,
     Projection,
@@ -22,18 +26,23 @@ from dtrak_jax.models.tags import layer
 __all__ = [
     "Features",
     "Projection",
+    "QueryLosses",
+    "RetrainedLosses",
     "Schedule",
     "Scores",
     "Task",
     "absolute",
     "attribute",
     "cosine_schedule",
+    "counterfactual",
     "damping_path",
     "distortion",
     "featurize",
     "layer",
+    "lds",
     "linear_schedule",
     "merge",
     "models",
+    "retrain",
     "scaled_linear_schedule",
 ]

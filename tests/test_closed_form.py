@@ -7,8 +7,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import random_scores
-from dtrak_jax.evaluation import lds
-from dtrak_jax.evaluation.truth import RetrainedLosses
+from dtrak_jax.digests import digest_rows
 from dtrak_jax.rng import id_words
 
 SHAPE, D = (2, 2, 1), 4
@@ -59,51 +58,83 @@ def best(z, eps):
 
 @pytest.fixture(scope="module")
 def retrained():
-    """(images by role, parameters of all, the queries' losses under every subset's)."""
+    """(images by role, how to train, a model's losses, those under every subset's)."""
     rng = np.random.default_rng(0)
-    images, data = {}, {}
+    images, data, ids = {}, {}, {}
     for role, count in (("train", N), ("query", QUERIES)):
         images[role] = rng.uniform(-1, 1, (count, *SHAPE)).astype(np.float32)
-        words = id_words([f"{role}-{i}" for i in range(count)])
-        data[role] = [np.asarray(a, np.float64) for a in noised(images[role], words)]
+        # Noise is known by an image's content, or by an id that says the same.
+        ids[role] = digest_rows(images[role])
+        columns = noised(images[role], id_words(ids[role]))
+        data[role] = [np.asarray(a, np.float64) for a in columns]
     (z, eps), (query_z, query_eps) = data.values()
-    masks = rng.permuted(np.tile(np.arange(N) % 2 == 0, (SUBSETS, 1)), axis=1)
-    losses = [
-        np.mean((query_z @ best(z[mask], eps[mask]) - query_eps) ** 2, axis=(1, 2))
-        for mask in masks
-    ]
-    ids = [
-        np.array([f"{role}-{i}" for i in range(len(images[role]))]) for role in images
-    ]
-    truth = RetrainedLosses(np.stack(losses)[:, None], masks, ids[1], ids[0])
-    return images, {"w": jnp.float32(best(z, eps))}, truth
+
+    def train(rows, seed):
+        return best(z[rows], eps[rows])
+
+    def losses(w):
+        return np.mean((query_z @ w - query_eps) ** 2, axis=(1, 2))
+
+    truth = dtrak.retrain(
+        *(train, N, losses),
+        subsets=SUBSETS,
+        ids=ids["train"],
+        query_ids=ids["query"],
+    )
+    return images, train, losses, truth
 
 
 @pytest.fixture(scope="module")
 def trak(retrained):
     """TRAK's scores, of gradients that are not projected."""
-    images, params, truth = retrained
+    images, best_of, _, truth = retrained
+    params = {"w": jnp.float32(best_of(np.arange(N), 0))}
     train, query = (
         dtrak.featurize(TASK, params, x, dtrak.Projection("none"), ids=ids)
         for x, ids in zip(
             images.values(), (truth.train_ids, truth.query_ids), strict=True
         )
     )
-    return dtrak.attribute(train, query, method="trak").scores
+    return dtrak.attribute(train, query, method="trak")
 
 
 def test_trak_predicts_exact_retraining(retrained, trak):
-    _, _, truth = retrained
-    estimate, _ = lds.bootstrap(truth.predict(trak), truth)
-    assert estimate.value > 0.9 and estimate.low > 0.85
+    *_, truth = retrained
+    found = dtrak.lds(trak, truth)
+    assert found.value > 0.9 and found.low > 0.85
+    guess = dtrak.lds(random_scores(truth.train_ids, truth.query_ids, 0), truth)
+    better = found.less(guess)
+    assert 0 < better.low < better.value == found.value - guess.value
 
 
 def test_controls_predict_nothing(retrained, trak):
     """Nor does TRAK, of other queries."""
-    _, _, truth = retrained
+    *_, truth = retrained
     guess = random_scores(truth.train_ids, truth.query_ids, 0)
-    for scores in (guess, np.roll(trak, 1, axis=0)):
-        estimate, _ = lds.bootstrap(truth.predict(scores), truth)
-        assert estimate.low < 0 < estimate.high
-        assert abs(estimate.value) < 0.15
-    assert lds.lds(truth.predict(np.ones_like(trak)), truth) == 0
+    for scores in (guess, np.roll(trak.scores, 1, axis=0)):
+        found = dtrak.lds(scores, truth)
+        assert found.low < 0 < found.high
+        assert abs(found.value) < 0.15
+    assert dtrak.lds(np.ones((QUERIES, N)), truth).value == 0
+
+
+def test_removing_what_trak_ranks_first_raises_the_loss(retrained, trak):
+    """More than removing random images, for every query; on everything nothing changes."""
+    images, train, losses, _ = retrained
+
+    def generate(w, rows):
+        return np.asarray(inputs(images["query"][rows]) @ w).reshape(-1, *SHAPE)
+
+    originals = generate(train(np.arange(N), 0), np.arange(QUERIES))
+    options = {"count": N // 10, "queries": 6, "losses": losses}
+    found = dtrak.counterfactual(trak, train, generate, originals, **options)
+    medians = {(row["method"], row["metric"]): row["median"] for row in found.summary}
+    assert medians["trak", "pixel_l2"] > 3 * medians["random", "pixel_l2"]
+    assert medians["trak", "loss_increase"] > 10 * abs(
+        medians["random", "loss_increase"]
+    )
+    for control in ("everything", "other-seed"):
+        assert medians[control, "loss_increase"] == 0
+        assert medians[control, "pixel_l2"] < 1e-6
+    above = [row["loss_increase"] for row in found.rows if row["method"] == "trak"]
+    assert len(above) == 6 and min(above) > 0

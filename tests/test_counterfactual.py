@@ -12,6 +12,7 @@ import scipy.stats
 from conftest import TINY, init, train_apply, use_simple_network, use_two_devices
 from test_clip_similarity import write_clip
 
+import dtrak_jax as dtrak
 from dtrak_jax import data, diffusion, files, models, pipeline, training
 from dtrak_jax.attribution import Scores
 from dtrak_jax.config import (
@@ -25,14 +26,10 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
+from dtrak_jax.digests import short_digest
 from dtrak_jax.encoding.clip import Clip
-from dtrak_jax.evaluation.counterfactual import (
-    FOLDER,
-    bottleneck,
-    counterfactual,
-    distances,
-    flattened,
-)
+from dtrak_jax.evaluation.changes import distances, flattened
+from dtrak_jax.evaluation.counterfactual import FOLDER, bottleneck, counterfactual
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
 from dtrak_jax.evaluation.statistics import summarize
@@ -227,6 +224,49 @@ def test_the_metrics_of_the_results_are_those_of_the_images(finished, queries):
         assert math.isclose(row["pixel_l2"], np.linalg.norm(a - b), abs_tol=1e-5)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert math.isclose(row["pixels_cosine"], cosine, abs_tol=1e-5)
+
+
+def test_a_model_of_ones_own_has_the_results_of_the_run(finished, tmp_path):
+    """The same removals, pictures and tables, from functions that know no run."""
+    queries, folder = finished.queries["generated"], finished.workdir / FOLDER
+    trained = []
+
+    def train(rows, seed):
+        trained.append(rows)
+        rows_digest = short_digest(rows.astype("<i8").tobytes())
+        start = "other-seed" if seed else "everything" if len(rows) == 12 else ""
+        name = next(folder.glob(f"{start}*-{rows_digest}")).name
+        steps = training.latest_step(folder / name)
+        stack = training.load_members(init, [name], steps, folder)
+        return jax.tree.map(lambda leaf: leaf[0], stack)
+
+    x, ids = queries.images, queries.ids
+    settings = {"timesteps": CONFIG.ensemble.timesteps, "draws": 1}
+    network = finished.network.apply, finished.schedule
+    losses = dtrak.QueryLosses(*network, x, ids=ids, **settings)
+    cosine = finished.scores("pixel-cosine", "generated")
+    squared = dataclasses.replace(cosine, scores=cosine.scores**2)
+    dot = finished.scores("pixel-dot", "generated")
+    found = dtrak.counterfactual(
+        {"pixel-dot": dot, "pixel-cosine-squared": squared},
+        *(train, lambda params, rows: make_again(finished, params, rows), x),
+        count=COUNT,
+        queries=2,
+        losses=losses,
+    )
+    saved = files.read_npz(folder / "images.npz")
+    assert found.images.keys() == saved.keys()
+    for name, pictures in saved.items():
+        if name == "query_ids":
+            assert found.images[name].tolist() == pictures.tolist()
+        else:
+            np.testing.assert_allclose(found.images[name], pictures, atol=PIXEL)
+    expected = finished.json("counterfactual")
+    for row, other in zip(found.rows, expected["rows"], strict=True):
+        assert row["query"] == other["query"]
+        for metric in ("pixel_l2", "pixels_cosine", "loss_increase"):
+            assert row[metric] == pytest.approx(other[metric], abs=1e-5)
+    assert len(found.summary) == len(expected["summary"]) - len(CHOICES)
 
 
 def test_clip_adds_the_cosine_of_its_embeddings(finished, workdir, tmp_path, trained):

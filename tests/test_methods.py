@@ -545,7 +545,12 @@ def test_datamodels_equal_sklearns_ridge_one_query_at_a_time(models, n, folds):
 def test_wrong_retrained_models():
     masks, outputs = retrained()
     with pytest.raises(ValueError, match="has 9 models; .* at least 10, two in each"):
-        attribution.datamodels(masks[:9], outputs[:9])
+        attribution.datamodels(masks[:9], outputs[:9], folds=5)
+    few, four = (
+        attribution.datamodels(masks[:9], outputs[:9], **folds)
+        for folds in ({}, {"folds": 4})
+    )
+    np.testing.assert_array_equal(few, four)
     with pytest.raises(ValueError, match="alphas is empty"):
         attribution.datamodels(masks, outputs, alphas=())
     with pytest.raises(ValueError, match="alphas is 0"):

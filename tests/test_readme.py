@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import jax
+import numpy as np
 import pytest
 from conftest import TINY
 
@@ -69,12 +70,32 @@ def test_scripts_of_the_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (config,) = blocks(ROOT / "configs" / "README.md", "python")
     assert isinstance(run(config, tmp_path)["get_config"](), Config)
-    (unet,) = blocks(ROOT / "dtrak_jax" / "README.md", "python")
+    package = blocks(ROOT / "dtrak_jax" / "README.md", "python")
+    (unet,) = (code for code in package if "to_diffusers" in code)
     model = models.build(TINY)
     params = models.init(model, jax.random.key(0))
     models.to_diffusers(model, params, tmp_path / "path" / "to" / "unet")
     run(unet, tmp_path, dtrak=dtrak)
     assert (tmp_path / "elsewhere" / "config.json").exists()
+
+
+def test_the_script_that_checks_scores(tmp_path, monkeypatch, capsys, images):
+    """A model that knows the mean of its images, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    package = blocks(ROOT / "dtrak_jax" / "README.md", "python")
+    (script,) = (code for code in package if "dtrak.retrain" in code)
+    images, given = np.concatenate([images, -images]), {"dtrak": dtrak}
+    given |= {"images": images, "generated": images[:2], "seeds": np.arange(2)}
+    given["scores"] = np.einsum("qhwc,nhwc->qn", images[:2], images)
+    given["schedule"] = dtrak.linear_schedule()
+    given["apply"] = lambda params, x, t, cond: x - params[None]
+    given["train_my_model"] = lambda rows, seed: rows.mean(axis=0) + 0.01 * seed
+    given["sample_my_model"] = lambda mean, seeds: mean + seeds.reshape(-1, 1, 1, 1)
+    run(script, tmp_path, **given)
+    lds, removed = capsys.readouterr().out.splitlines()
+    assert lds.startswith("LDS(") and "16 subsets × 2 seeds" in lds
+    assert removed.startswith("Counterfactual(2 queries, 20 of 24 removed")
+    assert len(list((tmp_path / "retrained").glob("*.npz"))) == 32
 
 
 def commands():

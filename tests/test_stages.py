@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import digits_command, open_run, use_simple_network, use_two_devices
 
+import dtrak_jax as dtrak
 from dtrak_jax import attribution, cli, data, diffusion, features, files, training
 from dtrak_jax.attribution import Scores
 from dtrak_jax.evaluation import counterfactual, retrain
@@ -129,6 +131,55 @@ def test_every_method_has_scores_and_an_lds(finished):
         assert rules == {"label-free", "cross-fitted", "oracle"}
         (constant,) = (row for row in rows if row["method"] == "constant")
         assert constant["lds"] == 0
+
+
+def test_a_few_subsets_have_an_lds_but_no_halves(workdir):
+    """Below 16 nothing is chosen on one half; that is said, and not refused."""
+    methods = {"attribution__methods": "dtrak datamodels"}
+    with pytest.warns(
+        UserWarning, match="10 subsets are too few to choose on one half"
+    ):
+        type_in("lds", workdir, ensemble__subsets="10", **methods)
+    rows = files.read_json(workdir / "lds.json")["queries"]["validation"]["rows"]
+    rules = [(row["method"], row["damping_rule"]) for row in rows]
+    assert ("dtrak", "oracle") in rules and ("dtrak", "label-free") in rules
+    assert not {"cross-fitted", "halves"} & {rule for _, rule in rules}
+
+
+def test_a_model_of_ones_own_has_the_lds_of_the_run(finished):
+    """The same subsets, losses, LDS and ceiling, from functions that know no run."""
+    run = open_run(command("lds", finished))
+    images, settings, space = run.splits.train, run.config.ensemble, run.space
+    saved = files.read_npz(finished / "ensemble" / "outputs.npz")
+
+    def train(rows, seed):
+        mask = np.isin(np.arange(60), rows)
+        (subset,) = np.flatnonzero((saved["masks"] == mask).all(axis=1))
+        name, folder = f"{subset:04d}-{seed}", finished / "ensemble"
+        stack = training.load_members(run.network.init, [name], 10, folder)
+        return jax.tree.map(lambda leaf: leaf[0], stack)
+
+    losses = dtrak.QueryLosses(
+        *(run.network.apply, run.schedule, space.x("validation")),
+        ids=run.queries["validation"].ids,
+        timesteps=settings.timesteps,
+        draws=settings.draws,
+    )
+    truth = dtrak.retrain(
+        *(train, 60, losses),
+        subsets=settings.subsets,
+        seeds=settings.seeds,
+        ids=images.ids,
+        labels=images.labels,
+    )
+    chosen = saved["query_set"] == "validation"
+    np.testing.assert_allclose(truth.outputs, saved["outputs"][..., chosen], rtol=1e-5)
+    # Ranks of nearly equal losses may change by rounding, so these are the run's own.
+    found = dtrak.lds(run.scores("dtrak", "validation"), run.truth()["validation"])
+    result = files.read_json(finished / "lds.json")["queries"]["validation"]
+    row = next(row for row in result["rows"] if row["method"] == "dtrak")
+    expected = [row["lds"], row["low"], row["high"], result["ceiling"]]
+    assert [found.value, found.low, found.high, found.ceiling._asdict()] == expected
 
 
 def test_a_finished_stage_computes_nothing(workdir, counted):

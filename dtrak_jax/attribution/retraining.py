@@ -35,7 +35,7 @@ def datamodels(
     masks: np.ndarray,
     outputs: np.ndarray,
     alphas: Sequence[float] = (0.1, 1.0, 10.0),
-    folds: int = 5,
+    folds: int | None = None,
 ) -> np.ndarray:
     """Returns -w_q of the ridge regression F_m(q) = b_q + w_q . masks_m, float64 [q, n].
 
@@ -46,12 +46,14 @@ def datamodels(
 
     M models are fewer than n examples, so the regression is solved in the dual form,
     w = X^T (X X^T + alpha I)^-1 y of centred X and y: for a fold and an alpha, one
-    M x M system serves all queries. M must be at least twice the number of folds.
+    M x M system serves all queries. M must be at least twice the number of folds, which
+    is 5 if None, or less where there are fewer than 10 models.
 
     Raises:
       ValueError: wrong shapes, types or settings, or outputs that are not finite.
     """
     masks, outputs = _checked(masks, outputs)
+    folds = max(2, min(5, len(masks) // 2)) if folds is None else folds
     at_least("folds", folds, 2)
     if not len(alphas):
         raise ValueError("alphas is empty; name one or more.")

@@ -101,6 +101,6 @@ def arm_rows(
             estimate, _ = lds.bootstrap(losses.predict(values[start:end]), losses)
             scored.append(lds.row(estimate, *rule) | {"transform": transform})
         if grid:
-            scored += lds.damping_rows(grid, path[:, :, start:end], losses)[:2]
+            scored += lds.damping_rows(grid, path[:, :, start:end], losses)[:-1]
         rows += [arm.describe() | {"queries": name} | row for row in scored]
     return rows

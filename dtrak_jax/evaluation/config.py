@@ -12,7 +12,8 @@ class EnsembleConfig:
     """Models retrained on subsets of the training images: what scores must predict."""
 
     subsets: int = free(64)
-    """The number of subsets; more may be asked for later."""
+    """The number of subsets; more may be asked for later. An LDS needs 8 or more, and
+    16 where a half of them chooses lambda and the other half is scored."""
     seeds: int = free(3)
     """Models trained on each subset, with the seeds 0, 1, ...; from 2 on there is a
     noise ceiling."""

@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from dtrak_jax import data, diffusion, files, models, parallel, training
 from dtrak_jax.encoding.encode import moments
+from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
-    CONTROLS,
-    RANDOM,
     Choice,
     Model,
+    check_count,
+    chosen_queries,
     kept_rows,
     plan,
 )
 from dtrak_jax.evaluation.retrain import train
-from dtrak_jax.evaluation.statistics import summarize
 from dtrak_jax.network import Params
 from dtrak_jax.run import Run
 
@@ -53,8 +53,7 @@ def counterfactual(run: Run) -> None:
     settings, train_ids = run.config.counterfactual, run.splits.train.ids
     generated = run.queries["generated"]
     count = min(settings.queries, len(generated))
-    # Those with the smallest hashes of (seed, id).
-    rows = data.choose(generated.ids, None, count, settings.seed, FOLDER)
+    rows = chosen_queries(generated.ids, count, settings.seed)
     originals = generated.take(rows)
     queries = originals.ids.tolist()
     scores = {
@@ -89,11 +88,7 @@ def check(run: Run) -> None:
             "counterfactuals generate images again from their seeds: queries.folder must "
             "be empty and sample.count 1 or more."
         )
-    if not 1 <= count <= n - 1:
-        raise ValueError(
-            f"counterfactual.count is {count}; it must be 1 to {n - 1}, as there are {n} "
-            "training images and one must be left."
-        )
+    check_count("counterfactual.count", count, n)
 
 
 def regenerate(
@@ -183,43 +178,10 @@ def compare(
     }
 
 
-def flattened(images: np.ndarray) -> np.ndarray:
-    """Returns the pixels [Q, d] of images [Q, H, W, C]."""
-    return images.reshape(len(images), -1)
-
-
 def latents(run: Run, images: np.ndarray) -> np.ndarray:
     """Returns the modes [Q, d] of images' latents, without the scaling factor."""
     mean, _ = moments(run, images)
     return flattened(mean / run.space.pipeline.vae.config.scaling_factor)
-
-
-def distances(
-    original: np.ndarray,
-    images: np.ndarray,
-    lengths: Mapping[str, Callable],
-    cosines: Mapping[str, Callable],
-) -> dict[str, np.ndarray]:
-    """Returns how far images [Q, H, W, C] are from the original ones, by metric [Q].
-
-    Every embedding f maps images to vectors [Q, d]. "NAME_l2" is |f(a) - f(b)| of those
-    in `lengths`; and "NAME_cosine" is <f(a), f(b)> / (|f(a)| |f(b)|) of those in
-    `cosines`, and 0 where one of them is the zero vector.
-    """
-
-    def embedded(embed):
-        return (np.asarray(embed(x), np.float64) for x in (original, images))
-
-    metrics = {}
-    for name, embed in lengths.items():
-        a, b = embedded(embed)
-        metrics[f"{name}_l2"] = np.linalg.norm(b - a, axis=1)
-    for name, embed in cosines.items():
-        a, b = embedded(embed)
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        products = np.einsum("qd,qd->q", a, b)
-        metrics[f"{name}_cosine"] = products / np.where(norms == 0, 1, norms)
-    return metrics
 
 
 def bottleneck(
@@ -247,26 +209,3 @@ def bottleneck(
 
     mean = embed(images).mean(axis=0)
     return lambda images: embed(images) - mean
-
-
-def tables(
-    metrics: Mapping[Choice, Mapping[str, np.ndarray]], queries: Sequence[str]
-) -> dict[str, list[dict]]:
-    """Returns three parts of counterfactual.json, of the metrics of each choice [Q].
-
-    "rows" has every choice and query; "summary" what `summarize` says of each choice's
-    metrics, and "differences" what it says of every method's metrics less those of
-    random removal, query by query.
-    """
-    random = metrics[Choice(RANDOM)]
-    rows, summary, differences = [], [], []
-    for choice, columns in metrics.items():
-        for i, query in enumerate(queries):
-            values = {name: float(column[i]) for name, column in columns.items()}
-            rows.append(choice._asdict() | {"query": query} | values)
-        for name, column in columns.items():
-            described = choice._asdict() | {"metric": name}
-            summary.append(described | summarize(column))
-            if choice.method not in CONTROLS:
-                differences.append(described | summarize(column - random[name]))
-    return {"rows": rows, "summary": summary, "differences": differences}

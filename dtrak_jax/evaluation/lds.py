@@ -1,7 +1,9 @@
 """The linear datamodeling score of every method: do scores predict what retraining does?"""
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.stats
@@ -13,18 +15,21 @@ from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
     RESAMPLES,
     Estimate,
+    correlation_interval,
     interval,
     resamples,
     spearman,
 )
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, RetrainedLosses
 from dtrak_jax.methods import METHODS
-from dtrak_jax.run import Run
+
+if TYPE_CHECKING:
+    from dtrak_jax.run import Run
 
 # The file lds.json
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: "Run") -> None:
     """Scores every method against the retrained models, prints and writes lds.json."""
     names = ("subsets", "seeds", "fraction", "timesteps", "draws")
     settings = {name: getattr(run.config.ensemble, name) for name in names}
@@ -40,7 +45,7 @@ def evaluate(run: Run) -> None:
         print(table(result))
 
 
-def evaluate_queries(run: Run, queries: str, truth: RetrainedLosses) -> dict:
+def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
     """Returns what lds.json says of one set of queries.
 
     "rows" has every method, by each rule that chooses lambda and squared, and the
@@ -52,39 +57,64 @@ def evaluate_queries(run: Run, queries: str, truth: RetrainedLosses) -> dict:
     for name in tqdm(names, f"lds {queries}", unit="method", disable=None):
         method = METHODS[name]
         if method.learn:
-            estimate = from_halves(method.learn, truth)
-            rows.append({"method": name} | row(estimate, "halves"))
+            if has_halves(truth):
+                estimate = from_halves(method.learn, truth)
+                rows.append({"method": name} | row(estimate, "halves"))
             continue
         scores, rule = run.scores(name, queries), ()
         if scores.damping:
             rule = ("label-free", scores.damping[0])
-        squares = np.square(scores.scores, dtype=np.float64)
-        compared[name] = predicted_row(name, truth.predict(scores.scores), truth, *rule)
-        squared = predicted_row(name, truth.predict(squares), truth, *rule)
-        rows += [compared[name][0], squared[0] | {"transform": "squared"}]
+        compared[name], squared = scored_rows(name, scores.scores, truth, *rule)
+        rows += [compared[name][0], squared]
         if method.kernel and settings.solver == "eigh":
             kernels = run.kernels(method.measurement)
             query = run.features(queries, method.measurement)
             grid, path = damping_path(kernels, query, truth.masks)
-            fitted, oracle, values = damping_rows(grid, path, truth)
+            *fitted, oracle, values = damping_rows(grid, path, truth)
             oracle["reference"] = reference_interval(path[np.argmax(values)], truth)
-            rows += [{"method": name} | oracle, {"method": name} | fitted]
+            rows += [{"method": name} | scored for scored in (oracle, *fitted)]
             curves[name] = {"damping": grid, "lds": values}
+    if not has_halves(truth):
+        warnings.warn(
+            f"{len(truth.masks)} subsets are too few to choose on one half and score on "
+            f"the other: LDS that need it are left out, below {2 * MIN_SUBSETS} subsets.",
+            stacklevel=2,
+        )
+    return with_controls(rows, compared, truth) | {"curves": curves}
+
+
+def with_controls(
+    rows: list[dict],
+    compared: dict[str, tuple[dict, np.ndarray]],
+    truth: RetrainedLosses,
+) -> dict:
+    """Returns methods' rows with those of the controls, the ceiling and differences."""
     # Subsets of one size give every constant the same sum.
     constant = np.ones((len(truth.query_ids), len(truth.train_ids)))
     estimate, _ = bootstrap(truth.predict(constant), truth)
-    rows.append({"method": "constant"} | row(estimate))
-    if "random" not in names:
+    rows = [*rows, {"method": "constant"} | row(estimate)]
+    if "random" not in compared:
         scores = attribution.random_scores(truth.train_ids, truth.query_ids, 0)
-        compared["random"] = predicted_row("random", truth.predict(scores), truth)
-        rows.append(compared["random"][0])
+        random = predicted_row("random", truth.predict(scores), truth)
+        rows.append(random[0])
+        compared = compared | {"random": random}
     best = ceiling(truth)
     return {
         "ceiling": best and best._asdict(),
         "rows": rows,
         "differences": differences(compared),
-        "curves": curves,
     }
+
+
+def scored_rows(
+    method: str, scores: np.ndarray, truth: RetrainedLosses, *rule
+) -> tuple[tuple[dict, np.ndarray], dict]:
+    """Returns the `predicted_row` of scores [queries, train], and the row of their
+    squares."""
+    linear = predicted_row(method, truth.predict(scores), truth, *rule)
+    squares = np.square(scores, dtype=np.float64)
+    squared, _ = predicted_row(method, truth.predict(squares), truth, *rule)
+    return linear, squared | {"transform": "squared"}
 
 
 def row(
@@ -107,15 +137,20 @@ def predicted_row(
 
 def damping_rows(
     grid: Sequence[float], path: np.ndarray, truth: RetrainedLosses
-) -> tuple[dict, dict, list[float]]:
+) -> tuple:
     """Returns the rows "cross-fitted" and "oracle" of lambdas that the ensemble chose, and
-    the LDS at every damping of a path [grid, subsets, queries]."""
+    the LDS at every damping of a path [grid, subsets, queries].
+
+    Of too few subsets for halves there is no row "cross-fitted".
+    """
     values = [lds(predictions, truth) for predictions in path]
     best = int(np.argmax(values))
-    oracle, _ = bootstrap(path[best], truth)
+    estimate, _ = bootstrap(path[best], truth)
+    oracle = row(estimate, "oracle", grid[best])
+    if not has_halves(truth):
+        return oracle, values
     fitted, chosen = cross_fitted(path, truth)
-    fitted_row = row(fitted, "cross-fitted", [grid[i] for i in chosen])
-    return fitted_row, row(oracle, "oracle", grid[best]), values
+    return row(fitted, "cross-fitted", [grid[i] for i in chosen]), oracle, values
 
 
 def differences(compared: dict[str, tuple[dict, np.ndarray]]) -> list[dict]:
@@ -171,7 +206,7 @@ def bootstrap(
     to the same draws, so their differences are those of a paired comparison.
     """
     samples = _resampled(predictions, truth.target)
-    return interval(lds(predictions, truth), samples), samples
+    return correlation_interval(lds(predictions, truth), samples), samples
 
 
 def _resampled(a: np.ndarray, b: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -264,6 +299,11 @@ def cross_fitted(
     return _over_halves(fit, truth), chosen
 
 
+def has_halves(truth: RetrainedLosses) -> bool:
+    """Returns whether one half of the subsets may choose what is scored on the other."""
+    return len(truth.masks) >= 2 * MIN_SUBSETS
+
+
 def from_halves(function: Callable, truth: RetrainedLosses) -> Estimate:
     """Returns the score of a method that learns from the ensemble itself.
 
@@ -286,7 +326,7 @@ def _over_halves(
     `fit` makes predictions for all subsets from those that it may see, bool [subsets].
     """
     count = len(truth.masks)
-    if count < 2 * MIN_SUBSETS:
+    if not has_halves(truth):
         raise ValueError(
             f"the ensemble has {count} subsets; choosing on one half and reporting on "
             f"the other needs {2 * MIN_SUBSETS} or more: set ensemble.subsets and run "
@@ -299,4 +339,4 @@ def _over_halves(
         predicted, target = fit(half)[~half], truth.target[~half]
         values.append(spearman(predicted, target).mean())
         samples = samples + _resampled(predicted, target, seed) / 2
-    return interval(np.mean(values), samples)
+    return correlation_interval(np.mean(values), samples)

@@ -1,40 +1,47 @@
 """The losses of queries under retrained models: the truth that scores must predict."""
 
+import dataclasses
 import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
-from dtrak_jax.config import EnsembleConfig
+from dtrak_jax.checks import at_least, between, check_images
 from dtrak_jax.diffusion import Schedule, denoising_loss
+from dtrak_jax.digests import digest, digest_rows, digest_tree, named_leaves
+from dtrak_jax.evaluation.config import EnsembleConfig
+from dtrak_jax.evaluation.truth import named
 from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.rng import fold_in, id_words, stream
 
 
-def timestep_grid(timesteps: int | tuple[int, ...], schedule: Schedule) -> np.ndarray:
+def timestep_grid(
+    timesteps: int | Sequence[int], schedule: Schedule, name: str = "ensemble.timesteps"
+) -> np.ndarray:
     """Returns the timesteps themselves, or that many evenly spaced over the schedule.
 
     A number T stands for the middles of T equal parts, so that no end counts more.
 
     Raises:
-      ValueError: a timestep, or their number, is out of range.
+      ValueError: a timestep, or their number, is out of range; calls it `name`.
     """
     steps = schedule.steps
-    if isinstance(timesteps, int):
+    if np.ndim(timesteps) == 0:
+        timesteps = operator.index(timesteps)
         if not 1 <= timesteps <= steps:
-            raise ValueError(
-                f"ensemble.timesteps is {timesteps}; the schedule has 1 to {steps}."
-            )
+            raise ValueError(f"{name} is {timesteps}; the schedule has 1 to {steps}.")
         parts = (np.arange(timesteps) + 0.5) * steps / timesteps
         return np.floor(parts).astype(np.int32)
     grid = np.array(timesteps, np.int32)
     if not len(grid) or grid.min() < 0 or grid.max() >= steps:
         raise ValueError(
-            f"ensemble.timesteps is {timesteps}; it must name one or more of 0 to "
-            f"{steps - 1}."
+            f"{name} is {timesteps}; it must name one or more of 0 to {steps - 1}."
         )
     return grid
 
@@ -45,7 +52,7 @@ def measure(
     params: Params,
     images: np.ndarray,
     ids: np.ndarray,
-    settings: EnsembleConfig,
+    settings: "EnsembleConfig | QueryLosses",
     cond=None,
     frozen: Params | None = None,
 ) -> np.ndarray:
@@ -133,3 +140,83 @@ def losses_program(
     pairs = len(timestep_grid(settings.timesteps, schedule)) * settings.draws
     program = Program(losses_function(apply, schedule, mesh), arguments, mesh)
     return program, pairs * -(-queries // size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QueryLosses:
+    """The function params -> losses [queries] of a model of one's own, see `measure`.
+
+    It is compiled once for all models. Every model sees the same noise, so that losses
+    differ by what the models were trained on and by nothing else.
+
+    Raises:
+      ValueError: settings, ids or images are wrong; says what would be right.
+    """
+
+    apply: Apply
+    """The network without dropout, (params, x, t, cond) -> prediction; or ((params,
+    frozen), x, t, cond) where there are frozen parameters."""
+    schedule: Schedule
+    """The noise schedule that the network was trained with."""
+    images: np.ndarray
+    """The queries as the network is given them [queries, H, W, C]."""
+    _: dataclasses.KW_ONLY
+    ids: Sequence[str] | None = None
+    """Names that decide the noise, str [queries]; "0", "1", ... if None."""
+    cond: Any = None
+    """A pytree of arrays with a row for each query, or None."""
+    frozen: Params | None = None
+    """The network's other parameters, or None."""
+    timesteps: int | Sequence[int] = 100
+    """At which losses are measured; how many, evenly spaced, or which."""
+    draws: int = 3
+    """Noise draws at each of them."""
+    seed: int = 0
+    """The seed of the noise."""
+    bounds: tuple[float, float] | None = None
+    """The least and the largest value of a pixel, or None."""
+    batch_size: int = 256
+    """Noised queries at once; limits memory."""
+
+    def __post_init__(self):
+        at_least("draws", self.draws, 1)
+        at_least("seed", self.seed, 0)
+        between("seed", self.seed, 0, 2**32 - 1)
+        at_least("batch_size", self.batch_size, 1)
+        timestep_grid(self.timesteps, self.schedule, "timesteps")
+        images = np.asarray(self.images, np.float32)
+        check_images(images, self.bounds)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "ids", named(self.ids, len(images)))
+        for path, leaf in named_leaves(self.cond).items():
+            if np.ndim(leaf) == 0 or len(leaf) != len(images):
+                raise ValueError(
+                    f"cond: {path} has shape {np.shape(leaf)}; it must have "
+                    f"{len(images)} rows, one for each image."
+                )
+
+    def __call__(self, params: Params) -> np.ndarray:
+        """Returns the loss of every query under one model, float64 [queries]."""
+        self._check_network(params)
+        stack = jax.tree.map(lambda leaf: np.asarray(leaf)[None], params)
+        queries = self.images, self.ids, self, self.cond, self.frozen
+        return measure(self.apply, self.schedule, stack, *queries)[0]
+
+    def _check_network(self, params: Params) -> None:
+        """Raises a ValueError unless predictions have the shape of the images."""
+        # A smaller prediction would be compared with the noise by broadcasting.
+        x, cond = jax.tree.map(lambda rows: rows[:1], (self.images, self.cond))
+        network = network_params(params, self.frozen)
+        prediction = jax.eval_shape(self.apply, network, x, np.zeros(1, np.int32), cond)
+        if prediction.shape != x.shape:
+            raise ValueError(
+                f"the network maps images {x.shape} to {prediction.shape}; a prediction "
+                "must have the shape of the images."
+            )
+
+    @functools.cached_property
+    def made_from(self) -> str:
+        """A hash of the queries, their conditions and the settings of the noise."""
+        grid = timestep_grid(self.timesteps, self.schedule, "timesteps")
+        settings = f"{grid.tolist()} {self.draws} {self.seed}"
+        return digest(settings, *digest_rows(self.images), digest_tree(self.cond))

@@ -16,7 +16,8 @@ EVERYTHING = "everything"
 """Removes nothing and keeps the seed: makes the same image but for rounding."""
 OTHER_SEED = "other-seed"
 """Removes nothing and takes another seed: how far images move by retraining alone."""
-CONTROLS = (RANDOM, EVERYTHING, OTHER_SEED)
+FULL = (EVERYTHING, OTHER_SEED)
+CONTROLS = (RANDOM, *FULL)
 
 
 class Choice(NamedTuple):
@@ -40,6 +41,20 @@ class Model(NamedTuple):
     queries: list[int]
     member: training.Member
     steps: int
+
+
+def check_count(name: str, count: int, n: int) -> None:
+    """Raises a ValueError unless something is removed, and something is left."""
+    if not 1 <= count <= n - 1:
+        raise ValueError(
+            f"{name} is {count}; it must be 1 to {n - 1}, as there are {n} training "
+            "images and one must be left."
+        )
+
+
+def chosen_queries(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Returns the positions of the queries with the smallest hashes of (seed, id)."""
+    return data.choose(ids, None, count, seed, "counterfactual")
 
 
 def kept_rows(
@@ -69,29 +84,50 @@ def kept_rows(
     return {key: np.delete(rows, gone) for key, gone in removed.items()}
 
 
+class Removal(NamedTuple):
+    """What a model is trained on, and the positions of the queries that it makes."""
+
+    choice: Choice
+    queries: list[int]
+    rows: np.ndarray
+    seed: int
+
+
+def removals(
+    kept: Mapping[tuple[Choice, str], np.ndarray],
+    queries: Sequence[str],
+    n: int,
+    seed: int,
+) -> list[Removal]:
+    """Returns the models to train: one for each removal, then the two controls."""
+    models = [
+        Removal(choice, [queries.index(query)], rows, seed)
+        for (choice, query), rows in kept.items()
+    ]
+    everyone = list(range(len(queries)))
+    for name, its_seed in ((EVERYTHING, seed), (OTHER_SEED, seed + 1)):
+        models.append(Removal(Choice(name), everyone, np.arange(n), its_seed))
+    return models
+
+
 def plan(
     config: training.TrainConfig,
     kept: Mapping[tuple[Choice, str], np.ndarray],
     queries: Sequence[str],
     n: int,
 ) -> list[Model]:
-    """Returns the models to train: one for each removal, then the two controls.
+    """Returns the models of `removals`, named, with their steps of training.
 
     A model of r of n rows takes round(steps * r / n) steps, at least 1: as many epochs
     as the original had. Folders are named by a hash of the rows too, so that no model
     of older scores is taken for a new one.
     """
-
-    def model(choice: Choice, positions: list[int], name: str, rows, seed: int):
+    models = []
+    for choice, positions, rows, seed in removals(kept, queries, n, config.seed):
+        of_query = [] if choice.method in FULL else [queries[i] for i in positions]
         content = short_digest(rows.astype("<i8").tobytes())
-        member = training.Member(f"{name}-{content}", rows, seed)
+        name = "-".join([choice.name, *of_query, content])
         steps = max(1, round(config.steps * len(rows) / n))
-        return Model(choice, positions, member, steps)
-
-    models, everyone = [], list(range(len(queries)))
-    for (choice, query), rows in kept.items():
-        name = f"{choice.name}-{query}"
-        models.append(model(choice, [queries.index(query)], name, rows, config.seed))
-    for name, seed in ((EVERYTHING, config.seed), (OTHER_SEED, config.seed + 1)):
-        models.append(model(Choice(name), everyone, name, np.arange(n), seed))
+        member = training.Member(name, rows, seed)
+        models.append(Model(choice, positions, member, steps))
     return models

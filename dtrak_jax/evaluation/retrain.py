@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dtrak_jax import data, files, parallel, training
+from dtrak_jax import files, parallel, training
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.outputs import measure, timestep_grid
@@ -19,28 +19,16 @@ def retrain(run: Run) -> None:
     settings, images = run.config.ensemble, run.splits.train
     # A wrong setting of the measurement is refused before any model is trained.
     timestep_grid(settings.timesteps, run.schedule)
-    masks = np.stack(
-        [
-            data.subset_mask(
-                images.ids, images.labels, settings.seed, subset, settings.fraction
-            )
-            for subset in range(settings.subsets)
-        ]
-    )
-    # All subsets with the first seed, then with the next one.
-    ensemble = [
-        training.Member(f"{subset:04d}-{seed}", np.flatnonzero(mask), seed)
-        for seed in range(settings.seeds)
-        for subset, mask in enumerate(masks)
-    ]
+    how = settings.seed, settings.subsets, settings.fraction
+    masks = truth.subset_masks(images.ids, images.labels, *how)
+    ensemble = truth.ensemble(masks, settings.seeds)
     train(run, ensemble, member_steps(run.config), "retrain")
     train(run, full_members(run), run.config.train.steps, "train models")
     names = [member.name for member in ensemble]
     measure_members(run, names)
     if parallel.is_main_process() and truth.differing(run):
         losses = [files.read_npz(outputs_path(run, name))["outputs"] for name in names]
-        by_seed = np.reshape(losses, (settings.seeds, settings.subsets, -1))
-        truth.save(run, by_seed.swapaxes(0, 1), masks)
+        truth.save(run, truth.by_subset(losses, settings.subsets), masks)
     parallel.barrier("retrain")
 
 

@@ -106,6 +106,12 @@ def interval(value: float, samples: np.ndarray) -> Estimate:
     return Estimate(float(value), float(value + low), float(value + high))
 
 
+def correlation_interval(value: float, samples: np.ndarray) -> Estimate:
+    """Returns `interval` of a correlation, which is not moved beyond -1 or 1."""
+    value, low, high = interval(value, samples)
+    return Estimate(value, max(low, -1.0), min(high, 1.0))
+
+
 def summarize(values: np.ndarray) -> dict[str, float]:
     """Returns the median and mean over queries [Q], each with a 95% interval.
 

@@ -1,42 +1,86 @@
-"""The truth of a run, ensemble/outputs.npz: the queries' losses under retrained models."""
+"""The truth that scores must predict: the queries' losses under retrained models."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dtrak_jax import files
+from dtrak_jax import data, files, training
+from dtrak_jax.checks import check_ids
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
 MIN_SUBSETS = 8
-"""The fewest subsets of which an interval says anything."""
+"""The fewest subsets of which an interval says anything; what is chosen on one half of
+them and scored on the other needs twice as many."""
 
 
-@dataclass(frozen=True, eq=False)
+def check_subsets(count: int) -> None:
+    """Raises a ValueError unless there are enough subsets for an LDS."""
+    if count < MIN_SUBSETS:
+        raise ValueError(
+            f"the ensemble has {count} subsets; an interval needs at least "
+            f"{MIN_SUBSETS}: set ensemble.subsets, or subsets of dtrak.retrain, and "
+            "retrain on more."
+        )
+
+
+def named(ids: Sequence[str] | np.ndarray | None, count: int) -> np.ndarray:
+    """Returns the ids of `count` examples once they are checked; "0", "1", ... if None."""
+    ids = list(map(str, range(count))) if ids is None else list(ids)
+    check_ids(ids, count)
+    return np.array(ids, str)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class RetrainedLosses:
     """The losses of queries under models that were retrained on subsets.
 
-    Too few subsets, or losses that are not finite, are a ValueError.
+    Raises:
+      ValueError: too few subsets, arrays that do not fit together, or losses that are
+        not finite.
     """
 
     outputs: np.ndarray
-    """The losses [subsets, seeds, queries]."""
+    """The losses [subsets, seeds, queries]; [subsets, queries] where there is one seed."""
     masks: np.ndarray
     """True where a training image is in a subset, bool [subsets, train]."""
-    query_ids: np.ndarray
-    train_ids: np.ndarray
+    query_ids: np.ndarray | None = None
+    """str [queries]; "0", "1", ... if None."""
+    train_ids: np.ndarray | None = None
+    """str [train]; "0", "1", ... if None."""
 
     def __post_init__(self):
-        if len(self.masks) < MIN_SUBSETS:
+        outputs, masks = np.asarray(self.outputs, np.float64), np.asarray(self.masks)
+        outputs = outputs[:, None] if outputs.ndim == 2 else outputs
+        if masks.dtype != bool:
+            raise ValueError(f"masks are {masks.dtype}; they must be bool.")
+        if outputs.ndim != 3 or masks.ndim != 2 or len(outputs) != len(masks):
             raise ValueError(
-                f"the ensemble has {len(self.masks)} subsets; an interval needs at least "
-                f"{MIN_SUBSETS}: set ensemble.subsets and run `dtrak-jax retrain`."
+                f"outputs have shape {outputs.shape} and masks {masks.shape}; they must "
+                "be [subsets, seeds, queries] and [subsets, train]."
             )
-        if not np.isfinite(self.outputs).all():
+        check_subsets(len(masks))
+        if not np.isfinite(outputs).all():
             raise ValueError("the ensemble's outputs are not all finite.")
+        for name, value in (
+            ("outputs", outputs),
+            ("masks", masks),
+            ("query_ids", named(self.query_ids, outputs.shape[2])),
+            ("train_ids", named(self.train_ids, masks.shape[1])),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        subsets, seeds, queries = self.outputs.shape
+        inside = round(self.masks.sum(axis=1).mean())
+        return (
+            f"RetrainedLosses({queries} queries, {subsets} subsets × {seeds} seeds, "
+            f"{inside} of {self.masks.shape[1]} images in each)"
+        )
 
     @functools.cached_property
     def target(self) -> np.ndarray:
@@ -52,6 +96,38 @@ class RetrainedLosses:
         g(q, S) = sum of tau(q, n) over n in S.
         """
         return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
+
+
+def subset_masks(
+    ids: Sequence[str] | np.ndarray,
+    labels: Sequence | np.ndarray | None,
+    seed: int,
+    subsets: int,
+    fraction: float,
+) -> np.ndarray:
+    """Returns which examples are in each subset, bool [subsets, n]; see
+    `data.subset_mask`."""
+    members = range(subsets)
+    masks = [data.subset_mask(ids, labels, seed, m, fraction) for m in members]
+    return np.stack(masks)
+
+
+def ensemble(masks: np.ndarray, seeds: int) -> list[training.Member]:
+    """Returns the models to train: all subsets with the seed 0, then with the next one."""
+    return [
+        training.Member(f"{subset:04d}-{seed}", np.flatnonzero(mask), seed)
+        for seed in range(seeds)
+        for subset, mask in enumerate(masks)
+    ]
+
+
+def by_subset(losses: Sequence[np.ndarray], subsets: int) -> np.ndarray:
+    """Returns the losses [q] of each model of `ensemble` as [subsets, seeds, q]."""
+    losses = np.asarray(losses)
+    return losses.reshape(-1, subsets, losses.shape[1]).swapaxes(0, 1)
+
+
+# The file ensemble/outputs.npz of a run
 
 
 def measured_from(run: "Run") -> dict[str, np.ndarray]:

@@ -1,0 +1,259 @@
+"""The LDS for a model of one's own: retraining by any function, and what scores predict.
+
+The stages `retrain` and `lds` of a run choose the same subsets and compute the same
+numbers; they differ in that they train and measure many models at once.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dtrak_jax import files
+from dtrak_jax.attribution import Scores
+from dtrak_jax.checks import at_least, between
+from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
+from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
+from dtrak_jax.evaluation.truth import (
+    RetrainedLosses,
+    by_subset,
+    check_subsets,
+    ensemble,
+    named,
+    subset_masks,
+)
+
+AnyScores = Scores | np.ndarray
+
+
+def retrain(
+    train: Callable[[np.ndarray, int], Any],
+    n: int,
+    losses: Callable[[Any], np.ndarray],
+    *,
+    subsets: int = 64,
+    seeds: int = 1,
+    fraction: float = 0.5,
+    ids: Sequence[str] | None = None,
+    labels: Sequence | None = None,
+    query_ids: Sequence[str] | None = None,
+    seed: int = 0,
+    store: epath.PathLike | None = None,
+) -> RetrainedLosses:
+    """Trains a model on each of many random subsets, and measures every query's loss.
+
+    Subsets are stratified choices of round(fraction n) examples, functions of seed, ids
+    and labels. 64 subsets show a strong method; from 2 seeds on there is a ceiling.
+
+    Args:
+      train: (rows, seed) -> a model trained as the one that was attributed, but on the
+        examples with these indices alone, for as many epochs; in any framework. `rows`
+        is int [m], ascending; `seed` is 0, 1, ... and decides all else that is random.
+      n: the number of training examples.
+      losses: model -> the loss of every query, [queries], with the same noise for every
+        model: `QueryLosses`, or a function of one's own.
+      ids: the names of the training examples as in `featurize`; "0", "1", ... if None.
+      labels: a label for each, of which every subset gets its share; or None.
+      query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
+      store: a folder that gets a file for each model once it is measured, so that the
+        same call continues where it was stopped. It knows subsets, ids and what
+        `QueryLosses` measures, and not what `train` does: if that changes, name
+        another one.
+
+    Raises:
+      ValueError: a setting is wrong or the store is of other settings, before anything
+        is trained; or losses are not finite, of the wrong shape, or the same whatever a
+        model was trained on.
+    """
+    _check_sizes(n, subsets, seeds, fraction)
+    at_least("seed", seed, 0)
+    train_ids, labels = named(ids, n), None if labels is None else np.asarray(labels)
+    if labels is not None and labels.shape != (n,):
+        raise ValueError(f"labels have shape {labels.shape}; they must be [{n}].")
+    masks = subset_masks(train_ids, labels, seed, subsets, fraction)
+    query_ids = getattr(losses, "ids", None) if query_ids is None else query_ids
+    made_from = {"measured": np.array(getattr(losses, "made_from", ""))}
+    if query_ids is not None:
+        made_from["query_ids"] = named(query_ids, len(query_ids))
+    measured: list[np.ndarray] = []
+    members = ensemble(masks, seeds)
+    for member in tqdm(members, "retrain", unit="model", disable=None):
+        rows_from = made_from | {"train_ids": train_ids[member.rows]}
+        path = store and files.at(store) / f"{member.name}.npz"
+        saved = kept(path, rows_from) or {}
+        values = saved.get("outputs")
+        if values is None:
+            values = losses(train(member.rows.copy(), member.seed))
+        expected = query_ids if query_ids is not None or not measured else measured[0]
+        values = checked(member.name, values, expected)
+        if path and not saved:
+            files.write_npz(path, outputs=values, **rows_from)
+        measured.append(values)
+        if len(measured) == 2 and (masks[0] != masks[1]).any():
+            _check_differing(*measured)
+    outputs = by_subset(measured, subsets)
+    if seeds > 1 and (outputs == outputs[:, :1]).all():
+        warnings.warn(
+            f"the losses are the same for all {seeds} seeds: unless training is "
+            "deterministic, train does not use its seed, and the noise ceiling is "
+            "meaningless.",
+            stacklevel=2,
+        )
+    return RetrainedLosses(outputs, masks, query_ids, train_ids)
+
+
+def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:
+    """Raises a ValueError unless there are enough subsets, of some examples each."""
+    for name, value, low in (("n", n, 2), ("subsets", subsets, 1), ("seeds", seeds, 1)):
+        at_least(name, value, low)
+    check_subsets(subsets)
+    between("fraction", fraction, 0.01, 0.99)
+    if not 1 <= round(fraction * n) < n:
+        raise ValueError(
+            f"fraction is {fraction}: of {n} examples a subset has "
+            f"{round(fraction * n)}; it must have 1 to {n - 1}."
+        )
+
+
+def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict | None:
+    """Returns what a store has of a model, or None; a ValueError if of something else."""
+    if not path or not path.exists():
+        return None
+    saved = files.read_npz(path)
+    for name, value in made_from.items():
+        if not np.array_equal(saved.get(name), value):
+            raise ValueError(
+                f"{path} is of other {name} than this call: its store belongs to other "
+                "settings, data or queries. Name another store."
+            )
+    return saved
+
+
+def checked(name: str, values: Any, queries: Sequence | None) -> np.ndarray:
+    """Returns a model's losses, float64 [queries], once they are sure to be right.
+
+    `queries` has an item for each query; None if nobody knows how many there are.
+    """
+    values = np.asarray(values, np.float64)
+    count = values.size if queries is None else len(queries)
+    if values.shape != (count,) or not count:
+        raise ValueError(
+            f"losses has returned an array of shape {values.shape}; it must have a loss "
+            f"for each query, [{'queries' if queries is None else count}]."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"the losses of the model {name} are not all finite.")
+    return values
+
+
+def _check_differing(first: np.ndarray, second: np.ndarray) -> None:
+    """Raises a ValueError if models trained on different examples have equal losses."""
+    if np.array_equal(first, second):
+        raise ValueError(
+            "two models that were trained on different examples have exactly the same "
+            "losses: train must use its rows, and losses the model that it is given."
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LDS:
+    """How well scores predict what retraining does: the linear datamodeling score."""
+
+    value: float
+    """The mean over queries of Spearman's correlation over subsets, in [-1, 1]."""
+    low: float
+    """The 95% interval, of other subsets and other queries."""
+    high: float
+    ceiling: Estimate | None
+    """The LDS that the truth itself would have, with its interval; None of one seed."""
+    per_query: np.ndarray
+    """Spearman's correlation of each query [queries]."""
+    query_ids: np.ndarray
+    train: int
+    """The number of training examples."""
+    shape: tuple[int, int]
+    """The numbers of subsets and of seeds."""
+    samples: np.ndarray
+    """The bootstrap samples behind the interval."""
+
+    def less(self, other: "LDS") -> Estimate:
+        """Returns the difference to another LDS of the same truth, with its interval.
+
+        It is that of a paired comparison, and sharper than the two intervals.
+        """
+        if self.shape != other.shape or (self.query_ids != other.query_ids).any():
+            raise ValueError("the two LDS are not of the same retrained models.")
+        return interval(self.value - other.value, self.samples - other.samples)
+
+    def __repr__(self) -> str:
+        best, (subsets, seeds) = self.ceiling, self.shape
+        words = [f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"]
+        words += [f"ceiling {best.value:.3f}"] if best else []
+        words += [
+            f"{len(self.per_query)} queries",
+            f"{subsets} subsets × {seeds} seeds",
+        ]
+        return f"LDS({', '.join(words)})"
+
+
+def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
+    """Returns the linear datamodeling score (Park et al., arXiv 2303.14186, section 3).
+
+    For each query: Spearman's correlation, over the subsets of `retrain`, of the sum of
+    the scores of a subset's examples and minus the query's loss after training on it.
+    It is 0 for scores that predict nothing. The ceiling is what noise of training
+    leaves to be predicted.
+
+    Args:
+      scores: of `attribute`, matched by ids; or an array [queries, train] in the order
+        of the truth, positive where the example lowers the query's loss.
+      truth: of `retrain`.
+
+    Raises:
+      ValueError: scores and truth are of other queries or training examples.
+    """
+    predictions = truth.predict(fitting(scores, truth))
+    estimate, samples = bootstrap(predictions, truth)
+    per_query = spearman(predictions, truth.target)
+    shape = truth.outputs.shape[:2]
+    sizes = per_query, truth.query_ids, len(truth.train_ids), shape
+    return LDS(*estimate, ceiling(truth), *sizes, samples)
+
+
+def record(scores: Mapping[str, AnyScores], truth: RetrainedLosses) -> dict:
+    """Returns what lds.json says of one set of queries, of scores by method."""
+    rows, compared = [], {}
+    for name, given in scores.items():
+        compared[name], squared = scored_rows(name, fitting(given, truth), truth)
+        rows += [compared[name][0], squared]
+    return with_controls(rows, compared, truth) | {"curves": {}}
+
+
+def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
+    """Returns scores [queries, train] in the order of the truth; see `lds`."""
+    expected = {"query_ids": truth.query_ids, "train_ids": truth.train_ids}
+    if isinstance(scores, Scores):
+        orders = []
+        for name, ids in expected.items():
+            places = {str(key): i for i, key in enumerate(getattr(scores, name))}
+            if places.keys() != set(ids.tolist()):
+                differing = min(places.keys() ^ set(ids.tolist()))
+                raise ValueError(
+                    f"the {name} of scores and truth differ, such as by {differing!r}: "
+                    "give `retrain` the ids of `featurize`."
+                )
+            orders.append([places[key] for key in ids.tolist()])
+        values = np.asarray(scores.scores)[np.ix_(*orders)]
+    else:
+        values = np.asarray(scores)
+    shape = tuple(map(len, expected.values()))
+    if values.shape != shape or not np.isfinite(values).all():
+        raise ValueError(
+            f"scores have shape {values.shape}; they must be finite, and {list(shape)}: "
+            "a row for each query and a column for each training example of the truth."
+        )
+    return values

@@ -1,0 +1,259 @@
+"""Counterfactuals of a model of one's own: pictures without their strongest examples.
+
+The stage `counterfactual` of a run removes the same examples and computes the same
+numbers; it differs in that it trains many models at once.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dtrak_jax import files
+from dtrak_jax.attribution import Scores
+from dtrak_jax.checks import at_least
+from dtrak_jax.digests import short_digest
+from dtrak_jax.evaluation.changes import distances, flattened, tables
+from dtrak_jax.evaluation.removals import (
+    CONTROLS,
+    EVERYTHING,
+    Choice,
+    Removal,
+    check_count,
+    chosen_queries,
+    kept_rows,
+    removals,
+)
+from dtrak_jax.evaluation.trust import AnyScores, checked, kept
+from dtrak_jax.evaluation.truth import named
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Counterfactual:
+    """What became of pictures without the training examples that scores rank first."""
+
+    settings: dict[str, Any]
+    rows: list[dict]
+    """The metrics of every choice of what is removed, and query."""
+    summary: list[dict]
+    """The median and mean of every choice's metrics, with 95% intervals."""
+    differences: list[dict]
+    """The same of every method's metrics less those of random removal, by query."""
+    images: dict[str, np.ndarray]
+    """The pictures by choice, beside "original" and "query_ids"."""
+
+    def __repr__(self) -> str:
+        words = [
+            "{0} {median:.3g} [{median_low:.3g}, {median_high:.3g}]".format(
+                Choice(row["method"], row["transform"]).name, **row
+            )
+            for row in self.summary
+            if row["metric"] == "pixel_l2"
+        ]
+        return (
+            f"Counterfactual({len(self.settings['queries'])} queries, "
+            f"{self.settings['count']} of {self.settings['train']} removed, median "
+            f"pixel_l2: {', '.join(words)})"
+        )
+
+    def record(self) -> dict:
+        """Returns what counterfactual.json says."""
+        parts = ("settings", "rows", "summary", "differences")
+        return {name: getattr(self, name) for name in parts}
+
+
+class Functions(NamedTuple):
+    """What a user hands over to make pictures without some examples."""
+
+    train: Callable[[np.ndarray, int], Any]
+    generate: Callable[[Any, np.ndarray], np.ndarray]
+    losses: Callable[[Any], np.ndarray] | None
+
+    @property
+    def measured(self) -> str:
+        """What is known of the losses; "" if none are measured."""
+        return getattr(self.losses, "made_from", "losses") if self.losses else ""
+
+    def make(
+        self, model: Removal, originals: np.ndarray, rows: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Trains a model; returns the pictures, and the losses, of some of all queries."""
+        trained = self.train(model.rows.copy(), model.seed)
+        images = np.asarray(self.generate(trained, rows.copy()))
+        shape = (len(rows), *originals.shape[1:])
+        _check_pictures("what generate returns", images, shape)
+        made = {"images": images}
+        if self.losses is not None:
+            values = checked(model.choice.name, self.losses(trained), originals)
+            made["losses"] = values[rows]
+        return made
+
+
+def counterfactual(
+    scores: AnyScores | Mapping[str, AnyScores],
+    train: Callable[[np.ndarray, int], Any],
+    generate: Callable[[Any, np.ndarray], np.ndarray],
+    originals: np.ndarray,
+    *,
+    count: int,
+    queries: int | None = None,
+    train_seed: int = 0,
+    embeddings: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    losses: Callable[[Any], np.ndarray] | None = None,
+    seed: int = 0,
+    store: epath.PathLike | None = None,
+) -> Counterfactual:
+    """Retrains without the strongest examples of each query, and makes its picture again.
+
+    The last evaluation of Zheng et al. (arXiv 2311.00500): the more a picture changes,
+    compared with removing as many random examples, the better the scores. For every
+    method and query a model is trained, for every query one without random examples,
+    and two on everything: with the same seed ("everything", which makes the same
+    pictures where training is deterministic) and with the next one ("other-seed").
+
+    Args:
+      scores: of `attribute`, or an array [queries, train]; or several by name.
+      train: (rows, seed) -> a model trained on the examples with these indices, int
+        [m], for as many epochs as the original.
+      generate: (model, positions) -> the pictures of the queries with these positions,
+        [m, ...], each from the seed and condition of its original.
+      originals: the pictures of all queries [queries, ...], in the order of the scores.
+      count: the number of examples to remove.
+      queries: how many queries to take, chosen by a hash of their ids; all if None.
+      train_seed: the seed of the original model, which is passed to `train`.
+      embeddings: functions pictures -> vectors [m, d] by name, for "NAME_cosine" beside
+        the distance "pixel_l2" and the cosine "pixels_cosine".
+      losses: model -> the losses of all queries, such as `QueryLosses`, for
+        "loss_increase", the loss less that of "everything".
+      seed: chooses queries and random examples.
+      store: a folder that gets a file for each model, as of `retrain`.
+
+    Raises:
+      ValueError: before anything is trained, where arguments do not fit together; or
+        pictures are of another shape than the originals, or not finite.
+    """
+    ranked = _ranked(scores)
+    first, originals = next(iter(ranked.values())), np.asarray(originals)
+    n, total = len(first.train_ids), len(first.query_ids)
+    _check_pictures("originals", originals, (total, *originals.shape[1:]))
+    check_count("count", count, n)
+    at_least("train_seed", train_seed, 0)
+    number = total if queries is None else queries
+    at_least("queries", number, 1)
+    positions = chosen_queries(first.query_ids, min(number, total), seed)
+    names = first.query_ids[positions].tolist()
+    left = kept_rows(ranked, names, first.train_ids, count, seed)
+    models = removals(left, names, n, train_seed)
+    functions = Functions(train, generate, losses)
+    parts: dict[Choice, list[dict]] = {}
+    for model in tqdm(models, "counterfactual", unit="model", disable=None):
+        made_from = {
+            "train_ids": first.train_ids[model.rows],
+            "query_ids": first.query_ids[positions[model.queries]],
+            "originals": originals[positions[model.queries]],
+            "seed": np.array(model.seed),
+            "measured": np.array(functions.measured),
+        }
+        path = store and files.at(store) / _file_name(model, names)
+        saved = kept(path, made_from)
+        if saved is None:
+            saved = functions.make(model, originals, positions[model.queries])
+            if path:
+                files.write_npz(path, **saved, **made_from)
+        parts.setdefault(model.choice, []).append(saved)
+    settings = {"count": count, "queries": names, "seed": seed, "train": n}
+    return _result(settings, originals[positions], parts, embeddings)
+
+
+def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]:
+    """Returns the scores by choice, all with the ids of the first that has some."""
+    if not isinstance(scores, Mapping):
+        method = scores.method if isinstance(scores, Scores) else "scores"
+        scores = {method: scores}
+    if not scores or scores.keys() & set(CONTROLS):
+        raise ValueError(
+            f"scores are named {', '.join(map(repr, scores)) or 'by nothing'}; they must "
+            f"be one or more, and none of {', '.join(map(repr, CONTROLS))}."
+        )
+    with_ids = [given for given in scores.values() if isinstance(given, Scores)]
+    first = next(iter(scores.values()))
+    shape = np.shape(first.scores if isinstance(first, Scores) else first)
+    if len(shape) != 2:
+        raise ValueError(
+            f"scores have shape {shape}; they must be [queries, training examples]."
+        )
+    ids = {
+        name: named(getattr(with_ids[0], name) if with_ids else None, shape[axis])
+        for axis, name in enumerate(("query_ids", "train_ids"))
+    }
+    return {Choice(name): _fitting(name, given, ids) for name, given in scores.items()}
+
+
+def _fitting(method: str, given: AnyScores, ids: Mapping[str, np.ndarray]) -> Scores:
+    """Returns scores that have these ids, or a ValueError."""
+    values = np.asarray(given.scores if isinstance(given, Scores) else given)
+    same = values.shape == tuple(map(len, ids.values()))
+    if isinstance(given, Scores):
+        same = all(np.array_equal(getattr(given, name), ids[name]) for name in ids)
+    if not same or not np.isfinite(values).all():
+        raise ValueError(
+            f"the scores of {method!r} have shape {values.shape}; they must be finite, "
+            "and of the same queries and training examples as the others, in the same "
+            "order."
+        )
+    return Scores(values, ids["train_ids"], ids["query_ids"], method)
+
+
+def _file_name(model: Removal, names: Sequence[str]) -> str:
+    """Returns a model's file in the store, which differs for other rows and queries."""
+    queries = [names[i] for i in model.queries]
+    content = repr((model.choice, queries, model.seed, model.rows.tolist()))
+    words = re.sub(r"[^\w.-]+", "_", model.choice.name)
+    return f"{words}-{short_digest(content.encode(), 8)}.npz"
+
+
+def _check_pictures(name: str, images: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless pictures have a shape and finite values."""
+    if images.shape != shape or images.ndim < 2:
+        raise ValueError(
+            f"{name} have shape {images.shape}; it must be {list(shape)}, a picture for "
+            "each query."
+        )
+    if not np.isfinite(images).all():
+        raise ValueError(f"{name} have values that are not finite.")
+
+
+def _result(
+    settings: dict,
+    originals: np.ndarray,
+    parts: Mapping[Choice, Sequence[Mapping[str, np.ndarray]]],
+    embeddings: Mapping[str, Callable] | None,
+) -> Counterfactual:
+    """Returns the metrics of all pictures, and says if none of them has moved."""
+
+    def column(choice: Choice, name: str) -> np.ndarray:
+        # The models of a choice are in the order of their queries.
+        return np.concatenate([part[name] for part in parts[choice]])
+
+    cosines = {"pixels": flattened} | dict(embeddings or {})
+    images, metrics, everything = {}, {}, Choice(EVERYTHING)
+    for choice in parts:
+        made = images[choice.name] = column(choice, "images")
+        metrics[choice] = distances(originals, made, {"pixel": flattened}, cosines)
+        if "losses" in parts[choice][0]:
+            increase = column(choice, "losses") - column(everything, "losses")
+            metrics[choice]["loss_increase"] = increase
+    if all(np.array_equal(made, images[EVERYTHING]) for made in images.values()):
+        warnings.warn(
+            "all models make exactly the same pictures: does train use its rows and its "
+            "seed, and generate the model that it is given?",
+            stacklevel=3,
+        )
+    described = {"query_ids": np.array(settings["queries"]), "original": originals}
+    tabled = tables(metrics, settings["queries"])
+    return Counterfactual(settings, **tabled, images=described | images)
