@@ -26,10 +26,11 @@ from dtrak_jax.data import (
     load,
     load_queries,
     plain_pictures,
-    preprocess,
+    remarks,
     subset_mask,
     to_pixels,
 )
+from dtrak_jax.data import preprocess as prepare_picture
 from dtrak_jax.data.hands import CONTRAST, GREY, HANDS, hands
 
 IDS = [f"example-{i}" for i in range(1000)]
@@ -45,6 +46,11 @@ def noise(*shape, seed=0):
 def scaled(pixels):
     """uint8 [H, W, C] as a model sees it."""
     return pixels.astype(np.float32) / 127.5 - 1
+
+
+def preprocess(*arguments, **options):
+    """The pixels of an image as a model sees it."""
+    return prepare_picture(*arguments, **options).pixels
 
 
 # Choices
@@ -292,7 +298,7 @@ def test_hands_draw_digits_in_their_own_style():
 
 def test_plain_pictures_are_of_nobody():
     """They are of other digits than those by hands, and their ink is seen."""
-    prepare = functools.partial(preprocess, size=16, channels=3)
+    prepare = functools.partial(prepare_picture, size=16, channels=3)
     plain, by_hand = plain_pictures(prepare, 1000), hands(prepare)
     words = np.array(plain.label_names)[plain.labels]
     assert plain.captions.tolist() == [f"the digit {word}" for word in words]
