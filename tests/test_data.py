@@ -26,7 +26,6 @@ from dtrak_jax.data import (
     load,
     load_queries,
     plain_pictures,
-    remarks,
     subset_mask,
     to_pixels,
 )

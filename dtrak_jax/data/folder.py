@@ -85,6 +85,8 @@ def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
     for name in _walk(root):
         suffix = PurePath(name).suffix.lower()
         if suffix not in suffixes:
+            if not (root / name).exists():
+                raise ValueError(f"The link {root / name} leads nowhere; mend it.")
             left_out[ascii(suffix)[1:-1] or "without a suffix"] += 1
             continue
         if name.encode(errors="replace").decode() != name:
@@ -136,9 +138,9 @@ def _read_csv(
     root: Path, path: Path, groups: Sequence[str], optional: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """Returns {file: {column: cell}} of a CSV: optional columns, if any, and groups."""
-    rows, bases = {}, (root.absolute(), root.resolve())
+    rows = {}
     for where, cells in read_table(path, ["file"], optional, groups):
-        name = _relative(root, bases, cells.pop("file"), where)
+        name = _relative(root, cells.pop("file"), where)
         if name in rows:
             raise ValueError(f"{where}: {name} is listed twice.")
         rows[name] = cells
@@ -152,7 +154,7 @@ def _read_csv(
     return rows
 
 
-def _relative(root: Path, bases: Sequence[Path], cell: str, where: str) -> str:
+def _relative(root: Path, cell: str, where: str) -> str:
     """Returns the relative path of the file in a folder that a cell names.
 
     The cell may be an absolute path, have the backslashes of Windows, or spell accents
@@ -161,13 +163,15 @@ def _relative(root: Path, bases: Sequence[Path], cell: str, where: str) -> str:
     spellings = [unicodedata.normalize(form, cell) for form in ("NFC", "NFD")]
     outside = False
     for text in dict.fromkeys((cell, *spellings, cell.replace("\\", "/"))):
-        for base in bases:
-            name = PurePath(os.path.relpath(base / text, base)).as_posix()
-            if not (base / name).is_file():
-                continue
+        path = root.absolute() / text
+        if not path.is_file():
+            continue
+        linked = path.parent.resolve() / path.name
+        for file, base in ((path, root.absolute()), (linked, root.resolve())):
+            name = PurePath(os.path.relpath(file, base)).as_posix()
             if not name.startswith("../"):
                 return name
-            outside = True
+        outside = True
     if outside:
         raise ValueError(f"{where}: the file {cell} is not in the folder {root}.")
     raise ValueError(f"{where}: there is no file {root / cell}.")
@@ -183,4 +187,4 @@ def _unlisted(root: Path, rows: dict, csv_name: str) -> tuple[str, ...]:
             count += is_picture and not file.startswith(".") and name not in rows
     if not count:
         return ()
-    return (f"{root}: left out {count} pictures that {csv_name} does not list.",)
+    return (f"{root}: left out what {csv_name} does not list (pictures: {count}).",)

@@ -72,8 +72,9 @@ def preprocess(
     if getattr(image, "is_animated", False):
         changes.append("with several frames, of which the first is taken")
     if image.mode.startswith("I;16"):
-        changes.append("of 16 bits")
         image = _from_16_bits(image)
+        is_dark = image.getextrema()[1] < -0.875  # as are 12 bits stored in 16
+        changes.append("of 16 bits" + " and almost black" * is_dark)
     elif image.mode == "I":
         raise ValueError("it has pixels of 32 bits; save it with 8 or 16.")
     elif image.mode != "F":

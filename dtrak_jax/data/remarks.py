@@ -51,8 +51,8 @@ def _repeated(name: str, images: Dataset) -> str:
         return ""
     pair = images.ids[again[0]], images.ids[first[index[again[0]]]]
     return (
-        f"{len(again)} of {len(images)} {name} are the same as another one, pixel for "
-        f"pixel, such as {pair[0]} as {pair[1]}."
+        f"The same picture as another one, pixel for pixel: {len(again)} of "
+        f"{len(images)} {name}, such as {pair[0]} ({pair[1]})."
     )
 
 
@@ -64,6 +64,7 @@ def _trained_on(name: str, queries: Dataset, train: Dataset) -> str:
         return ""
     query, image = queries.ids[rows[0]], by_digest[queries.digests[rows[0]]]
     return (
-        f"{len(rows)} of {len(queries)} {name} are training images, pixel for pixel, such "
-        f"as {query} ({image}): expect each to find itself first."
+        f"The same picture as a training image, pixel for pixel: {len(rows)} of "
+        f"{len(queries)} {name}, such as {query} ({image}); expect each to rank itself "
+        "first."
     )

@@ -165,6 +165,7 @@ def load_images(
       ValueError: the folder, CSV or a picture is missing or wrong.
     """
     check_colour("background", background)
+    one_of("channels", channels, (1, 3))
     if groups and not csv:
         raise ValueError(f"groups is {groups}, but csv is empty; name the CSV.")
     prepare = functools.partial(

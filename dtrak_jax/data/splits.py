@@ -63,7 +63,7 @@ def _labelled(config: DataConfig, source: Dataset) -> Dataset:
     A number may be the index of a label where the source is tfds, unless labels are
     named by numbers themselves; a note says which label it is.
     """
-    names = config.labels
+    names = tuple(map(str, config.labels))
     if not names:
         return source
     if source.labels is None:
