@@ -38,7 +38,7 @@ def remarks(sets: Mapping[str, Dataset], uses_captions: bool = True) -> list[str
 
 def _changes(name: str, images: Dataset) -> str:
     """Returns the count of images to which something was done."""
-    counts = sorted(images.decoded.changes.items())
+    counts = images.decoded.changes.most_common()
     listed = ", ".join(f"{count} {change}" for change, count in counts)
     return f"{len(images)} {name}: {listed}." if counts else ""
 

@@ -84,7 +84,7 @@ def _check_lines(where: str, row: dict[str, str], cells: dict[str, str]) -> None
     """
     suffix = PurePath(next(iter(cells.values()))).suffix
     for column, cell in row.items():
-        first, _, below = (cell or "").strip().partition("\n")
+        first, _, below = (cell or "").rstrip().partition("\n")
         if below and (column in cells or suffix and suffix in below):
             raise ValueError(
                 f"{where}: `{column}` goes over several lines, from {first!r} on; is a "
