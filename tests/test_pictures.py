@@ -157,11 +157,12 @@ def test_a_folder_in_one_line_of_python(folder):
     assert (own.captions[0], own.seeds[0], own.groups["by"][0]) == ("a hat", 7, "ada")
     for wrong, message in (
         ({"channels": 4}, "channels is 4; it must be one of: 1, 3"),
+        ({"size": 0}, "size is 0; it must be an integer >= 1"),
         ({"background": "none"}, "background is 'none'; it must be a colour"),
         ({"groups": ["by"]}, "groups is .*, but csv is empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            dtrak.load_images(folder, 32, **wrong)
+            dtrak.load_images(folder, **wrong)
     (folder / "b/two.png").write_bytes(b"")
     (folder / "a/alpha.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="a/alpha.png: .* 1 more .* such as b/two.png"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dtrak_jax.checks import one_of
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.data.artbench import CAPTION, artbench
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
@@ -166,6 +166,9 @@ def load_images(
     """
     check_colour("background", background)
     one_of("channels", channels, (1, 3))
+    at_least("center_crop", center_crop, 0)
+    if size is not None:
+        at_least("size", size, 1)
     if groups and not csv:
         raise ValueError(f"groups is {groups}, but csv is empty; name the CSV.")
     prepare = functools.partial(
