@@ -86,6 +86,9 @@ def test_transparency_is_laid_on_the_background():
             pixels, changes = read(content, background=background)
             np.testing.assert_array_equal(pixels, from_pixels(expected))
             assert changes == (f"with transparency on {background}",)
+    hidden = np.dstack([RGB, 0 * ALPHA])
+    changes = read(png(hidden)).changes
+    assert changes == ("wholly transparent on white", "of one colour")
     palette = FRAMES[0].quantize(8)
     expected = np.asarray(palette.convert("RGB")).copy()
     expected[np.asarray(palette) == 3] = 255

@@ -95,6 +95,8 @@ def preprocess(
         sides = tuple(int(size * side / min(image.size)) for side in image.size)
         image = _crop(image.resize(sides, Image.Resampling.BILINEAR), size)
     pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    if (pixels == pixels[0, 0]).all():
+        changes.append("of one colour")
     if image.mode == "F":
         return Picture(np.repeat(pixels, channels, axis=2), tuple(changes))
     return Picture(from_pixels(pixels), tuple(changes))
@@ -108,8 +110,10 @@ def _flat(
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            if image.getextrema()[3][0] < 255:
-                changes.append(f"with transparency on {background}")
+            least, most = image.getextrema()[3]
+            if least < 255:
+                how = "with transparency" if most else "wholly transparent"
+                changes.append(f"{how} on {background}")
             ground = Image.new("RGBA", image.size, background)
             image = Image.alpha_composite(ground, image).convert("RGB")
         if channels == 1 and image.mode not in GREY and _has_colour(image):
