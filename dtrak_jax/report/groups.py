@@ -128,7 +128,7 @@ def _of_method(
             else ranking(names, row, sizes, name, LISTED, above[i])
             for i, (row, name) in enumerate(zip(sums[:count], own, strict=False))
         ],
-        "judged": above is not None,
+        "above": None if above is None else int(above.any(axis=1).sum()),
         "all": ranking(names, relative.mean(axis=0), sizes, None, LISTED_FOR_ALL),
         "first": Counter(first),
         "matrix": matrix(own, first),

@@ -20,6 +20,9 @@ zero instead of the noise has 1."""
 EVERYWHERE = 0.25
 """A training image that is first for more than this share of queries is suspicious."""
 
+NOISY = 50
+"""Losses at lower timesteps only are near 1 for any model, and say nothing."""
+
 CHANCE = 0.05
 """The share of queries for which something stands out by chance."""
 
@@ -45,7 +48,24 @@ def is_untrained(record: Record) -> bool:
 def _loss(record: Record) -> float | None:
     if record.metrics:
         return record.metrics[-1]["loss"]
-    return min(record.losses) if len(record.losses) else None
+    noisy = record.recipe is not None and max(record.recipe.timesteps) >= NOISY
+    return min(record.losses) if noisy and record.losses else None
+
+
+def alarm(record: Record) -> str:
+    """Returns what a reader must know before all else; "" if there is nothing."""
+    if is_untrained(record):
+        return (
+            "The model has learnt next to nothing from these images. Nothing on this page "
+            "is evidence of what stands behind a picture."
+        )
+    verdicts = {finding.verdict for finding in _lds(record)}
+    if verdicts == {"bad"}:
+        return (
+            "The scores do not predict what retraining does: their LDS is no different "
+            "from chance. Do not take them for influence."
+        )
+    return ""
 
 
 def findings(

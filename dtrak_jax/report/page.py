@@ -12,7 +12,7 @@ from dtrak_jax.report.counterfactual import counterfactual
 from dtrak_jax.report.features import features
 from dtrak_jax.report.figures import data_uri
 from dtrak_jax.report.groups import groupings
-from dtrak_jax.report.health import findings, is_untrained
+from dtrak_jax.report.health import alarm, findings, is_untrained
 from dtrak_jax.report.queries import frequent_supporters, most_alike, query_set
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import standings
@@ -76,6 +76,7 @@ def page(record: Record) -> str:
         # Only then does the page have larger pictures, and what belongs to them.
         described=captioned or bool(train.groups),
         untrained=untrained,
+        alarm=alarm(record),
         findings=grouped(findings(record, standing), lambda finding: finding.title),
         groupings=groupings(train, queries, scores, shown, standing),
         lds=lds,
