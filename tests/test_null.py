@@ -66,10 +66,12 @@ def test_a_query_that_is_a_training_image_or_nearly_always_stands_out(
     assert groups[rows, rows // 3].all()
 
 
-def test_two_that_are_equally_strong_both_stand_out():
+def test_two_that_are_equally_strong_stand_out_and_so_do_copies():
     scores = np.random.default_rng(0).normal(size=(20, 100))
     scores[5, [3, 8]] = 30, 29
     assert np.flatnonzero((scores > floor(scores))[5]).tolist() == [3, 8]
+    scores[:, 20:30] = scores[:, [3]] * (1 + 1e-6 * np.arange(10))
+    assert (scores > floor(scores))[5].sum() == 12
 
 
 def test_a_whole_group_stands_out_where_no_image_does():

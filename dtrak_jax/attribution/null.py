@@ -26,12 +26,21 @@ LEVELS = (0.04, 0.01)
 """Chances, 0.05 together, that the first gap and the second one are taken for special by
 mistake: so one or two images stand out, or none."""
 
+SAME = 1e-4
+"""Scores that differ by less, as a part of the highest, are those of copies."""
+
+COPIES = 4
+"""Copies of a picture, on average, among the highest scores."""
+
 SPREADS = 3
 """An image that many queries score high, or low, must exceed its own median spread by this
 factor."""
 
 PERMUTATIONS = 200
 """Random groupings of a query's scores."""
+
+BLOCK = 64
+"""Queries that are grouped at random together."""
 
 
 def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray | None:
@@ -41,7 +50,7 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
     image. Of each query's scores, less the median of their image over all queries and then
     their own median, the unit is the root mean square of the `GAPS` scores behind the
     first two. In this unit g is the mean, over all queries, of i (x_i - x_(i+1)) over
-    those ranks. The first image stands out if x_1 - x_2 > g ln(1/.04), and both of the
+    those ranks; equal scores, such as of copies, are one. The first image stands out if x_1 - x_2 > g ln(1/.04), and both of the
     first two do if 2 (x_2 - x_3) > g ln(1/.01). Nothing of that is learnt from the gaps
     that are judged, so that every query may have its special image.
 
@@ -67,8 +76,7 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
     middle = np.median(rows - shared, axis=1, keepdims=True)
     first = len(LEVELS)
     behind = min(GAPS, rows.shape[1] // 2 - first)
-    tops = -np.partition(-(rows - shared - middle), first + behind, axis=1)
-    tops = -np.sort(-tops[:, : first + behind + 1], axis=1)
+    tops = _highest(rows - shared - middle, first + behind + 1)
     units = np.sqrt((tops[:, first:-1] ** 2).mean(axis=1, keepdims=True))
     varies = units > 1e-12 * np.abs(rows).max(initial=1e-300)
     units = np.where(varies, units, np.inf)
@@ -87,6 +95,22 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
     with np.errstate(invalid="ignore"):
         result = shared + middle + np.where(varies, limit * units, np.inf)
     return result[: len(given)]
+
+
+def _highest(rows: np.ndarray, count: int) -> np.ndarray:
+    """Returns the highest different scores of each query, falling [q, count].
+
+    Copies of a picture have the same scores, and count once. Where there are not so many
+    different ones, all are 0.
+    """
+    most = min(rows.shape[1], COPIES * count)
+    tops = -np.sort(np.partition(-rows, most - 1, axis=1)[:, :most], axis=1)
+    different = np.diff(tops, prepend=np.inf, axis=1) < -SAME * np.abs(tops[:, :1])
+    found = np.zeros((len(rows), count))
+    for row, top, new in zip(found, tops, different, strict=True):
+        if new.sum() >= count:
+            row[:] = top[new][:count]
+    return found
 
 
 def group_floor(
@@ -115,19 +139,30 @@ def group_floor(
     )
     null = np.minimum(rows, limit) - shared
     mean = null.mean(axis=1, keepdims=True)
-    rng = np.random.default_rng(seed)
     highest = [
-        _highest(null[:, rng.permutation(null.shape[1])] - mean, column, sizes)
-        for _ in range(PERMUTATIONS)
+        _highest_sums(block - of_block, column, sizes, seed)
+        for block, of_block in zip(_blocks(null), _blocks(mean), strict=True)
     ]
-    quantile = np.quantile(highest, 0.95, axis=0)[:, None]
+    quantile = np.concatenate(highest)[:, None]
     _, of_all = group_scores(shared[None], column)
     return of_all + sizes * mean + np.sqrt(sizes) * quantile
 
 
-def _highest(rows: np.ndarray, column: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Returns each query's highest sum of a group over the root of its size [q]."""
-    return (group_scores(rows, column)[1] / np.sqrt(sizes)).max(axis=1)
+def _highest_sums(
+    rows: np.ndarray, column: np.ndarray, sizes: np.ndarray, seed: int
+) -> np.ndarray:
+    """Returns the 95% quantile of each query's highest sum over the root of its size [q]."""
+    rng = np.random.default_rng(seed)
+    highest = []
+    for _ in range(PERMUTATIONS):
+        _, sums = group_scores(rows[:, rng.permutation(rows.shape[1])], column)
+        highest.append((sums / np.sqrt(sizes)).max(axis=1))
+    return np.quantile(highest, 0.95, axis=0)
+
+
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    """Returns the rows `BLOCK` at a time: they are copied."""
+    return [rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK)]
 
 
 def _rows(scores: np.ndarray) -> np.ndarray:
