@@ -30,11 +30,13 @@ from dtrak_jax.config import (
     SampleConfig,
 )
 from dtrak_jax.data import Dataset
+from dtrak_jax.diffusion import Schedule, linear_schedule
 from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, of_run
 from dtrak_jax.report import page as page_of
 from dtrak_jax.report.groups import matrix, right
+from dtrak_jax.report.learning import baseline
 from dtrak_jax.report.queries import agreement
 from dtrak_jax.report.text import signed
 from dtrak_jax.report.trust import STYLES
@@ -65,6 +67,11 @@ class FakeRun:
     versions: dict = dataclasses.field(default_factory=dict)
     losses: np.ndarray | None = None
     """Those of the features of training images [T, n]."""
+    schedule: Schedule = dataclasses.field(default_factory=linear_schedule)
+
+    @property
+    def space(self):
+        return SimpleNamespace(x=lambda name: self.splits.train.images)
 
     def scores(self, method, queries):
         return self.made[queries, method]
@@ -72,7 +79,7 @@ class FakeRun:
     def features(self, name, measurement):
         if self.losses is None:
             raise FileNotFoundError
-        fingerprint = {"network": "n3t", "params": "par4ms"}
+        fingerprint = {"network": "n3t", "params": "par4ms", "timesteps": TIMESTEPS}
         return SimpleNamespace(losses=self.losses, fingerprint=fingerprint)
 
     def json(self, name):
@@ -998,12 +1005,17 @@ def test_a_model_of_static_gets_no_confident_page(tmp_path, told_by):
     run = describe(make(tmp_path, shown=5))
     planted = plant(run)
     fill(run)
-    run.losses = np.full((2, 20), 0.1)
+    timesteps = None if told_by == "training" else TIMESTEPS
+    value = baseline(run.schedule, run.splits.train.images, timesteps)
+    lines = run.metrics
+
+    def lose(loss):
+        lines[-1]["loss"], run.losses = loss, np.full((2, 20), loss)
+        run.metrics = lines if told_by == "training" else []
+
+    lose(0.5 * value)
     assert f"{planted} stands out" in words(page(run))
-    if told_by == "training":
-        run.metrics[-1]["loss"] = 0.97
-    else:
-        run.metrics, run.losses = [], np.full((2, 20), 1.02)
+    lose(0.95 * value)
     html = page(run)
     head = words(re.search('<header class="head">.*?</header>', html, re.DOTALL)[0])
     assert "has learnt next to nothing" in head and "untrained" in html
@@ -1014,10 +1026,21 @@ def test_a_model_of_static_gets_no_confident_page(tmp_path, told_by):
         items = re.findall("<li title.*?</li>", section(html, name), re.DOTALL)
         assert items and all('class="below"' in i for i in items if 'alt="train' in i)
     assert "stands out for" not in words(section(html, "groups"))
-    # Timesteps with hardly any noise say nothing of a model.
-    run.change("features", timesteps=(0, 1))
-    if told_by == "features":
-        assert "Nothing here tells" in words(section(page(run), "health"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_baseline_is_the_loss_of_knowing_mean_and_spread_only(prediction):
+    """Of white noise, no model is better; of one image, nobody is worse than perfect."""
+    rng = np.random.default_rng(0)
+    schedule, t = linear_schedule(prediction=prediction), np.full(20_000, 300)
+    x, eps = 0.3 + 0.5 * rng.normal(size=(20_000, 1)), rng.normal(size=(20_000, 1))
+    x_t = schedule.add_noise(x, eps, t)
+    design = np.concatenate([np.asarray(x_t), np.ones_like(x_t)], axis=1)
+    target = np.asarray(schedule.target(x, eps, t))
+    residual = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    value = baseline(schedule, x[:1000], [300])
+    assert value == pytest.approx(np.mean(residual**2), rel=0.1)
+    assert baseline(schedule, np.ones((9, 4))) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -13,15 +13,8 @@ from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import between, grouped, method_name, number
 from dtrak_jax.report.trust import HEADLINES
 
-LEARNT = 0.8
-"""A model whose mean squared error is above this has learnt next to nothing: predicting
-zero instead of the noise has 1."""
-
 EVERYWHERE = 0.25
 """A training image that is first for more than this share of queries is suspicious."""
-
-NOISY = 50
-"""Losses at lower timesteps only are near 1 for any model, and say nothing."""
 
 CHANCE = 0.05
 """The share of queries for which something stands out by chance."""
@@ -36,27 +29,15 @@ class Finding(NamedTuple):
 
 
 def is_untrained(record: Record) -> bool:
-    """Returns whether the loss says that the model has learnt next to nothing.
-
-    The loss is the last one of training, a mean over all timesteps, or that of the
-    features at the timestep where it is lowest. False if neither is known.
-    """
-    loss = _loss(record)
-    return loss is not None and not loss <= LEARNT
-
-
-def _loss(record: Record) -> float | None:
-    if record.metrics:
-        return record.metrics[-1]["loss"]
-    noisy = record.recipe is not None and max(record.recipe.timesteps) >= NOISY
-    return min(record.losses) if noisy and record.losses else None
+    """Returns whether the model is known to have learnt next to nothing."""
+    return record.learning is not None and record.learning.is_nothing
 
 
 def alarm(record: Record) -> str:
     """Returns what a reader must know before all else; "" if there is nothing."""
     if is_untrained(record):
         return (
-            "The model has learnt next to nothing from these images. Nothing on this page "
+            "The model has learnt next to nothing of these images. Nothing on this page "
             "is evidence of what stands behind a picture."
         )
     verdicts = {finding.verdict for finding in _lds(record)}
@@ -86,22 +67,23 @@ def findings(
 
 def _training(record: Record) -> Finding:
     """Says whether the model was trained."""
-    title, loss = "Was the model trained?", _loss(record)
-    if loss is None:
+    title, learning = "Was the model trained?", record.learning
+    if learning is None:
         return Finding("open", title, "Nothing here tells; nobody recorded its loss.")
-    steps = f" at step {record.metrics[-1]['step']:,}" if record.metrics else ""
-    first = record.metrics[0] if record.metrics else None
-    fell = f", from {first['loss']:.3g} at step {first['step']:,}" if first else ""
-    told = f"Its mean squared error is {loss:.3g}{steps}{fell}"
-    if is_untrained(record):
-        text = f"No: {told[0].lower()}{told[1:]}; a model that predicts nothing has 1."
-        return Finding(
-            "bad",
-            title,
-            f"{text} It has learnt next to nothing from these images, and no score on "
-            "this page is evidence of anything.",
-        )
-    return Finding("good", title, f"Yes. {told}; predicting nothing has 1.")
+    loss = f"the mean squared error of training images is {learning.loss:.3g}"
+    if record.metrics:
+        first, last = record.metrics[0], record.metrics[-1]
+        loss += f" at step {last['step']:,}"
+        if len(record.metrics) > 1:
+            loss += f" ({first['loss']:.3g} at step {first['step']:,})"
+    told = (
+        f"{loss}; who knew nothing but their mean and spread would have "
+        f"{learning.baseline:.3g}."
+    )
+    if learning.is_nothing:
+        text = f"Hardly: {told} No score on this page is evidence of anything."
+        return Finding("bad", title, text)
+    return Finding("good", title, f"Yes: {told}")
 
 
 def _lds(record: Record) -> Iterator[Finding]:

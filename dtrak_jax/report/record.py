@@ -8,10 +8,12 @@ import numpy as np
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Damping, Scores, pixel_cosine
+from dtrak_jax.checks import at_least
 from dtrak_jax.config import flatten
 from dtrak_jax.data import Dataset
 from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
+from dtrak_jax.report.learning import Learning, learning
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -87,8 +89,8 @@ class Record:
     recipe: Recipe | None = None
     metrics: Sequence[Mapping] = ()
     """The lines of metrics.jsonl: step, loss, learning_rate."""
-    losses: Sequence[float] = ()
-    """The mean squared error of training images at each of the features' timesteps."""
+    learning: Learning | None = None
+    """Whether the model has learnt anything; None if nobody knows."""
     lds: Mapping | None = None
     counterfactual: Mapping | None = None
     removed: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -102,6 +104,10 @@ class Record:
     """What is in the run directory, explained; {} without one."""
     is_run: bool = False
     """Whether commands of `dtrak-jax` can make more of it."""
+
+    def __post_init__(self):
+        at_least("shown", self.shown, 0)
+        at_least("top", self.top, 1)
 
 
 def of_run(run: "Run") -> Record:
@@ -140,7 +146,7 @@ def of_run(run: "Run") -> Record:
         damping=Damping(settings.damping, settings.absolute),
         recipe=_recipe(run),
         metrics=run.metrics,
-        losses=() if features is None else mean_losses(features),
+        learning=learning(run.metrics, features, run.schedule, run.space.x("train")),
         lds=run.json("lds"),
         counterfactual=run.json("counterfactual"),
         removed=files.read_npz(path) if path.exists() else {},
@@ -173,11 +179,6 @@ def _features(run: "Run") -> Features | None:
         return run.features("train", run.config.features.measurements[0])
     except (FileNotFoundError, ValueError):
         return None
-
-
-def mean_losses(features: Features) -> tuple[float, ...]:
-    """Returns the mean loss of the images at every pair of a timestep and a draw."""
-    return tuple(map(float, features.losses.mean(axis=1)))
 
 
 def digests_of(features: Features) -> dict[str, str]:

@@ -8,15 +8,15 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least
 from dtrak_jax.data import Dataset
+from dtrak_jax.diffusion import Schedule
 from dtrak_jax.features import Features
+from dtrak_jax.report.learning import learning
 from dtrak_jax.report.page import page
 from dtrak_jax.report.record import (
     Recipe,
     Record,
     digests_of,
-    mean_losses,
     similarities,
 )
 
@@ -32,10 +32,8 @@ def write_report(
     *,
     features: Features | Mapping[str, Features] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-    settings: Mapping[str, object] | None = None,
-    shown: int = 16,
-    top: int = 6,
-    **results,
+    schedule: Schedule | None = None,
+    **options,
 ) -> epath.Path:
     """Writes the page that a run writes, of scores that were made anywhere.
 
@@ -48,14 +46,13 @@ def write_report(
       images: the training images in the order of the scores, as a `Dataset` with what is
         known of them, or an array [n, H, W, C] of pixels in [-1, 1].
       queries: the queries, likewise; or {set: queries}.
-      features: of the training images. They tell whether the model was trained, and how
-        they were made.
+      features: of the training images, which tell how they were made.
+      schedule: the model's, if it works on these pixels: then the features' losses tell
+        whether it was trained.
       groups: {column: a name for each training image}, beyond those of a `Dataset`.
-      settings: text for the page's last table, by name.
-      shown: the number of queries of a set that are shown.
-      top: the number of supporting and opposing images shown of each.
-      **results: further fields of `report.Record`, such as `metrics` (lines of step, loss
-        and learning_rate), `lds` (what lds.json has) or `provenance`.
+      **options: further fields of `report.Record`, such as `shown` (the queries of a set
+        that are shown), `top` (their images on each side), `metrics` (lines of step, loss
+        and learning_rate), `lds` (what lds.json has), `settings` or `provenance`.
 
     Returns:
       The path.
@@ -63,8 +60,42 @@ def write_report(
     Raises:
       ValueError: scores, images and queries that do not belong together; says which.
     """
-    at_least("shown", shown, 0)
-    at_least("top", top, 1)
+    by_method, sets = _sets(scores, queries)
+    some = next(iter(next(iter(by_method.values())).values()))
+    train = _dataset("images", images, some.train_ids)
+    datasets = {}
+    for name, of_set in by_method.items():
+        query_ids = next(iter(of_set.values())).query_ids
+        datasets[name] = _dataset(f"queries {name}", sets[name], query_ids)
+        for s in of_set.values():
+            _check_ids(f"{s.method} of {name}", s.train_ids, train, "images")
+            _check_ids(f"{s.method} of {name}", s.query_ids, datasets[name], "queries")
+    if groups:
+        train = dataclasses.replace(
+            train, groups=train.groups | _columns(groups, train)
+        )
+    known = {
+        "pixels": similarities(train, datasets),
+        "damping": some.damping,
+        "provenance": {"training images": train.digest},
+    }
+    if isinstance(features, Mapping):
+        features = next(iter(features.values()))
+    if features is not None:
+        known["recipe"] = _recipe(features.fingerprint)
+        known["provenance"] |= digests_of(features)
+    metrics = options.get("metrics", ())
+    known["learning"] = learning(metrics, features, schedule, train.images)
+    known |= {"train": train, "queries": datasets, "scores": by_method}
+    record = Record(**known | options)
+    files.write_bytes(path, page(record).encode())
+    return files.at(path)
+
+
+def _sets(
+    scores: Scores | Sequence[Scores] | Mapping, queries: Images | Mapping
+) -> tuple[dict[str, dict[str, Scores]], Mapping[str, Images]]:
+    """Returns {set: {method: scores}} and {set: queries}."""
     sets = queries if isinstance(queries, Mapping) else {"query": queries}
     named = scores if isinstance(scores, Mapping) else {"query": scores}
     if not sets or set(sets) != set(named):
@@ -79,39 +110,7 @@ def write_report(
     for name, of_set in by_method.items():
         if not of_set:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
-    first = next(iter(next(iter(by_method.values())).values()))
-    train = _dataset("images", images, first.train_ids)
-    datasets = {
-        name: _dataset(f"queries {name}", sets[name], next(iter(of.values())).query_ids)
-        for name, of in by_method.items()
-    }
-    for name, of_set in by_method.items():
-        for s in of_set.values():
-            _check_ids(f"{s.method} of {name}", s.train_ids, train, "images")
-            _check_ids(f"{s.method} of {name}", s.query_ids, datasets[name], "queries")
-    if groups:
-        train = dataclasses.replace(
-            train, groups=train.groups | _columns(groups, train)
-        )
-    if isinstance(features, Mapping):
-        features = next(iter(features.values()), None)
-    provenance = {} if features is None else digests_of(features)
-    known = {
-        "recipe": features and _recipe(features.fingerprint),
-        "losses": mean_losses(features) if features else (),
-        "provenance": provenance | {"training images": train.digest},
-        "pixels": similarities(train, datasets),
-        "damping": first.damping,
-        "settings": settings or {},
-    }
-    record = Record(
-        train=train,
-        queries=datasets,
-        scores=by_method,
-        **{"shown": shown, "top": top, **known, **results},
-    )
-    files.write_bytes(path, page(record).encode())
-    return files.at(path)
+    return by_method, sets
 
 
 def _dataset(name: str, images: Images, ids: np.ndarray) -> Dataset:
