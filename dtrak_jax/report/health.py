@@ -77,8 +77,7 @@ def _training(record: Record) -> Finding:
         if len(record.metrics) > 1:
             loss += f" ({first['loss']:.3g} at step {first['step']:,})"
     told = (
-        f"{loss}; who knew nothing but their mean and spread would have "
-        f"{learning.baseline:.3g}."
+        f"{loss}; knowing only their mean and spread would give {learning.baseline:.3g}."
     )
     if learning.is_nothing:
         text = f"Hardly: {told} No score on this page is evidence of anything."
