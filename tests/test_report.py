@@ -1112,6 +1112,14 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     assert verdicts(html, "query")[2:4] == [f"{train.ids[4]} stands out."] * 2
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
     assert not Outline(html).open
+    made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
+    made |= {"noise": "common", "projection": "sketch", "params": "par4ms"}
+    features = SimpleNamespace(fingerprint=made, losses=np.ones((2, 20)))
+    given = {"features": features, "schedule": linear_schedule()}
+    path = dtrak.write_report(path, scores, train.images, pictures, **given)
+    html = path.read_text()
+    assert "has learnt next to nothing" in html and "stands out.</p>" not in html
+    assert "par4ms" in html and "They are projected (sketch) to 64" in words(html)
     bad = {
         "pictures and the scores": {"images": train.images[:3]},
         "of the sets": {"scores": {"a": scores}},
