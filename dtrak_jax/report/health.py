@@ -76,9 +76,7 @@ def _training(record: Record) -> Finding:
         loss += f" at step {last['step']:,}"
         if len(record.metrics) > 1:
             loss += f" ({first['loss']:.3g} at step {first['step']:,})"
-    told = (
-        f"{loss}; knowing only their mean and spread would give {learning.baseline:.3g}."
-    )
+    told = f"{loss}; knowing only their mean and spread would give {learning.baseline:.3g}."
     if learning.is_nothing:
         text = f"Hardly: {told} No score on this page is evidence of anything."
         return Finding("bad", title, text)
