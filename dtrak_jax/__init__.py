@@ -1,5 +1,7 @@
 """Data attribution for diffusion models in JAX."""
 
+from typing import TYPE_CHECKING
+
 from dtrak_jax import models
 from dtrak_jax.attribution import Scores, absolute, damping_path
 from dtrak_jax.data import load_images
@@ -24,6 +26,9 @@ from dtrak_jax.features import (
 from dtrak_jax.methods import attribute
 from dtrak_jax.models.tags import layer
 
+if TYPE_CHECKING:
+    from dtrak_jax.report import write_report
+
 __all__ = [
     "Features",
     "Projection",
@@ -47,4 +52,14 @@ __all__ = [
     "models",
     "retrain",
     "scaled_linear_schedule",
+    "write_report",
 ]
+
+
+def __getattr__(name: str):
+    """Imports `write_report` when it is first used: drawing takes seconds to import."""
+    if name == "write_report":
+        from dtrak_jax.report import write_report
+
+        return write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

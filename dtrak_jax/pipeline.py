@@ -31,7 +31,7 @@ from dtrak_jax.methods import METHODS
 from dtrak_jax.planning import programs, work
 from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Topology
-from dtrak_jax.report import page
+from dtrak_jax.report import of_run, page
 from dtrak_jax.run import Run
 
 DISTORTION_EXAMPLES = 8
@@ -169,7 +169,7 @@ def is_attributed(run: Run) -> bool:
 
 def report(run: Run) -> None:
     """Writes report.html, from whatever the other stages left."""
-    content = page(run).encode()
+    content = page(of_run(run)).encode()
     if parallel.is_main_process():
         files.write_bytes(run.workdir / "report.html", content)
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import platform
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -84,7 +88,9 @@ class Run:
         parallel.barrier(f"read {path}")
         if parallel.is_main_process():
             installed = versions(PACKAGES) | {"python": platform.python_version()}
-            files.write_json(path, {"config": settings, "versions": installed})
+            begun = (run.json("config") or {}).get("begun") or beginning()
+            described = {"config": settings, "versions": installed, "begun": begun}
+            files.write_json(path, described)
         return run
 
     # Data
@@ -335,6 +341,15 @@ class Run:
     def versions(self) -> dict[str, str]:
         """The versions of the packages that the run was last opened with."""
         return (self.json("config") or {"versions": {}})["versions"]
+
+
+def beginning() -> dict[str, str]:
+    """Returns the date, and the command that this process was started with, if any."""
+    command, now = Path(sys.argv[0]).name, datetime.datetime.now(datetime.UTC)
+    begun = {"begun": f"{now:%Y-%m-%d %H:%M} UTC"}
+    if command == "dtrak-jax":
+        begun["command"] = shlex.join([command, *sys.argv[1:]])
+    return begun
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -306,7 +306,15 @@ def test_a_given_model_and_given_queries(one_device, monkeypatch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run.params(), params)
     made = {path.name for path in run.workdir.iterdir()}
     assert not made & {"checkpoints", "metrics.jsonl", "samples", "ensemble"}
-    assert "00.png" in (run.workdir / "report.html").read_text()
+    page = (run.workdir / "report.html").read_text()
+    assert "00.png" in page
+    # Its weights are random: it is a model of static.
+    assert "has learnt next to nothing" in page and "stands out.</p>" not in page
+    begun = run.json("config")["begun"]
+    assert begun["begun"].endswith(" UTC") and begun["begun"] in page
+    monkeypatch.setattr("dtrak_jax.run.beginning", dict)
+    cli.main(line)
+    assert (run.workdir / "report.html").read_text() == page
 
 
 def run(line, capsys):

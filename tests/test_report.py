@@ -18,6 +18,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
+import dtrak_jax as dtrak
 from dtrak_jax import files
 from dtrak_jax.attribution import Damping, Scores
 from dtrak_jax.config import (
@@ -28,10 +29,14 @@ from dtrak_jax.config import (
     ReportConfig,
     SampleConfig,
 )
+from dtrak_jax.data import Dataset
+from dtrak_jax.diffusion import Schedule, linear_schedule
 from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.features import Task
-from dtrak_jax.report import figures, page
+from dtrak_jax.report import figures, of_run
+from dtrak_jax.report import page as page_of
 from dtrak_jax.report.groups import matrix, right
+from dtrak_jax.report.learning import baseline
 from dtrak_jax.report.queries import agreement
 from dtrak_jax.report.text import signed
 from dtrak_jax.report.trust import STYLES
@@ -60,9 +65,22 @@ class FakeRun:
     """What `json` reads."""
     metrics: list = dataclasses.field(default_factory=list)
     versions: dict = dataclasses.field(default_factory=dict)
+    losses: np.ndarray | None = None
+    """Those of the features of training images [T, n]."""
+    schedule: Schedule = dataclasses.field(default_factory=linear_schedule)
+
+    @property
+    def space(self):
+        return SimpleNamespace(x=lambda name: self.splits.train.images)
 
     def scores(self, method, queries):
         return self.made[queries, method]
+
+    def features(self, name, measurement):
+        if self.losses is None:
+            raise FileNotFoundError
+        fingerprint = {"network": "n3t", "params": "par4ms", "timesteps": TIMESTEPS}
+        return SimpleNamespace(losses=self.losses, fingerprint=fingerprint)
 
     def json(self, name):
         return self.results.get(name)
@@ -82,6 +100,11 @@ class FakeRun:
         self.config = dataclasses.replace(self.config, **{section: changed})
 
 
+def page(run):
+    """The page of a run."""
+    return page_of(of_run(run))
+
+
 def make(
     workdir, *, n=20, channels=1, size=8, methods=("dtrak", "trak"), top=3, shown=2,
     sets=("validation", "generated"), hostile=False,
@@ -93,6 +116,7 @@ def make(
         shape = (len(ids), size, size, channels)
         images = rng.uniform(-1, 1, shape).astype(np.float32)
         nothing = {"labels": None, "label_names": (), "captions": None}
+        nothing["digest"] = "d4ta"
         columns = nothing | {"groups": {}} | known
         return SimpleNamespace(images=images, ids=np.array(ids), **columns)
 
@@ -356,6 +380,13 @@ def write_ablations(run, *, study="draws"):
     run.results["ablations"] = {"rows": rows, "ceiling": ceiling}
 
 
+def plant(run, query=1, image=4):
+    """Gives a query of every set one training image far above all others."""
+    for scores in run.made.values():
+        scores.scores[query, image] = 50
+    return run.splits.train.ids[image]
+
+
 WRITERS = {
     "trust": write_lds,
     "damping": write_lds,
@@ -454,7 +485,7 @@ def test_large_images_are_scaled_down_and_not_pixelated(tmp_path):
     html = page(make(tmp_path, n=2, size=200, shown=1, sets=("generated",)))
     source = re.search(r"base64,([^\"]*)", html)[1]
     assert Image.open(io.BytesIO(base64.b64decode(source))).size == (128, 128)
-    assert '<body class="pixelated">' not in html
+    assert '<body class="">' in html
 
 
 def test_text_is_escaped(tmp_path):
@@ -664,9 +695,11 @@ def test_only_charts_are_markup():
 
 def test_nothing_is_asked_of_the_network(whole):
     html, _ = whole
-    targets = re.findall(r'(?:src|href|action|data)="([^"]*)"', html)
+    # But for links, which are followed by hand only.
+    loaded = re.sub(r'<a href="https://arxiv.org/abs/[0-9.]+">', "<a>", html)
+    targets = re.findall(r'(?:src|href|action|data)="([^"]*)"', loaded)
     assert targets and all(target.startswith(("data:", "#")) for target in targets)
-    assert not re.search(r"https?://|@import|<link [^>]*stylesheet", html)
+    assert not re.search(r"https?://|@import|<link [^>]*stylesheet|<script", loaded)
     urls = re.findall(r"url\(([^)]*)\)", html)
     assert all(url.startswith("#") for url in urls)
     policy = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', html)[
@@ -943,17 +976,181 @@ def test_committed_results_render(tmp_path, path):
             assert any(shown <= found for found in cells)
 
 
+def verdicts(html, name):
+    """What is said of every query and method of a set."""
+    found = re.findall('<p class="verdict">(.*?)</p>', section(html, name), re.DOTALL)
+    return [words(text).strip() for text in found]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_stands_out_is_told_and_all_else_is_pale(tmp_path):
+    run = make(tmp_path, shown=5)
+    planted = plant(run)
+    html = page(run)
+    for name in ("generated", "validation"):
+        told = verdicts(html, name)
+        assert told[2:4] == [f"{planted} stands out."] * 2
+        assert told[:2] + told[4:] == ["No training image stands out."] * 8
+        items = re.findall("<li title.*?</li>", section(html, name), re.DOTALL)
+        bright = [item for item in items if 'class="below"' not in item]
+        assert len(bright) == 2 and all(f'alt="{planted}"' in item for item in bright)
+    assert "for 1 of 5 generated images" in words(section(html, "health"))
+    assert words(section(html, "generated")).count("Most alike in pixels: train-") == 5
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("told_by", ["training", "features"])
+def test_a_model_of_static_gets_no_confident_page(tmp_path, told_by):
+    """It has learnt nothing, whatever its scores look like."""
+    run = describe(make(tmp_path, shown=5))
+    planted = plant(run)
+    fill(run)
+    timesteps = None if told_by == "training" else TIMESTEPS
+    value = baseline(run.schedule, run.splits.train.images, timesteps)
+    lines = run.metrics
+
+    def lose(loss):
+        lines[-1]["loss"], run.losses = loss, np.full((2, 20), loss)
+        run.metrics = lines if told_by == "training" else []
+
+    lose(0.5 * value)
+    assert f"{planted} stands out" in words(page(run))
+    lose(0.95 * value)
+    html = page(run)
+    head = words(re.search('<header class="head">.*?</header>', html, re.DOTALL)[0])
+    assert "has learnt next to nothing" in head and "untrained" in html
+    for name in ("generated", "validation"):
+        assert set(verdicts(html, name)) == {
+            "Not judged: the model has learnt next to nothing."
+        }
+        items = re.findall("<li title.*?</li>", section(html, name), re.DOTALL)
+        assert items and all('class="below"' in i for i in items if 'alt="train' in i)
+    assert "stands out for" not in words(section(html, "groups"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_baseline_is_the_loss_of_knowing_mean_and_spread_only(prediction):
+    """Of white noise, no model is better; of one image, nobody is worse than perfect."""
+    rng = np.random.default_rng(0)
+    schedule, t = linear_schedule(prediction=prediction), np.full(20_000, 300)
+    x, eps = 0.3 + 0.5 * rng.normal(size=(20_000, 1)), rng.normal(size=(20_000, 1))
+    x_t = schedule.add_noise(x, eps, t)
+    design = np.concatenate([np.asarray(x_t), np.ones_like(x_t)], axis=1)
+    target = np.asarray(schedule.target(x, eps, t))
+    residual = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    value = baseline(schedule, x[:1000], [300])
+    assert value == pytest.approx(np.mean(residual**2), rel=0.1)
+    assert baseline(schedule, np.ones((9, 4))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_health_is_told_in_words(tmp_path):
+    run = make(tmp_path)
+    for scores in run.made.values():
+        scores.scores[:, 7] = 9
+    run.queries["generated"].images[2] = run.splits.train.images[5]
+    write_lds(run)
+    html = page(run)
+    health = words(section(html, "health"))
+    for text in (
+        "Nothing here tells; nobody recorded its loss.",
+        "D-TRAK: train-007 is first for 10 of 10 queries. Either the queries are much",
+        "1 of 5 generated images are, pixel for pixel, such as generated-2",
+        "D-TRAK, validation images: the LDS is 0.611 [0.581, 0.631], better than chance",
+    ):
+        assert text in health
+    assert 'class="alarm"' not in html
+    for result in run.results["lds"]["queries"].values():
+        for row in result["rows"]:
+            row |= {"lds": 0.01, "low": -0.05, "high": 0.07}
+    html = page(run)
+    assert "no different from chance" in words(section(html, "health"))
+    assert "do not predict what retraining does" in html and 'class="alarm"' in html
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_too_few_queries_are_said_in_words(tmp_path):
+    html = page(make(tmp_path, sets=("validation",)))
+    told = "Not judged: that takes 8 queries and 12 training images."
+    assert set(verdicts(html, "validation")) == {told}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_provenance_and_whole_file_names(tmp_path):
+    run = make(tmp_path)
+    run.losses = np.full((2, 20), 0.1)
+    begun = {"begun": "2026-01-02 03:04 UTC", "command": "dtrak-jax run x.py"}
+    run.results["config"] = {"begun": begun}
+    found = section(page(run), "provenance")
+    for text in (*begun.values(), "par4ms", "n3t", "d4ta"):
+        assert f"<code>{text}</code>" in found
+    for paper in ("2311.00500", "2303.14186"):
+        assert f'href="https://arxiv.org/abs/{paper}"' in found
+    html = page(run)
+    assert "…" not in re.sub("<style>.*?</style>", "", html, flags=re.DOTALL)
+    images = re.findall("<img [^>]*>", section(html, "generated"))
+    assert all("tabindex" in image for image in images)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
+    run = make(tmp_path / "run", shown=5, sets=("generated",))
+    rng = np.random.default_rng(1)
+    more = rng.normal(size=(12, 20)).astype(np.float32)
+    more[1, 4] = 50
+    ids = np.array([f"generated-{i}" for i in range(12)])
+    scores = [
+        dataclasses.replace(run.scores(m, "generated"), scores=more, query_ids=ids)
+        for m in ("dtrak", "trak")
+    ]
+    train, pictures = run.splits.train, rng.uniform(-1, 1, (12, 8, 8, 1))
+    path = dtrak.write_report(
+        tmp_path / "page.html", scores, train.images, pictures, shown=5,
+        groups={"artist": HANDS}, metrics=[{"step": 9, "loss": 0.1, "learning_rate": 0}],
+    )  # fmt: skip
+    html = path.read_text()
+    assert verdicts(html, "query")[2:4] == [f"{train.ids[4]} stands out."] * 2
+    assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
+    assert not Outline(html).open
+    made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
+    made |= {"noise": "common", "projection": "sketch", "params": "par4ms"}
+    features = SimpleNamespace(fingerprint=made, losses=np.ones((2, 20)))
+    given = {"features": features, "schedule": linear_schedule()}
+    path = dtrak.write_report(path, scores, train.images, pictures, **given)
+    html = path.read_text()
+    assert "has learnt next to nothing" in html and "stands out.</p>" not in html
+    assert "par4ms" in html and "They are projected (sketch) to 64" in words(html)
+    bad = {
+        "pictures and the scores": {"images": train.images[:3]},
+        "of the sets": {"scores": {"a": scores}},
+        "are empty": {"scores": {"query": []}},
+        "a name for each of 20": {"groups": {"artist": HANDS[:3]}},
+        "or in another order": {
+            "images": Dataset.of(train.images, train.ids[::-1]),
+        },
+        "shown is -1": {"shown": -1},
+    }
+    good = {"scores": scores, "images": train.images, "queries": pictures}
+    for message, change in bad.items():
+        with pytest.raises(ValueError, match=message):
+            dtrak.write_report(tmp_path / "no.html", **(good | change))
+    assert not (tmp_path / "no.html").exists()
+
+
 MEASURE = """<!doctype html><title></title>
 <iframe src="report.html" style="width:400px;height:800px;border:0"></iframe>
 <script>addEventListener("load", () => {
   const page = document.querySelector("iframe").contentDocument;
   for (const details of page.querySelectorAll("details")) details.open = true;
   const images = [...page.images];
+  const before = images[0].getBoundingClientRect().width;
+  images[0].focus();
   document.title = JSON.stringify({
     width: page.documentElement.scrollWidth,
     height: page.documentElement.scrollHeight,
     broken: images.filter(image => !image.naturalWidth).length,
     images: images.length,
+    larger: images[0].getBoundingClientRect().width / before,
   });
 })</script>"""
 
@@ -982,6 +1179,7 @@ def test_browser_lays_it_out_on_a_narrow_screen(name, request, tmp_path):
     assert layout["width"] <= 400
     assert layout["height"] > 2000
     assert layout["images"] == html.count("<img ") and not layout["broken"]
+    assert layout["larger"] > 2, "a picture with the focus is enlarged"
 
     shot = tmp_path / "shot.png"
     browse("--window-size=1280,900", f"--screenshot={shot}", name="report.html")

@@ -19,6 +19,7 @@ from dtrak_jax.attribution.kernel import (
     Kernels,
     absolute,
 )
+from dtrak_jax.attribution.null import floor, group_floor
 from dtrak_jax.attribution.retraining import datamodels, empirical_influence
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.similarity import (
@@ -45,9 +46,11 @@ __all__ = [
     "embedding_cosine",
     "embedding_dot",
     "empirical_influence",
+    "floor",
     "gas",
     "gradient_cosine",
     "gradient_dot",
+    "group_floor",
     "group_scores",
     "influence",
     "pixel_cosine",

@@ -1,42 +1,41 @@
 """Features and kernels: what scores were made of."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.methods import METHODS
 from dtrak_jax.report.charts import spectrum
+from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.text import grouped
 
-if TYPE_CHECKING:
-    from dtrak_jax.run import Run
 
-
-def features(run: "Run", scores: Mapping[str, list[Scores]]) -> dict | None:
+def features(recipe: Recipe | None, scores: Mapping[str, list[Scores]]) -> dict | None:
     """Returns what the features are, and the spectra of the kernels.
 
-    None if no method needs features. The scores are {method: those of every set}.
+    None if no method needs features, or nobody says how they were made. The scores are
+    {method: those of every set}.
     """
-    users = grouped(scores, lambda method: METHODS[method].measurement)
+    users = grouped(scores, measurement)
     users.pop(None, None)
-    if not users:
+    if not users or recipe is None:
         return None
-    task = run.task()
-    draw = ", draw {}" if task.draws > 1 else ""
-    kernels = [f"t = {t}{draw.format(d)}" for t, d in task.pairs]
     return {
         "users": users,
-        "timesteps": task.grid,
-        "distortion": run.json("features/distortion"),
+        "recipe": recipe,
         "spectra": [
-            _spectrum(s, kernels if task.per_timestep else ["average"])
+            _spectrum(s, recipe.kernels)
             # Kernels are of the training images, and the same for every set of queries.
             for s, *_ in scores.values()
-            if s.eigenvalues is not None
+            if s.eigenvalues is not None and len(s.eigenvalues) == len(recipe.kernels)
         ],
     }
+
+
+def measurement(method: str) -> str | None:
+    """Returns the measurement of a method; one of a user's own has a method's name."""
+    return METHODS[method].measurement if method in METHODS else method
 
 
 def _spectrum(scores: Scores, kernels: list[str]) -> dict:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import grouped
 
 LISTED = 8
@@ -31,6 +32,8 @@ class Place(NamedTuple):
     own: bool
     left: float
     width: float
+    above: bool = False
+    """Whether it stands out."""
 
 
 def groupings(
@@ -38,17 +41,19 @@ def groupings(
     sets: Mapping[str, Dataset],
     scores: Mapping[str, Mapping[str, Scores]],
     count: int,
+    standing: Mapping[str, Mapping[str, Standing]],
 ) -> list[dict]:
     """Returns a view of every column of groups: its rankings for each set of queries.
 
-    The scores are {set: {method: scores}}; the first `count` queries have a ranking.
+    The scores are {set: {method: scores}}, and so is what stands out; the first `count`
+    queries have a ranking.
     """
     return [
         {
             "column": column,
             "total": len(np.unique(train.groups[column])),
             "sets": {
-                name: _of_set(column, train, sets[name], of_set, count)
+                name: _of_set(column, train, sets[name], of_set, count, standing[name])
                 for name, of_set in scores.items()
             },
         }
@@ -83,6 +88,7 @@ def _of_set(
     queries: Dataset,
     scores: Mapping[str, Scores],
     count: int,
+    standing: Mapping[str, Standing],
 ) -> dict:
     """Returns the queries' groups, and what each method says of the training images'."""
     own, by_prompt = own_groups(column, train, queries)
@@ -94,7 +100,10 @@ def _of_set(
         "known": sum(name in of_train for name in own),
         "foreign": sum(name is not None and name not in of_train for name in own),
         "methods": {
-            method: _of_method(*s.group(train.groups[column]), sizes, own, count)
+            method: _of_method(
+                *(*s.group(train.groups[column]), sizes, own, count),
+                standing[method].groups.get(column),
+            )
             for method, s in scores.items()
         },
     }
@@ -106,6 +115,7 @@ def _of_method(
     sizes: np.ndarray,
     own: Sequence[str | None],
     count: int,
+    above: np.ndarray | None,
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
     largest = np.abs(sums).max(axis=1, keepdims=True)
@@ -114,8 +124,11 @@ def _of_method(
     return {
         "queries": [
             ranking(names, row, sizes, name, LISTED)
-            for row, name in zip(sums[:count], own, strict=False)
+            if above is None
+            else ranking(names, row, sizes, name, LISTED, above[i])
+            for i, (row, name) in enumerate(zip(sums[:count], own, strict=False))
         ],
+        "above": None if above is None else int(above.any(axis=1).sum()),
         "all": ranking(names, relative.mean(axis=0), sizes, None, LISTED_FOR_ALL),
         "first": Counter(first),
         "matrix": matrix(own, first),
@@ -129,6 +142,7 @@ def ranking(
     sizes: np.ndarray,
     own: str | None,
     listed: int,
+    above: Sequence[bool] = (),
 ) -> dict:
     """Returns the groups from the highest value to the lowest, and where 0 is.
 
@@ -141,6 +155,7 @@ def ranking(
         Place(
             *(rank, str(names[i]), float(values[i]), int(sizes[i]), names[i] == own),
             *((min(values[i], 0) - low) / span, abs(values[i]) / span),
+            bool(len(above)) and bool(above[i]),
         )
         for rank, i in enumerate(order, 1)
     ]
@@ -148,7 +163,8 @@ def ranking(
     if total > listed:
         ends = (*range(1, listed - 1), total - 1, total)
         places = [place for place in places if place.rank in ends or place.own]
-    return {"places": places, "total": total, "zero": -low / span}
+    best = [place.name for place in places if place.above]
+    return {"places": places, "total": total, "zero": -low / span, "above": best}
 
 
 def matrix(own: Sequence[str | None], first: Sequence[str]) -> dict | None:

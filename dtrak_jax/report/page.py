@@ -1,12 +1,9 @@
 """The page: its views and the templates that show them."""
 
 import json
-from typing import TYPE_CHECKING
 
 import jinja2
 
-from dtrak_jax import files
-from dtrak_jax.config import flatten
 from dtrak_jax.methods import METHODS
 from dtrak_jax.report import text
 from dtrak_jax.report.ablations import ablations
@@ -15,12 +12,12 @@ from dtrak_jax.report.counterfactual import counterfactual
 from dtrak_jax.report.features import features
 from dtrak_jax.report.figures import data_uri
 from dtrak_jax.report.groups import groupings
-from dtrak_jax.report.queries import frequent_supporters, query_set
+from dtrak_jax.report.health import alarm, findings, is_untrained
+from dtrak_jax.report.queries import frequent_supporters, most_alike, query_set
+from dtrak_jax.report.record import Record
+from dtrak_jax.report.standing import standings
 from dtrak_jax.report.text import grouped
 from dtrak_jax.report.trust import trust
-
-if TYPE_CHECKING:
-    from dtrak_jax.run import Run
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dtrak_jax.report"),
@@ -40,50 +37,59 @@ TEMPLATES.filters |= {
 }
 
 
-def page(run: "Run") -> str:
+PAPER = "https://arxiv.org/abs/2311.00500"
+"""The paper that this package began with."""
+
+
+def page(record: Record) -> str:
     """Returns the report as one HTML document that needs no other file and no network.
 
-    The same run, which must have scores of every shown method, gives the same text.
-    Results that are not in the run directory are left out.
+    The same record gives the same text.
     """
-    config, train = run.config, run.splits.train
-    methods = config.shown_methods
-    top = min(config.report.top, len(train.ids))
-    sets = sorted(run.queries)
-    scores = {
-        name: {m: run.scores(m, name) for m in methods if METHODS[m].applies_to(name)}
-        for name in sets
-    }
-    every = [(name, s) for name in sets for s in scores[name].values()]
+    train, queries, scores = record.train, record.queries, record.scores
+    top, shown = min(record.top, len(train.ids)), record.shown
+    every = [(name, s) for name, of_set in scores.items() for s in of_set.values()]
     by_method = grouped((s for _, s in every), lambda s: s.method)
-    lds, removal, studies = map(run.json, ("lds", "counterfactual", "ablations"))
-    path = run.workdir / "counterfactual" / "images.npz"
-    images = files.read_npz(path) if path.exists() else {}
-    shown = config.report.queries
-    generated = run.queries.get("generated")
+    untrained = is_untrained(record)
+    standing = standings(scores, train.groups, untrained)
+    alike = standings({n: {"": s} for n, s in record.pixels.items()}, {})
+    generated = queries.get("generated")
     prompts = {}
     if generated and generated.captions is not None:
         prompts = dict(zip(generated.ids, generated.captions, strict=True))
-    datasets = (train, *run.queries.values())
-    captioned = any(images.captions is not None for images in datasets)
+    captioned = any(d.captions is not None for d in (train, *queries.values()))
+    absolute = record.damping is not None and record.damping.absolute
+    removal, lds = record.counterfactual, record.lds
     return TEMPLATES.get_template("page.html").render(
-        run=run,
+        record=record,
         train=train,
         methods=list(by_method),
+        sources={
+            m: METHODS[m].source
+            for m in by_method
+            if m in METHODS and METHODS[m].source
+        },
+        paper=PAPER,
         top=top,
         generated=generated,
         prompts=prompts,
         # Only then does the page have larger pictures, and what belongs to them.
         described=captioned or bool(train.groups),
-        groupings=groupings(train, run.queries, scores, shown),
+        untrained=untrained,
+        alarm=alarm(record),
+        findings=grouped(findings(record, standing), lambda finding: finding.title),
+        groupings=groupings(train, queries, scores, shown, standing),
         lds=lds,
-        trust=trust(lds, methods, config.attribution.absolute) if lds else [],
-        sets=[query_set(n, run.queries[n], scores[n], shown, top) for n in sets],
+        trust=trust(lds, list(by_method), absolute) if lds else [],
+        sets=[
+            query_set(n, queries[n], s, (shown, top), standing[n])
+            | {"alike": most_alike(record.pixels.get(n), alike.get(n))}
+            for n, s in scores.items()
+        ],
         frequent=[frequent_supporters(*item, top) for item in by_method.items()],
         distributions=[(name, s, score_histogram(s, name)) for name, s in every],
-        removal=removal and counterfactual(removal, images, shown),
-        studies=studies and ablations(studies),
-        curve=run.metrics and training_curve(run.metrics),
-        features=features(run, by_method),
-        settings=flatten(config),
+        removal=removal and counterfactual(removal, record.removed, shown),
+        studies=record.ablations and ablations(record.ablations),
+        curve=record.metrics and training_curve(record.metrics),
+        features=features(record.recipe, by_method),
     )

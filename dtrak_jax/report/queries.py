@@ -7,36 +7,80 @@ import numpy as np
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.evaluation.statistics import spearman
+from dtrak_jax.report.standing import Standing
 
 FREQUENT = 12
 """Frequent supporters shown for each method."""
 
 
 def query_set(
-    name: str, images: Dataset, scores: Mapping[str, Scores], count: int, top: int
+    name: str,
+    images: Dataset,
+    scores: Mapping[str, Scores],
+    shown: tuple[int, int],
+    standing: Mapping[str, Standing],
 ) -> dict:
-    """Returns what methods found for the first `count` queries of a set."""
-    count = min(count, len(images.ids))
+    """Returns what methods found for the first queries of a set.
+
+    `shown` says how many queries, and how many images of each.
+    """
+    count, top = min(shown[0], len(images.ids)), shown[1]
     return {
         "name": name,
         "images": images,
         "count": count,
-        "strongest": {m: strongest(s, count, top) for m, s in scores.items()},
+        "strongest": {
+            m: strongest(s, count, top, standing[m]) for m, s in scores.items()
+        },
+        "verdicts": {m: verdicts(s, count, standing[m]) for m, s in scores.items()},
         "agreement": agreement(*scores.values(), top) if len(scores) == 2 else None,
     }
 
 
-def strongest(scores: Scores, count: int, top: int) -> list[dict[str, list[tuple]]]:
+def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
+    """Returns (reason why nobody can say, ids that stand out, the strongest first) of
+    each of the first `count` queries."""
+    if standing.supporting is None:
+        return [(standing.why, [])] * count
+    found = []
+    for row, above in zip(scores.scores[:count], standing.supporting, strict=False):
+        order = np.argsort(-row, kind="stable")[: above.sum()]
+        found.append(("", scores.train_ids[order].tolist()))
+    return found
+
+
+def most_alike(
+    pixels: Scores | None, standing: Mapping[str, Standing] | None
+) -> list[tuple] | None:
+    """Returns (id of the training image most alike in pixels, whether it stands out) of
+    each query; None if nobody compared pixels."""
+    if pixels is None:
+        return None
+    first, above = pixels.scores.argmax(axis=1), standing[""].supporting
+    return [
+        (str(pixels.train_ids[image]), above is not None and bool(above[i, image]))
+        for i, image in enumerate(first)
+    ]
+
+
+def strongest(
+    scores: Scores, count: int, top: int, standing: Standing
+) -> list[dict[str, list[tuple]]]:
     """Returns {side: images} of each of the first `count` queries.
 
-    An image is (index, score, share of the largest score of the query).
+    An image is (index, score, share of the largest score of the query, whether it stands
+    out).
     """
+    above = {"supporting": standing.supporting, "opposing": standing.opposing}
     sides = {"supporting": scores.top(top), "opposing": scores.top(top, opposing=True)}
     largest = np.abs(scores.scores).max(axis=1)
     return [
         {
             side: [
-                (index, score, abs(score) / largest[i])
+                (
+                    *(index, score, abs(score) / largest[i]),
+                    above[side] is not None and bool(above[side][i, index]),
+                )
                 for index, score in zip(images.index[i], images.scores[i], strict=True)
                 # With few training images one list would run into the other.
                 if (score < 0 if side == "opposing" else score > 0)

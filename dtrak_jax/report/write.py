@@ -1,0 +1,155 @@
+"""The report of scores from anywhere, without a run directory."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from dtrak_jax import files
+from dtrak_jax.attribution import Scores
+from dtrak_jax.data import Dataset
+from dtrak_jax.diffusion import Schedule
+from dtrak_jax.features import Features
+from dtrak_jax.report.learning import learning
+from dtrak_jax.report.page import page
+from dtrak_jax.report.record import (
+    Recipe,
+    Record,
+    digests_of,
+    similarities,
+)
+
+Images = Dataset | np.ndarray
+"""Pictures with their ids and columns, or an array [n, H, W, C] in [-1, 1]."""
+
+
+def write_report(
+    path: epath.PathLike,
+    scores: Scores | Sequence[Scores] | Mapping[str, Scores | Sequence[Scores]],
+    images: Images,
+    queries: Images | Mapping[str, Images],
+    *,
+    features: Features | Mapping[str, Features] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    schedule: Schedule | None = None,
+    **options,
+) -> epath.Path:
+    """Writes the page that a run writes, of scores that were made anywhere.
+
+    It judges each query: which training images stand out (`attribution.floor`), and what
+    speaks against believing any of it. It is one file that asks for no other.
+
+    Args:
+      path: of the HTML file, which is written whole or not at all.
+      scores: of one method or several; {set: scores} for several sets of queries.
+      images: the training images in the order of the scores, as a `Dataset` with what is
+        known of them, or an array [n, H, W, C] of pixels in [-1, 1].
+      queries: the queries, likewise; or {set: queries}.
+      features: of the training images, which tell how they were made.
+      schedule: the model's, if it works on these pixels: then the features' losses tell
+        whether it was trained.
+      groups: {column: a name for each training image}, beyond those of a `Dataset`.
+      **options: further fields of `report.Record`, such as `shown` (the queries of a set
+        that are shown), `top` (their images on each side), `metrics` (lines of step, loss
+        and learning_rate), `lds` (what lds.json has), `settings` or `provenance`.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: scores, images and queries that do not belong together; says which.
+    """
+    by_method, sets = _sets(scores, queries)
+    some = next(iter(next(iter(by_method.values())).values()))
+    train = _dataset("images", images, some.train_ids)
+    datasets = {}
+    for name, of_set in by_method.items():
+        query_ids = next(iter(of_set.values())).query_ids
+        datasets[name] = _dataset(f"queries {name}", sets[name], query_ids)
+        for s in of_set.values():
+            _check_ids(f"{s.method} of {name}", s.train_ids, train, "images")
+            _check_ids(f"{s.method} of {name}", s.query_ids, datasets[name], "queries")
+    if groups:
+        train = dataclasses.replace(
+            train, groups=train.groups | _columns(groups, train)
+        )
+    known = {
+        "pixels": similarities(train, datasets),
+        "damping": some.damping,
+        "provenance": {"training images": train.digest},
+    }
+    if isinstance(features, Mapping):
+        features = next(iter(features.values()))
+    if features is not None:
+        known["recipe"] = _recipe(features.fingerprint)
+        known["provenance"] |= digests_of(features)
+    metrics = options.get("metrics", ())
+    known["learning"] = learning(metrics, features, schedule, train.images)
+    known |= {"train": train, "queries": datasets, "scores": by_method}
+    record = Record(**known | options)
+    files.write_bytes(path, page(record).encode())
+    return files.at(path)
+
+
+def _sets(
+    scores: Scores | Sequence[Scores] | Mapping, queries: Images | Mapping
+) -> tuple[dict[str, dict[str, Scores]], Mapping[str, Images]]:
+    """Returns {set: {method: scores}} and {set: queries}."""
+    sets = queries if isinstance(queries, Mapping) else {"query": queries}
+    named = scores if isinstance(scores, Mapping) else {"query": scores}
+    if not sets or set(sets) != set(named):
+        raise ValueError(
+            f"scores are of the sets {sorted(named)} and queries of {sorted(sets)}; they "
+            "must be of the same, one or more."
+        )
+    by_method = {
+        name: {s.method: s for s in ([of] if isinstance(of, Scores) else of)}
+        for name, of in named.items()
+    }
+    for name, of_set in by_method.items():
+        if not of_set:
+            raise ValueError(f"scores of {name} are empty; give those of a method.")
+    return by_method, sets
+
+
+def _dataset(name: str, images: Images, ids: np.ndarray) -> Dataset:
+    """Returns pictures as a data set, with the scores' ids if they have none."""
+    if isinstance(images, Dataset):
+        return images
+    images = np.asarray(images, np.float32)
+    if len(images) != len(ids):
+        raise ValueError(
+            f"{name} has {len(images)} pictures and the scores {len(ids)}; they must be "
+            "the same pictures in the same order."
+        )
+    return Dataset.of(images, ids)
+
+
+def _check_ids(what: str, ids: np.ndarray, images: Dataset, name: str) -> None:
+    """Raises a ValueError unless scores are of these pictures."""
+    if not np.array_equal(ids, images.ids):
+        raise ValueError(
+            f"the scores {what} are of other {name}, or in another order: ids must be "
+            f"equal, and begin with {list(ids[:2])} and {list(images.ids[:2])}."
+        )
+
+
+def _columns(
+    groups: Mapping[str, Sequence[str]], train: Dataset
+) -> dict[str, np.ndarray]:
+    """Returns columns of groups as text, a name for each training image."""
+    columns = {name: np.asarray(column, str) for name, column in groups.items()}
+    for name, column in columns.items():
+        if column.shape != (len(train),):
+            raise ValueError(
+                f"groups[{name!r}] has shape {column.shape}; it must have a name for "
+                f"each of {len(train)} training images."
+            )
+    return columns
+
+
+def _recipe(fingerprint: Mapping) -> Recipe:
+    """Returns how features were made, from what they say of themselves."""
+    names = ("timesteps", "draws", "per_timestep", "noise", "projection", "dim")
+    return Recipe(*(fingerprint[name] for name in names))
