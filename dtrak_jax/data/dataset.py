@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from dtrak_jax.checks import check_ids, check_images
 from dtrak_jax.digests import digest, short_digest
+from dtrak_jax.progress import progress
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +63,9 @@ class Dataset:
         An image that is damaged, or is not the recorded one, is a ValueError.
         """
         images = []
-        for index in tqdm(range(len(self)), "reading images", disable=None, delay=2):
+        for index in progress(
+            range(len(self)), "reading images", unit="image", delay=2
+        ):
             try:
                 images.append(self.read(index))
             except ValueError as error:

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files, parallel
 from dtrak_jax.data import Dataset
 from dtrak_jax.digests import digest
 from dtrak_jax.models import AutoencoderKL, CLIPText
 from dtrak_jax.parallel import P
+from dtrak_jax.progress import progress
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -95,7 +95,7 @@ def _encode_set(run: "Run", name: str) -> None:
         for rows in parallel.of_process(chunks(len(examples)))
         if not files.holds(_path(run, name, rows), _made_from(run, examples, rows))
     ]
-    for rows in tqdm(missing, f"encode {name}", unit="file", disable=None):
+    for rows in progress(missing, f"encode {name}", unit="file"):
         mean, std = moments(run, examples.images[rows], mirrored(run, name))
         made_from = _made_from(run, examples, rows)
         files.write_npz(_path(run, name, rows), mean=mean, std=std, **made_from)

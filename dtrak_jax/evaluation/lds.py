@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.stats
-from tqdm import tqdm
 
 from dtrak_jax import attribution, files, parallel
 from dtrak_jax.attribution import Kernels
@@ -19,6 +18,7 @@ from dtrak_jax.evaluation.statistics import (
 )
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, RetrainedLosses
 from dtrak_jax.methods import METHODS
+from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
 
 # The file lds.json
@@ -49,7 +49,7 @@ def evaluate_queries(run: Run, queries: str, truth: RetrainedLosses) -> dict:
     """
     settings, rows, curves, compared = run.config.attribution, [], {}, {}
     names = [name for name in settings.methods if METHODS[name].applies_to(queries)]
-    for name in tqdm(names, f"lds {queries}", unit="method", disable=None):
+    for name in progress(names, f"lds {queries}", unit="method"):
         method = METHODS[name]
         if method.learn:
             estimate = from_halves(method.learn, truth)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, check_ids, check_images
@@ -22,6 +21,7 @@ from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
+from dtrak_jax.progress import progress
 from dtrak_jax.rng import id_words
 
 
@@ -172,8 +172,8 @@ def _write_missing(
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
     started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
     folders = target.folder.parts[-2:] if target.folder else ()
-    progress = {"initial": done, "unit": "image", "disable": None}
-    with tqdm(None, " ".join(["featurize", *folders]), len(ids), **progress) as bar:
+    description = " ".join(["featurize", *folders])
+    with progress(None, description, len(ids), "image", done) as bar:
         # The devices go on with the next chunk while this one is written.
         for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
             names = ids[chunk]

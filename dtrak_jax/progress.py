@@ -1,0 +1,130 @@
+"""Progress of long work: a bar that moves, or plain lines where nobody looks on."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
+
+import jax
+from tqdm import auto
+
+EVERY = 30
+"""Seconds between two plain lines; what takes less has none."""
+
+
+def progress(
+    iterable: Iterable | None = None,
+    desc: str = "",
+    total: int | None = None,
+    unit: str = "it",
+    initial: int = 0,
+    delay: float = 0,
+) -> "auto.tqdm | Lines":
+    """Returns what shows progress, used like tqdm: iterated over, or by `with` and update.
+
+    It is tqdm's bar in a terminal or a notebook, and lines of text elsewhere, as in a log
+    file. Only the main process shows any.
+
+    Args:
+      iterable: what to go through, if anything.
+      desc: what is being done.
+      total: the number of steps, if `iterable` has no length.
+      unit: the name of a step.
+      initial: steps that were done before.
+      delay: seconds before a bar appears.
+    """
+    # A process that is alone needs not be asked, which would start all devices.
+    quiet = jax.distributed.is_initialized() and jax.process_index() > 0
+    if not (sys.stderr.isatty() or in_notebook()):
+        return Lines(iterable, desc, total, unit, initial, quiet)
+    how = {"unit": unit, "initial": initial, "delay": delay, "disable": quiet}
+    bar = auto.tqdm(iterable, desc, total, **how)
+    # A bar inside another one goes when it is done.
+    bar.leave = quiet or bar.pos == 0
+    return bar
+
+
+def in_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook, such as Colab's."""
+    return "ipykernel.zmqshell" in sys.modules
+
+
+class Lines:
+    """Progress as plain lines: one every `EVERY` seconds, and after these one at the end."""
+
+    def __init__(
+        self,
+        iterable: Iterable | None,
+        desc: str,
+        total: int | None,
+        unit: str,
+        initial: int,
+        quiet: bool,
+    ):
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
+        self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
+        self.initial, self.quiet, self.postfix = initial, quiet, ""
+        self.n, self.start = initial, time.monotonic()
+        self.printed = self.start
+
+    def __iter__(self) -> Iterator:
+        with self:
+            for item in self.iterable:
+                yield item
+                self.update()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """Counts n more steps; prints a line if the last one is `EVERY` seconds old."""
+        self.n += n
+        now = time.monotonic()
+        if now - self.printed >= EVERY and self.n != self.total:
+            self.printed = now
+            self._print(self._rate(now), self._left(now))
+
+    def close(self) -> None:
+        """Prints the last line, if all took `EVERY` seconds or more."""
+        now = time.monotonic()
+        if now - self.start >= EVERY:
+            self._print(self._rate(now), f"took {duration(now - self.start)}")
+
+    def set_postfix_str(self, text: str) -> None:
+        """Sets what the next lines end with."""
+        self.postfix = text
+
+    def set_postfix(self, **values: Any) -> None:
+        """Sets what the next lines end with, as name=value."""
+        self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
+
+    def _rate(self, now: float) -> str:
+        """Returns how many steps there are in a second, or how long one takes."""
+        rate = (self.n - self.initial) / max(now - self.start, 1e-9)
+        if rate >= 1 or not rate:
+            return f"{rate:.1f} {self.unit}/s"
+        return f"{1 / rate:.1f} s/{self.unit}"
+
+    def _left(self, now: float) -> str:
+        """Returns how long the rest will take; "" if it is not known."""
+        done = self.n - self.initial
+        if self.total is None or not done:
+            return ""
+        return f"{duration((now - self.start) / done * (self.total - self.n))} left"
+
+    def _print(self, *facts: str) -> None:
+        """Prints a line of what is done and these facts."""
+        of = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.n}{of} {self.unit}", *facts, self.postfix]
+        if not self.quiet:
+            line = f"{self.desc}: {', '.join(filter(None, parts))}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as minutes:seconds, or with hours before them."""
+    return auto.tqdm.format_interval(seconds)

@@ -1,0 +1,71 @@
+"""Progress: bars where somebody looks on, plain lines elsewhere."""
+
+import io
+import sys
+
+import jax
+import pytest
+
+from dtrak_jax import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only stands still or is set: clock[0] seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def test_a_log_file_has_a_line_every_half_minute_and_one_at_the_end(clock, capsys):
+    with progress.progress(total=100, desc="train", unit="step", initial=20) as bar:
+        bar.set_postfix(loss="0.5")
+        for _ in range(80):
+            clock[0] += 1
+            bar.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 50/100 step, 1.0 step/s, 00:50 left, loss=0.5",
+        "train: 80/100 step, 1.0 step/s, 00:20 left, loss=0.5",
+        "train: 100/100 step, 1.0 step/s, took 01:20, loss=0.5",
+    ]
+
+
+def test_a_log_file_has_nothing_of_what_takes_seconds(clock, capsys):
+    for _ in progress.progress(range(29), "measure"):
+        clock[0] += 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_slow_steps_of_an_unknown_number(clock, capsys):
+    """Each step takes longer than lines are apart; an error ends them with what was done."""
+    with pytest.raises(KeyError), progress.progress(desc="wait") as bar:
+        for _ in range(2):
+            clock[0] += 45
+            bar.update()
+        raise KeyError
+    assert capsys.readouterr().err.splitlines() == [
+        "wait: 1 it, 45.0 s/it",
+        "wait: 2 it, 45.0 s/it",
+        "wait: 2 it, 45.0 s/it, took 01:30",
+    ]
+
+
+def test_only_the_main_process_of_several_shows_any(clock, capsys, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for index, lines in ((0, 1), (1, 0)):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        for _ in progress.progress([1], "merge"):
+            clock[0] += 40
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_a_terminal_has_bars_of_which_the_inner_ones_go(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for _ in progress.progress(range(2), "regenerate", unit="model"):
+        for _ in progress.progress(range(3), "sample"):
+            pass
+    shown = terminal.getvalue().splitlines()[-1]
+    assert "regenerate: 100%" in shown
+    assert "sample" not in shown.split("\r")[-1]
