@@ -1,0 +1,120 @@
+"""Command lines: how they are read, what they say, and what of them is refused."""
+
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from conftest import DIGITS
+
+from dtrak_jax import cli, help
+from dtrak_jax.config import Config
+
+
+def refusal(*words):
+    """The text of the error that a command line is."""
+    with pytest.raises((ValueError, OSError)) as error:
+        cli.parse(words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("section", help.SECTIONS)
+def test_every_option_has_a_sentence(section):
+    for name, text in help.sentences(help.SECTIONS[section]).items():
+        assert text.endswith("."), f"{section}.{name}"
+
+
+def test_every_option_of_the_help_is_one():
+    """All of them at once, with the values that they have anyway, change nothing."""
+    config, words = cli.load_config(str(DIGITS)), []
+    page = help.sections(list(help.SECTIONS), config)
+    for section in help.SECTIONS:
+        for name in help.names_of(section):
+            value = getattr(getattr(config, section), name.partition(".")[2])
+            flag = help.flag(name)
+            assert f"\n  {flag}" in page
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace(".", ".no-", 1))
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                words += [flag, *map(str, values)]
+    assert cli.parse(["plan", str(DIGITS), *words])[1] == config
+
+
+def test_the_short_help_fits_on_a_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help.short("run", cli.COMMANDS["run"], Config()).splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    assert {"--model", "--images", "--queries"} <= set(" ".join(lines).split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu"], "no command rnu; did you mean run?"),
+        (["run", "--trian.steps", "5"], "--trian.steps; did you mean --train.steps?"),
+        (["run", "--train.step=5"], "--train.step; did you mean --train.steps?"),
+        (["run", "--dim", "5"], "--dim; did you mean --features.dim?"),
+        (["run", "--modle", "u"], "--modle; did you mean --model?"),
+        (["run", "--train.no-steps"], "the config is missing"),
+        (
+            ["run", "--epochs", "5"],
+            "no option --epochs; `dtrak-jax COMMAND --help-all`",
+        ),
+        (
+            ["run", str(DIGITS), "--help", "trian"],
+            "no section trian; did you mean train?",
+        ),
+        (["run", "--workdir"], "--workdir: expected one argument"),
+        (
+            ["run", "--train.steps", "5", "--train.steps=6"],
+            "--train.steps is there twice",
+        ),
+        (["run", "--data.flip", "--data.no-flip"], "--data.flip is there twice"),
+        (["run", "--images", "a", "--data.name", "b"], "--images decides --data.name"),
+        (["run"], "the config is missing"),
+        (["run", "--images", "."], "--model is missing"),
+        (["run", "--model", "."], "--images is missing"),
+        (["run", "--model", "./none", "--images", "."], "--model is './none'"),
+        (["run", "--model", ".", "--images", "./none"], "--images is './none'"),
+        (["run", "."], "that is a folder: a model's goes behind --model"),
+        (
+            ["run", "--model", ".", "--images", ".", "--lora", "."],
+            "no Stable Diffusion",
+        ),
+        (["methods", "--train.steps", "5"], "methods takes no config"),
+    ],
+)
+def test_what_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(*words)
+
+
+def test_the_config_may_stand_anywhere():
+    line = ["plan", "--train.steps", "5", str(DIGITS)]
+    assert cli.parse(line)[1].train.steps == 5
+
+
+def test_warnings_are_notes_each_once(monkeypatch, capsys):
+    """Warnings of other packages, and those that are for programmers, are not told."""
+
+    def stage(run):
+        for _ in range(2):
+            warnings.warn("14 pictures\n  are enlarged.", UserWarning, stacklevel=1)
+        warnings.warn("an old name", DeprecationWarning, stacklevel=1)
+        np.log(np.zeros(1))
+        text = "donated"
+        warnings.warn_explicit(text, UserWarning, "mlir.py", 1, module="jax._src.mlir")
+
+    monkeypatch.setattr(cli, "execute", lambda *parsed: stage(parsed))
+    with warnings.catch_warnings():
+        warnings.showwarning = print_warning
+        cli.main(["methods"])
+    assert capsys.readouterr().err == "note: 14 pictures are enlarged.\n"
+
+
+def print_warning(message, category, filename, lineno, file=None, line=None):
+    """Python's own way, which pytest has replaced."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    sys.stderr.write(text)
