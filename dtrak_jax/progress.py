@@ -64,9 +64,9 @@ class Lines:
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
-        self.initial, self.quiet, self.postfix = initial, quiet, ""
-        self.n, self.start = initial, time.monotonic()
-        self.printed = self.start
+        self.n, self.quiet, self.postfix = initial, quiet, ""
+        self.start = self.printed = time.monotonic()
+        self.first: tuple[float, int] | None = None
 
     def __iter__(self) -> Iterator:
         with self:
@@ -84,15 +84,17 @@ class Lines:
         """Counts n more steps; prints a line if the last one is `EVERY` seconds old."""
         self.n += n
         now = time.monotonic()
+        # The first step may compile, and says nothing of the others' time.
+        self.first = self.first or (now, self.n)
         if now - self.printed >= EVERY and self.n != self.total:
             self.printed = now
-            self._print(self._rate(now), self._left(now))
+            self._print(*self._speed(now))
 
     def close(self) -> None:
         """Prints the last line, if all took `EVERY` seconds or more."""
         now = time.monotonic()
         if now - self.start >= EVERY:
-            self._print(self._rate(now), f"took {duration(now - self.start)}")
+            self._print(f"took {duration(now - self.start)}")
 
     def set_postfix_str(self, text: str) -> None:
         """Sets what the next lines end with."""
@@ -102,19 +104,17 @@ class Lines:
         """Sets what the next lines end with, as name=value."""
         self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
 
-    def _rate(self, now: float) -> str:
-        """Returns how many steps there are in a second, or how long one takes."""
-        rate = (self.n - self.initial) / max(now - self.start, 1e-9)
-        if rate >= 1 or not rate:
-            return f"{rate:.1f} {self.unit}/s"
-        return f"{1 / rate:.1f} s/{self.unit}"
-
-    def _left(self, now: float) -> str:
-        """Returns how long the rest will take; "" if it is not known."""
-        done = self.n - self.initial
-        if self.total is None or not done:
-            return ""
-        return f"{duration((now - self.start) / done * (self.total - self.n))} left"
+    def _speed(self, now: float) -> list[str]:
+        """Returns the time of a step and of all that are left, as far as they are known."""
+        start, steps = self.first
+        if self.n == steps:
+            return []
+        seconds = max(now - start, 1e-9) / (self.n - steps)
+        per = f"{seconds:.1f} s/{self.unit}"
+        facts = [f"{1 / seconds:.1f} {self.unit}/s" if seconds < 1 else per]
+        if self.total is not None:
+            facts.append(f"{duration(seconds * (self.total - self.n))} left")
+        return facts
 
     def _print(self, *facts: str) -> None:
         """Prints a line of what is done and these facts."""
