@@ -21,11 +21,15 @@ from dtrak_jax.config import (
     DataConfig,
     LoRAConfig,
     ModelConfig,
+    QueriesConfig,
     SampleConfig,
 )
 
 GENERATED = 16
 """Pictures that a given model generates where no config says how many."""
+
+METHODS = ("dtrak", "trak", "pixel-cosine")
+"""Methods of a given model where no config names any."""
 
 SHORT = {
     "--model": ("--model.folder", "--base.folder"),
@@ -196,7 +200,8 @@ def load_config(path: str) -> Config:
 def chosen(config: Config | None, options: argparse.Namespace) -> Config:
     """Returns the config with what the short flags name in place of its own.
 
-    Without a config they name everything, and the model is one that is there already.
+    Without a config they name everything, and the model is one that is there already. A
+    CSV among the pictures is read, if there is one with a `file` column.
 
     Raises:
       FileNotFoundError: a folder or file is not there; names the flag.
@@ -206,26 +211,40 @@ def chosen(config: Config | None, options: argparse.Namespace) -> Config:
         path = getattr(options, flag[2:])
         if path and not files.at(path).exists():
             raise FileNotFoundError(f"{flag} is {path!r}: there is nothing there.")
+    sections = {}
     if config is None:
         check_complete(options)
-        given = model_sections(options.model, options.lora)
-        sample = SampleConfig(count=0 if options.queries else GENERATED)
-        methods = AttributionConfig(methods=("dtrak", "trak", "pixel-cosine"))
-        data = DataConfig(source="folder", name=options.images, train=0, validation=0)
-        config = Config(data=data, sample=sample, attribution=methods, **given)
-    elif options.model:
-        given = model_sections(options.model, options.lora or config.lora.file)
-        config = dataclasses.replace(config, **given)
+        config = Config()
+        sections = {
+            "data": DataConfig(
+                source="folder", name=options.images, train=0, validation=0
+            ),
+            "sample": SampleConfig(count=0 if options.queries else GENERATED),
+            "attribution": AttributionConfig(methods=METHODS),
+        }
+    if options.model:
+        sections |= model_sections(options.model, options.lora or config.lora.file)
     elif options.lora:
-        lora = LoRAConfig(file=options.lora)
-        config = dataclasses.replace(config, lora=lora)
+        sections["lora"] = LoRAConfig(file=options.lora)
     if options.images:
-        data = dataclasses.replace(config.data, source="folder", name=options.images)
-        config = dataclasses.replace(config, data=data)
+        data, csv = sections.get("data", config.data), table_in(options.images)
+        data = dataclasses.replace(data, source="folder", name=options.images, csv=csv)
+        sections["data"] = data
     if options.queries:
-        queries = dataclasses.replace(config.queries, folder=options.queries)
-        config = dataclasses.replace(config, queries=queries)
-    return config
+        csv = table_in(options.queries)
+        sections["queries"] = QueriesConfig(folder=options.queries, csv=csv)
+    return dataclasses.replace(config, **sections)
+
+
+def table_in(folder: str) -> str:
+    """Returns the name of the CSV in a folder of pictures; "" if none or several have a
+    `file` column."""
+    tables = []
+    for path in files.at(folder).glob("*.csv"):
+        with path.open("rb") as table:
+            if re.search(rb"\bfile\b", table.readline()):
+                tables.append(path.name)
+    return tables[0] if len(tables) == 1 else ""
 
 
 def check_complete(options: argparse.Namespace) -> None:

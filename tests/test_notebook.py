@@ -158,7 +158,6 @@ def test_a_fresh_colab_clones_what_the_notebook_was_opened_from(tmp_path, monkey
     ]
     assert Path.cwd() == tmp_path / "dtrak_jax"
     monkeypatch.chdir(tmp_path)
-    Path("dtrak_jax").rmdir()
     monkeypatch.delenv("COLAB_JUPYTER_IP")
     with pytest.raises(SystemExit, match="into REPOSITORY above"):
         runpy.run_path(installation)
