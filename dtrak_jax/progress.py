@@ -111,7 +111,7 @@ class Lines:
             return []
         seconds = max(now - start, 1e-9) / (self.n - steps)
         per = f"{seconds:.1f} s/{self.unit}"
-        facts = [f"{1 / seconds:.1f} {self.unit}/s" if seconds < 1 else per]
+        facts = [f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else per]
         if self.total is not None:
             facts.append(f"{duration(seconds * (self.total - self.n))} left")
         return facts
@@ -119,7 +119,7 @@ class Lines:
     def _print(self, *facts: str) -> None:
         """Prints a line of what is done and these facts."""
         of = "" if self.total is None else f"/{self.total}"
-        parts = [f"{self.n}{of} {self.unit}", *facts, self.postfix]
+        parts = [f"{self.n}{of} {self.unit}s", *facts, self.postfix]
         if not self.quiet:
             line = f"{self.desc}: {', '.join(filter(None, parts))}"
             print(line, file=sys.stderr, flush=True)

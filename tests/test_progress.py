@@ -25,9 +25,9 @@ def test_a_log_file_has_a_line_every_half_minute_and_one_at_the_end(clock, capsy
             clock[0] += seconds
             bar.update()
     assert capsys.readouterr().err.splitlines() == [
-        "train: 21/100 step, loss=0.5",
-        "train: 81/100 step, 2.0 step/s, 00:09 left, loss=0.5",
-        "train: 100/100 step, took 01:19, loss=0.5",
+        "train: 21/100 steps, loss=0.5",
+        "train: 81/100 steps, 2.0 steps/s, 00:09 left, loss=0.5",
+        "train: 100/100 steps, took 01:19, loss=0.5",
     ]
 
 
@@ -39,15 +39,15 @@ def test_a_log_file_has_nothing_of_what_takes_seconds(clock, capsys):
 
 def test_slow_steps_of_an_unknown_number(clock, capsys):
     """Each step takes longer than lines are apart; an error ends them with what was done."""
-    with pytest.raises(KeyError), progress.progress(desc="wait") as bar:
+    with pytest.raises(KeyError), progress.progress(desc="wait", unit="step") as bar:
         for _ in range(2):
             clock[0] += 45
             bar.update()
         raise KeyError
     assert capsys.readouterr().err.splitlines() == [
-        "wait: 1 it",
-        "wait: 2 it, 45.0 s/it",
-        "wait: 2 it, took 01:30",
+        "wait: 1 steps",
+        "wait: 2 steps, 45.0 s/step",
+        "wait: 2 steps, took 01:30",
     ]
 
 
