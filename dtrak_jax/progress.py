@@ -1,5 +1,6 @@
 """Progress of long work: a bar that moves, or plain lines where nobody looks on."""
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -35,9 +36,12 @@ def progress(
     """
     # A process that is alone needs not be asked, which would start all devices.
     quiet = jax.distributed.is_initialized() and jax.process_index() > 0
-    if not (sys.stderr.isatty() or in_notebook()):
-        return Lines(iterable, desc, total, unit, initial, quiet)
     how = {"unit": unit, "initial": initial, "delay": delay, "disable": quiet}
+    if not in_notebook():
+        if not sys.stderr.isatty():
+            return Lines(iterable, desc, total, unit, initial, quiet)
+        # tqdm shows nothing in a terminal that does not know its size.
+        how["ncols"], how["nrows"] = shutil.get_terminal_size()
     bar = auto.tqdm(iterable, desc, total, **how)
     # A bar inside another one goes when it is done.
     bar.leave = quiet or bar.pos == 0
