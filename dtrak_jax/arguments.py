@@ -43,15 +43,11 @@ OTHERS = ("--workdir", "--profile", "--topology", "--stages", "--output", "--hel
 """Flags of no setting."""
 
 
-class UsageError(ValueError):
-    """A command line that cannot be understood."""
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are raised."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise ValueError(message)
 
 
 def parse(
@@ -82,7 +78,7 @@ def parse(
     options, flags = parser().parse_known_args(words)
     if command == "methods":
         if words or path:
-            raise UsageError("methods takes no config and no settings.")
+            raise ValueError("methods takes no config and no settings.")
         return command, None, options
     config = chosen(load_config(path) if path else None, options)
     config = tyro.cli(
@@ -94,9 +90,9 @@ def parse(
     )
     planned = options.topology or options.stages or options.output
     if command != "plan" and planned:
-        raise UsageError("--topology, --stages and --output are for `dtrak-jax plan`.")
+        raise ValueError("--topology, --stages and --output are for `dtrak-jax plan`.")
     if command != "plan" and not options.workdir:
-        raise UsageError("--workdir is missing: name a folder for the results.")
+        raise ValueError("--workdir is missing: name a folder for the results.")
     return command, config, options
 
 
@@ -120,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(words: Sequence[str]) -> None:
-    """Raises a UsageError if a flag is unknown, or there twice."""
+    """Raises a ValueError if a flag is unknown, or there twice."""
     settings = [help.flag(name) for s in help.SECTIONS for name in help.names_of(s)]
     given = [
         re.sub(r"\.no-", ".", word.partition("=")[0].replace("_", "-"))
@@ -130,14 +126,14 @@ def check_flags(words: Sequence[str]) -> None:
     for flag in given:
         known(flag, (*SHORT, *OTHERS, *settings), "option")
         if given.count(flag) > 1:
-            raise UsageError(f"{flag} is there twice; leave one of them out.")
+            raise ValueError(f"{flag} is there twice; leave one of them out.")
         for long in SHORT.get(flag, ()):
             if long in given:
-                raise UsageError(f"{flag} decides {long}; leave one of them out.")
+                raise ValueError(f"{flag} decides {long}; leave one of them out.")
 
 
 def known(name: str, names: Collection[str], what: str) -> None:
-    """Raises a UsageError that suggests the nearest of `names`, unless it has `name`."""
+    """Raises a ValueError that suggests the nearest of `names`, unless it has `name`."""
     if name in names:
         return
     last = name.strip("-").rpartition(".")[2]
@@ -154,7 +150,7 @@ def known(name: str, names: Collection[str], what: str) -> None:
             if what == "option"
             else f"there are {', '.join(names)}."
         )
-    raise UsageError(f"there is no {what} {name}; {hint}")
+    raise ValueError(f"there is no {what} {name}; {hint}")
 
 
 def help_page(
@@ -205,7 +201,7 @@ def chosen(config: Config | None, options: argparse.Namespace) -> Config:
 
     Raises:
       FileNotFoundError: a folder or file is not there; names the flag.
-      UsageError: something is missing.
+      ValueError: something is missing.
     """
     for flag in SHORT:
         path = getattr(options, flag[2:])
@@ -248,19 +244,19 @@ def table_in(folder: str) -> str:
 
 
 def check_complete(options: argparse.Namespace) -> None:
-    """Raises a UsageError unless a model and pictures are named."""
+    """Raises a ValueError unless a model and pictures are named."""
     if not (options.model or options.images or options.queries or options.lora):
-        raise UsageError(
+        raise ValueError(
             "the config is missing: name a file such as configs/digits.py after the "
             "command; or your own model with --model and its pictures with --images."
         )
     if not options.model:
-        raise UsageError(
+        raise ValueError(
             "--model is missing: name the folder of a trained diffusers model; to train "
             "one, name a config such as configs/digits.py after the command."
         )
     if not options.images:
-        raise UsageError(
+        raise ValueError(
             "--images is missing: name the folder of the pictures that the model was "
             "trained on."
         )
@@ -270,16 +266,16 @@ def model_sections(folder: str, lora: str) -> dict[str, object]:
     """Returns the sections of a config that a given model decides, and its adapters.
 
     Raises:
-      UsageError: a Stable Diffusion has no adapters, or another model has some.
+      ValueError: a Stable Diffusion has no adapters, or another model has some.
     """
     if not is_stable_diffusion(files.at(folder)):
         if lora:
-            raise UsageError(
+            raise ValueError(
                 f"--lora is {lora!r}, but {folder} is no Stable Diffusion; leave it out."
             )
         return {"model": ModelConfig(folder=folder)}
     if not lora:
-        raise UsageError(
+        raise ValueError(
             f"{folder} is a Stable Diffusion: also name trained adapters with --lora. To "
             "train some, write a config with base.folder."
         )

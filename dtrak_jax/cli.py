@@ -14,7 +14,7 @@ import jax
 
 from dtrak_jax import arguments as command_line
 from dtrak_jax import methods, parallel, pipeline, planning
-from dtrak_jax.arguments import UsageError, load_config
+from dtrak_jax.arguments import load_config
 from dtrak_jax.config import Config
 
 __all__ = ["COMMANDS", "load_config", "main", "parse"]
@@ -70,23 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get("DTRAK_DISTRIBUTED"):
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
+    hint = ""
     try:
         with notes():
-            execute(*parse(sys.argv[1:] if arguments is None else arguments))
+            parsed = parse(sys.argv[1:] if arguments is None else arguments)
+            hint = "\n(DTRAK_TRACEBACK=1 shows where.)"
+            execute(*parsed)
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {message}", file=sys.stderr)
         sys.exit(130)
-    except UsageError as error:
-        print(f"dtrak-jax: {error}", file=sys.stderr)
-        parallel.abandon(2)
     except EXPECTED as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
-        hint = "DTRAK_TRACEBACK=1 shows where."
         if jax.distributed.is_initialized():
-            hint += " Of several processes, the first one that ended says why."
-        print(f"dtrak-jax: {error}\n({hint})", file=sys.stderr)
+            hint += "\n(Of several processes, the first one that ended says why.)"
+        print(f"dtrak-jax: {error}{hint}", file=sys.stderr)
         parallel.abandon(2)
 
 

@@ -1,14 +1,27 @@
 """Command lines: how they are read, what they say, and what of them is refused."""
 
+import dataclasses
+import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import DIGITS
 
 from dtrak_jax import cli, help
-from dtrak_jax.config import Config
+from dtrak_jax.config import (
+    AttributionConfig,
+    BaseConfig,
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    LoRAConfig,
+    ModelConfig,
+    QueriesConfig,
+    SampleConfig,
+)
 
 
 def refusal(*words):
@@ -94,6 +107,73 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
 def test_the_config_may_stand_anywhere():
     line = ["plan", "--train.steps", "5", str(DIGITS)]
     assert cli.parse(line)[1].train.steps == 5
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A UNet, a Stable Diffusion as far as it is looked at, adapters, pictures, queries."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("unet", "sd", "pictures", "generated"):
+        Path(name).mkdir()
+    parts = {"text_encoder": ["transformers", "CLIPTextModel"]}
+    Path("sd/model_index.json").write_text(json.dumps(parts))
+    Path("lora.safetensors").touch()
+    Path("pictures/captions.csv").write_text("file,caption\n1.png,a cat\n")
+    Path("generated/sizes.csv").write_text("name,bytes\n1.png,7\n")
+
+
+METHODS = AttributionConfig(methods=("dtrak", "trak", "pixel-cosine"))
+PICTURES = DataConfig(
+    source="folder", name="pictures", csv="captions.csv", train=0, validation=0
+)
+
+
+def test_a_model_and_pictures_are_a_run(folders):
+    """All pictures count, settings are flags, and what is not given is generated."""
+    line = ["run", "--model", "unet", "--images", "pictures", "--workdir", "w"]
+    expected = Config(
+        model=ModelConfig(folder="unet"),
+        data=PICTURES,
+        sample=SampleConfig(count=16),
+        attribution=METHODS,
+    )
+    assert cli.parse(line)[1] == expected
+    dim = FeaturesConfig(dim=8)
+    line += ["--queries", "generated", "--features.dim", "8", "--data.csv", ""]
+    expected = dataclasses.replace(
+        expected,
+        data=dataclasses.replace(PICTURES, csv=""),
+        sample=SampleConfig(count=0),
+        queries=QueriesConfig(folder="generated"),
+        features=dim,
+    )
+    assert cli.parse(line)[1] == expected
+
+
+def test_a_stable_diffusion_comes_with_its_adapters(folders):
+    line = ["run", "--model", "sd", "--images", "pictures", "--workdir", "w"]
+    assert "sd is a Stable Diffusion: also name trained adapters" in refusal(*line)
+    expected = Config(
+        base=BaseConfig(folder="sd"),
+        lora=LoRAConfig(file="lora.safetensors"),
+        data=PICTURES,
+        sample=SampleConfig(count=16),
+        attribution=METHODS,
+    )
+    assert cli.parse([*line, "--lora", "lora.safetensors"])[1] == expected
+
+
+def test_folders_take_the_place_of_what_a_config_names(folders):
+    """Its other settings stay, so that it trains a model on one's own pictures."""
+    line = ["run", str(DIGITS), "--images", "pictures", "--workdir", "w"]
+    config = cli.load_config(str(DIGITS))
+    data = dataclasses.replace(
+        config.data, source="folder", name="pictures", csv="captions.csv"
+    )
+    assert cli.parse(line)[1] == dataclasses.replace(config, data=data)
+    given = cli.parse([*line, "--model", "unet"])[1]
+    assert given.model == ModelConfig(folder="unet")
+    assert given.features == config.features
 
 
 def test_warnings_are_notes_each_once(monkeypatch, capsys):
