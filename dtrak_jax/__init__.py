@@ -2,6 +2,7 @@
 
 from dtrak_jax import models
 from dtrak_jax.attribution import Scores, absolute, damping_path
+from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
     cosine_schedule,
@@ -33,6 +34,7 @@ __all__ = [
     "featurize",
     "layer",
     "linear_schedule",
+    "load_images",
     "merge",
     "models",
     "scaled_linear_schedule",

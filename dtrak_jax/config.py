@@ -36,11 +36,10 @@ class QueriesConfig:
     """Pictures that were generated elsewhere, asked about instead of samples."""
 
     folder: str = ""
-    """A folder of PNG or JPEG files; if it is empty, the model generates
-    `sample.count` images."""
+    """A folder of pictures; if it is empty, the model generates `sample.count` images."""
     csv: str = ""
     """A CSV in the folder with a `file` column, which names the files to take, and
-    perhaps `prompt` (or `caption`), `seed` and the columns of `data.groups`."""
+    perhaps `prompt` (or `caption`), `label` and the columns of `data.groups`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +266,8 @@ class Config:
     def query_sets(self) -> tuple[str, ...]:
         """The sets of queries that have images, of "validation" and "generated"."""
         generated = self.queries.folder or self.sample.count
-        counts = {"validation": self.data.validation, "generated": generated}
+        validation = self.data.validation or self.data.validation_folder
+        counts = {"validation": validation, "generated": generated}
         return tuple(name for name, count in counts.items() if count)
 
     @property

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import platform
+import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
 
@@ -89,21 +90,28 @@ class Run:
     # Data
 
     @functools.cached_property
+    def chosen(self) -> data.Splits:
+        """The images that the config chooses, of which nothing is decoded or recorded."""
+        size, _, channels = self.space.image_shape
+        return data.load(self.config.data, size, channels)
+
+    @functools.cached_property
     def splits(self) -> data.Splits:
         """The training and validation images, those that the first stage saw.
 
         Raises:
           ValueError: the source has other ids, labels, groups or pixels than then.
         """
-        size, _, channels = self.space.image_shape
-        splits = data.load(self.config.data, size, channels)
-        path = self.workdir / "splits.npz"
+        splits, path = self.chosen, self.workdir / "splits.npz"
         roles = {"train": splits.train, "validation": splits.validation}
         if parallel.is_main_process() and not path.exists():
             columns = {"label_names": np.array(splits.train.label_names, str)}
             for role, images in roles.items():
                 described = images.columns() | {"digests": images.digests}
                 columns |= {f"{role}_{name}": c for name, c in described.items()}
+            given = {"generated": self.generated} if self.config.queries.folder else {}
+            for text in data.remarks(roles | given, self.config.is_latent):
+                warnings.warn(text, stacklevel=2)
             files.write_npz(path, **columns)
         parallel.barrier(f"write {path}")
         saved = files.read_npz(path)
@@ -133,14 +141,25 @@ class Run:
         """The file of all generated images."""
         return self.workdir / "samples" / "samples.npz"
 
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """The number of images of "train" and of each set of queries.
+
+        They need not be there yet, unless the config leaves a number to the data.
+        """
+        settings, generated = self.config.data, self.config.sample.count
+        train, validation = settings.train, settings.validation
+        if settings.validation_folder or not train:
+            train, validation = map(len, self.chosen)
+        if self.config.queries.folder:
+            generated = len(self.generated)
+        counts = {"train": train, "validation": validation, "generated": generated}
+        return {name: count for name, count in counts.items() if count}
+
     @property
     def query_counts(self) -> dict[str, int]:
         """The number of images of each set of queries, which need not be there yet."""
-        validation, generated = self.config.data.validation, self.config.sample.count
-        if self.config.queries.folder:
-            generated = len(self.generated)
-        counts = {"validation": validation, "generated": generated}
-        return {name: count for name, count in counts.items() if count}
+        return {name: n for name, n in self.counts.items() if name != "train"}
 
     @property
     def queries(self) -> dict[str, data.Dataset]:
@@ -158,7 +177,8 @@ class Run:
         if given.folder:
             size, _, channels = self.space.image_shape
             groups = self.config.data.groups
-            return data.load_queries(given.folder, size, channels, given.csv, groups)
+            more = given.csv, groups, self.config.data.background
+            return data.load_queries(given.folder, size, channels, *more)
         if not self.samples.exists():
             raise FileNotFoundError(
                 f"there is no {self.samples}; run `dtrak-jax sample` with this config "

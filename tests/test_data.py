@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,10 @@ from dtrak_jax.data import (
     load,
     load_queries,
     plain_pictures,
-    preprocess,
     subset_mask,
     to_pixels,
 )
+from dtrak_jax.data import preprocess as prepare_picture
 from dtrak_jax.data.hands import CONTRAST, GREY, HANDS, hands
 
 IDS = [f"example-{i}" for i in range(1000)]
@@ -45,6 +46,11 @@ def noise(*shape, seed=0):
 def scaled(pixels):
     """uint8 [H, W, C] as a model sees it."""
     return pixels.astype(np.float32) / 127.5 - 1
+
+
+def preprocess(*arguments, **options):
+    """The pixels of an image as a model sees it."""
+    return prepare_picture(*arguments, **options).pixels
 
 
 # Choices
@@ -215,17 +221,17 @@ def test_modes_become_grey_or_colour():
     np.testing.assert_array_equal(
         preprocess(grey, 6, 3), scaled(np.repeat(luma, 3, axis=2))
     )
-    alpha = image.copy()
-    alpha.putalpha(Image.fromarray(noise(6, 6, seed=1)))
-    np.testing.assert_array_equal(preprocess(alpha, 6, 3), scaled(colour))
-    np.testing.assert_array_equal(preprocess(alpha, 6, 1), scaled(luma))
+    opaque = image.convert("RGBA")
+    np.testing.assert_array_equal(preprocess(opaque, 6, 3), scaled(colour))
+    np.testing.assert_array_equal(preprocess(opaque, 6, 1), scaled(luma))
     palette = image.quantize(36)
     np.testing.assert_array_equal(
         preprocess(palette, 6, 3), scaled(np.asarray(palette.convert("RGB")))
     )
-    deep = Image.fromarray(np.full((6, 6), 40_000, np.uint16))
-    with pytest.raises(ValueError, match="more than 8 bits per channel"):
-        preprocess(deep, 6, 1)
+    deep = Image.fromarray(colour[..., 0].astype(np.uint16) * 257)
+    np.testing.assert_allclose(preprocess(deep, 6, 1), scaled(colour[..., :1]), 0, 1e-6)
+    with pytest.raises(ValueError, match="has pixels of 32 bits"):
+        preprocess(Image.fromarray(np.full((6, 6), 40_000, np.int32)), 6, 1)
     with pytest.raises(ValueError, match="channels is 2; images have 1 .* or 3"):
         preprocess(image, 6, 2)
 
@@ -292,7 +298,7 @@ def test_hands_draw_digits_in_their_own_style():
 
 def test_plain_pictures_are_of_nobody():
     """They are of other digits than those by hands, and their ink is seen."""
-    prepare = functools.partial(preprocess, size=16, channels=3)
+    prepare = functools.partial(prepare_picture, size=16, channels=3)
     plain, by_hand = plain_pictures(prepare, 1000), hands(prepare)
     words = np.array(plain.label_names)[plain.labels]
     assert plain.captions.tolist() == [f"the digit {word}" for word in words]
@@ -375,7 +381,8 @@ def test_a_folder_is_read_by_relative_path(gallery):
     ]
     assert data.labels is None and data.captions is None and data.label_names == ()
     np.testing.assert_array_equal(data.images[1], scaled(pixels["a/wide.PNG"][:, 2:10]))
-    np.testing.assert_array_equal(data.images[2], scaled(pixels["b.png"][..., :3]))
+    laid = preprocess(Image.fromarray(pixels["b.png"]), 8, 3)
+    np.testing.assert_array_equal(data.images[2], laid)
     np.testing.assert_array_equal(data.images[5], scaled(pixels["tall.png"][4:12]))
     with Image.open(path / "photo.jpeg") as image:
         np.testing.assert_array_equal(data.images[4], preprocess(image, 8, 3))
@@ -402,6 +409,10 @@ def test_linked_folders_are_read(gallery, tmp_path_factory):
     assert "cats/cat.png" in from_folder(path, train=7).ids
     (store / "loop").symlink_to(path)
     with pytest.raises(ValueError, match="The link .*loop leads to a folder that it"):
+        from_folder(path)
+    (store / "loop").unlink()
+    (path / "dogs").symlink_to(store / "nothing")
+    with pytest.raises(ValueError, match="The link .*dogs leads nowhere; mend it"):
         from_folder(path)
 
 
@@ -464,6 +475,12 @@ def test_a_csv_gives_labels_and_captions(gallery):
         ("file,caption\nb.png,a, b\n", "line 2: more cells than the header"),
         ('file,label\nb.png,"x\ntall.png,y\n', "line 2: .* is a quote not closed"),
         ('file,label\nb.png,"x"y\n', "line 2: .* is a quote not closed"),
+        ('file,label\nb.png,"x\ntall.png,"\n', "line 3: `label` .* from 'x' on; is a "),
+        ('file,label,n\nb.png,x,"\ntall.png,y,z"\n', "line 3: `n` goes over several"),
+        ('file,label\nb.png,"\ntall.png,y"\n', "line 3: `label` goes over several"),
+        ("file,label\nb.png,x\n../b.png,x\n", "line 3: there is no file .*b.png"),
+        ("file,label\n/dev/../etc/passwd,x\n", "line 2: the file .* is not in the fol"),
+        ("sep=;\nfile;label\n\nb.png;\n", "line 4: `label` is empty"),
         ("file,label,label\nb.png,x,y\n", "label, label; it must have .* each once"),
         (f"file,label\nb.png,{'x' * 200_000}\n", "line 2: field larger than"),
         ("file,label\na,x\n", "line 2: there is no file .*/a\\."),
@@ -477,12 +494,70 @@ def test_a_wrong_csv_is_refused(gallery, text, message):
         from_folder(path, csv="list.csv")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf\r\nfile;label;more\r\na\\grey.png;x, y;\r\n\r\n;;\r\nb.png;z;\r\n",
+        b"sep=;\nfile;label\n./a/../a/grey.png;x, y\nFOLDER/b.png;z",
+        "file\tlabel\na/grey.png\tx, y\nb.png\tz\n".encode("utf-16"),
+        b'label,file\r"x, y", a/grey.png \r z,b.png\r',
+        b'file, label, n\na/grey.png, "x, y", "two\nlines"\nLINK/b.png, z,\n',
+    ],
+)
+def test_a_csv_of_other_programs_says_the_same(gallery, tmp_path_factory, text):
+    path, _ = gallery
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(path)
+    text = text.replace(b"FOLDER", os.fsencode(path)).replace(
+        b"LINK", os.fsencode(link)
+    )
+    (path / "list.csv").write_bytes(text)
+    for folder in (path, link):
+        data = from_folder(folder, train=2, csv="list.csv")
+        assert data.ids.tolist() == ["a/grey.png", "b.png"]
+        assert [data.label_names[label] for label in data.labels] == ["x, y", "z"]
+
+
+def test_a_csv_may_spell_accents_in_either_way_or_list_files_alone(gallery):
+    path, _ = gallery
+    shutil.copy(path / "b.png", path / unicodedata.normalize("NFD", "é.png"))
+    (path / "list.csv").write_text("file\né.png\n", encoding="utf-8")
+    data = from_folder(path, csv="list.csv")
+    assert len(data.images) == 1 and data.labels is None
+    assert data.notes == (
+        f"{path}: left out what list.csv does not list (pictures: 4).",
+    )
+
+
+def test_names_of_subfolders_are_labels(tmp_path):
+    """But not if a picture is elsewhere, or a CSV is named."""
+    for name in ("cats/b.png", "cats/a.png", "dogs/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(noise(8, 8)))
+    (tmp_path / "cats/list.csv").write_text("file,caption\na.png,a cat\n")
+    data = from_folder(tmp_path, train=3)
+    assert data.ids.tolist() == ["cats/a.png", "cats/b.png", "dogs/c.png"]
+    assert data.label_names == ("cats", "dogs") and data.labels.tolist() == [0, 0, 1]
+    assert data.notes == (
+        f"{tmp_path}: labels are the names of its subfolders: cats (2), dogs (1).",
+        f"{tmp_path}: left out what is no picture (1 .csv).",
+    )
+    assert from_folder(tmp_path, labels=("dogs",)).ids.tolist() == ["dogs/c.png"]
+    assert from_folder(tmp_path / "cats", csv="list.csv").labels is None
+    (tmp_path / "cats/more").mkdir()
+    shutil.copy(tmp_path / "cats/a.png", tmp_path / "cats/more")
+    assert from_folder(tmp_path).labels is None
+
+
 def test_labels_named_by_numbers_have_no_other_numbers(gallery):
     path, _ = gallery
     (path / "list.csv").write_text("file,label\nb.png,2\ntall.png,3\n")
     three = from_folder(path, csv="list.csv", labels=("3",))
     assert three.ids.tolist() == ["tall.png"]
     with pytest.raises(ValueError, match="data.labels has '1'; .* one of: 2, 3."):
+        from_folder(path, csv="list.csv", labels=("1",))
+    (path / "list.csv").write_text("file,label\nb.png,two\ntall.png,three\n")
+    with pytest.raises(ValueError, match="data.labels has '1'; .* one of: three, two."):
         from_folder(path, csv="list.csv", labels=("1",))
 
 
@@ -534,7 +609,7 @@ def test_wrong_folders_are_refused(gallery):
     with pytest.raises(ValueError, match="nowhere', which is not a folder"):
         from_folder(path / "nowhere")
     (path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no PNG or JPEG files below .*empty"):
+    with pytest.raises(ValueError, match="There are no pictures below .*empty"):
         from_folder(path / "empty")
     with pytest.raises(ValueError, match="in which there is no CSV missing.csv"):
         from_folder(path, csv="missing.csv")
@@ -871,6 +946,7 @@ def test_features_of_a_prepared_set_are_groups(data_dir):
 def test_a_prepared_set_is_filtered_by_label(data_dir):
     splits = from_tfds("tiny", labels=("dog", "2"), train=8, validation=4)
     assert np.bincount(splits.train.labels).tolist() == [0, 4, 4]
+    assert splits.train.notes == ("data.labels has '2', the number of 'owl'.",)
     assert np.bincount(splits.validation.labels).tolist() == [0, 2, 2]
 
 

@@ -320,7 +320,7 @@ def run(line, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__train": "0"}, "data.train is 0; it must be an integer >= 1"),
+        ({"data__train": "-1"}, "data.train is -1; it must be an integer >= 0"),
         ({"data__train": "1800"}, "there are only 1797 examples"),
         ({"train__warmup": "2"}, "train.warmup is 2.0; it must be a finite number"),
         ({"features__noise": "shared"}, "'common', 'independent'"),

@@ -3,20 +3,30 @@
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.hands import plain_pictures
-from dtrak_jax.data.preprocess import from_pixels, preprocess, to_picture, to_pixels
-from dtrak_jax.data.sources import load_queries
+from dtrak_jax.data.preprocess import (
+    Picture,
+    from_pixels,
+    preprocess,
+    to_picture,
+    to_pixels,
+)
+from dtrak_jax.data.remarks import remarks
+from dtrak_jax.data.sources import load_images, load_queries
 from dtrak_jax.data.splits import Splits, choose, load, subset_mask
 
 __all__ = [
     "DataConfig",
     "Dataset",
+    "Picture",
     "Splits",
     "choose",
     "from_pixels",
     "load",
+    "load_images",
     "load_queries",
     "plain_pictures",
     "preprocess",
+    "remarks",
     "subset_mask",
     "to_picture",
     "to_pixels",

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.data.preprocess import decode
+from dtrak_jax.data.preprocess import Picture, decode
 from dtrak_jax.data.table import read_table
 from dtrak_jax.files import at
 
@@ -21,7 +21,7 @@ def artbench(
     path: str,
     split: str,
     groups: Sequence[str],
-    prepare: Callable[[Image.Image], np.ndarray],
+    prepare: Callable[[Image.Image], Picture],
 ) -> Dataset:
     """Returns a split of ArtBench-10, "train" or "test", in the order of its CSV.
 
@@ -51,7 +51,7 @@ def artbench(
     if folder.name == FOLDERS[1]:
         folder /= split
 
-    def read(index: int) -> np.ndarray:
+    def read(index: int) -> Picture:
         picture = folder / ids[index]
         if not picture.is_file():
             raise ValueError(f"there is no file {picture}.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtrak_jax.checks import at_least, check_choices
+from dtrak_jax.data.preprocess import check_colour
 
 SourceName = Literal["digits", "hands", "tfds", "folder", "artbench"]
 
@@ -14,7 +15,7 @@ class DataConfig:
 
     source: SourceName = "digits"
     """digits (scikit-learn's), hands (the same, drawn in colour by five contributors),
-    tfds (tensorflow-datasets), folder (PNG/JPEG) or artbench (ArtBench-10)."""
+    tfds (tensorflow-datasets), folder (of pictures) or artbench (ArtBench-10)."""
     name: str = ""
     """The tfds data set, e.g. cifar10; or the path of the folder."""
     train_split: str = "train"
@@ -22,10 +23,14 @@ class DataConfig:
     validation_split: str = "test"
     """Split of the validation images; if it is the training split, validation images
     are chosen from the examples that training left."""
+    validation_folder: str = ""
+    """A folder of pictures that are the validation images, whatever the source is; it
+    may have a CSV of the name `csv`. `labels` does not choose among them."""
     labels: tuple[str, ...] = ()
-    """Keep only the examples with these labels (names, or numbers as text)."""
+    """Keep only the examples with these labels: names; for tfds also their numbers."""
     csv: str = ""
-    """A CSV in the folder with a `file` column and a `label` or `caption` column."""
+    """A CSV in the folder with a `file` column and a `label` or `caption` column. If it
+    is empty and every picture is in a subfolder, their names are labels."""
     groups: tuple[str, ...] = ()
     """Further columns of the CSV, such as contributor or licence, whose values group
     the images; for tfds, text or label features; for artbench, artist and the like;
@@ -36,12 +41,15 @@ class DataConfig:
     captions are the source's own; artbench has "a {label} painting"."""
     center_crop: int = 0
     """Cut this square from the centre before resizing; 0 cuts nothing."""
+    background: str = "white"
+    """The colour that is seen through transparent pictures, such as "#ffffff"."""
     flip: bool = False
     """Mirror training images at random; features never see mirrored images."""
     train: int = 5000
-    """Number of training images."""
+    """Number of training images; 0 takes all that validation leaves."""
     validation: int = 1000
-    """Number of validation images, used as queries."""
+    """Number of validation images, used as queries; with `validation_folder`, 0 takes
+    all of it."""
     seed: int = 42
     """Decides which images are training and which are validation images."""
 
@@ -71,7 +79,8 @@ class DataConfig:
         if len(set(self.groups)) < len(self.groups):
             raise ValueError(f"data.groups is {self.groups}; name each column once.")
         at_least("data.center_crop", self.center_crop, 0)
-        at_least("data.train", self.train, 1)
+        check_colour("data.background", self.background)
+        at_least("data.train", self.train, 0)
         at_least("data.validation", self.validation, 0)
         at_least("data.seed", self.seed, 0)
 

@@ -1,14 +1,32 @@
 """Images, which are decoded when they are needed, and what is known of them."""
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax.checks import check_ids, check_images
+from dtrak_jax.data.preprocess import Picture
 from dtrak_jax.digests import digest, short_digest
 from dtrak_jax.progress import progress
+
+KEPT = 2**30
+"""The bytes of pixels up to which those that were decoded for their digests are kept."""
+
+
+class Decoded(NamedTuple):
+    """What decoding all images of a data set says of them."""
+
+    images: np.ndarray | None
+    """float32 [n, height, width, channels]; None if they are too many to keep."""
+    digests: np.ndarray
+    """The hash of each image's pixels, str [n]."""
+    changes: Counter
+    """The number of images to which something was done, by `Picture.changes`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -17,7 +35,7 @@ class Dataset:
 
     ids: np.ndarray
     """str [n], all different; an id stays with its image for good."""
-    read: Callable[[int], np.ndarray] = field(repr=False)
+    read: Callable[[int], Picture] = field(repr=False)
     """Decodes the image with that index; a ValueError says why it cannot."""
     labels: np.ndarray | None = None
     """int [n], indices into `label_names`; None if there are no labels."""
@@ -31,6 +49,8 @@ class Dataset:
     """uint32 [n], of generated images; None if nobody knows them."""
     recorded: np.ndarray | None = field(default=None, repr=False)
     """The `digests` that the images must have, str [n]; None if nobody knows."""
+    notes: tuple[str, ...] = field(default=(), repr=False)
+    """Sentences on how the source was read, where that may not be expected."""
 
     @classmethod
     def of(cls, images: np.ndarray, ids: np.ndarray) -> "Dataset":
@@ -38,7 +58,7 @@ class Dataset:
         check_ids(ids, len(images))
         if len(images):
             check_images(images)
-        return cls(ids=np.asarray(ids, str), read=images.__getitem__)
+        return cls(ids=np.asarray(ids, str), read=lambda row: Picture(images[row]))
 
     def take(self, rows: np.ndarray) -> "Dataset":
         """Returns the data set of the examples with these indices."""
@@ -58,33 +78,65 @@ class Dataset:
 
     @functools.cached_property
     def images(self) -> np.ndarray:
-        """The pixels, float32 [n, size, size, channels] in [-1, 1].
+        """The pixels, float32 [n, height, width, channels] in [-1, 1].
 
         An image that is damaged, or is not the recorded one, is a ValueError.
         """
-        images = []
-        for index in progress(
-            range(len(self)), "reading images", unit="image", delay=2
-        ):
-            try:
-                images.append(self.read(index))
-            except ValueError as error:
-                raise ValueError(f"The image {self.ids[index]}: {error}") from error
-        images = np.array(images, np.float32)
+        decoded = vars(self).get("decoded")
+        if decoded is None or decoded.images is None:
+            decoded = vars(self)["decoded"] = self._decode(math.inf)
         if self.recorded is not None:
-            changed = np.flatnonzero(image_digests(images) != self.recorded)
+            changed = np.flatnonzero(decoded.digests != self.recorded)
             if len(changed):
                 raise ValueError(
-                    f"{len(changed)} of {len(images)} images have changed since the "
+                    f"{len(changed)} of {len(self)} images have changed since the "
                     f"first stage of this run saw them, such as {self.ids[changed[0]]}. "
                     "Restore them, or name another --workdir."
                 )
-        return images
+        return decoded.images
+
+    @functools.cached_property
+    def decoded(self) -> Decoded:
+        """All images, of which no more than `KEPT` bytes are kept, and their digests."""
+        return self._decode(KEPT)
+
+    def _decode(self, kept: float) -> Decoded:
+        """Decodes every image once; all that cannot be are one ValueError."""
+        images, digests, changes, errors = None, [], Counter(), {}
+        for index in progress(range(len(self)), "reading images", delay=2):
+            try:
+                pixels, changed = self.read(index)
+                if not digests:
+                    shape = pixels.shape
+                    if len(self) * pixels.nbytes <= kept:
+                        images = np.empty((len(self), *shape), np.float32)
+                if pixels.shape != shape:
+                    raise ValueError(
+                        f"it has {_size(pixels.shape)} pixels, and the first image "
+                        f"{_size(shape)}; name a size to which all are made."
+                    )
+            except ValueError as error:
+                errors[str(self.ids[index])] = error
+                continue
+            digests.append(short_digest(pixels.tobytes(), 8))
+            changes.update(changed)
+            if images is not None:
+                images[index] = pixels
+        if errors:
+            (name, error), *others = errors.items()
+            message = f"The image {name}: {str(error).rstrip('.')}."
+            if others:
+                names = ", ".join(other for other, _ in others[:4])
+                message += f" {len(others)} more cannot be used, such as {names}."
+            raise ValueError(message) from error
+        if not len(self):
+            images = np.zeros(0, np.float32)
+        return Decoded(images, np.array(digests, str), changes)
 
     @functools.cached_property
     def digests(self) -> np.ndarray:
         """The hash of each image's pixels, str [n]; decodes them if none are recorded."""
-        return image_digests(self.images) if self.recorded is None else self.recorded
+        return self.decoded.digests if self.recorded is None else self.recorded
 
     @functools.cached_property
     def digest(self) -> str:
@@ -115,9 +167,20 @@ class Dataset:
                     f"run saw{such_as} or their order has changed. Restore them, or "
                     "name another --workdir."
                 )
-        return replace(self, recorded=saved.get(f"{role}_digests"))
+        recorded = replace(self, recorded=saved.get(f"{role}_digests"))
+        if "decoded" in vars(self):
+            vars(recorded)["decoded"] = self.decoded
+        return recorded
+
+    def named_as(self, names: tuple[str, ...]) -> "Dataset":
+        """Returns the data set with labels that are indices into `names`, then its own."""
+        if self.labels is None:
+            return self
+        names = (*names, *(n for n in self.label_names if n not in names))
+        index = np.array([names.index(name) for name in self.label_names], int)
+        return replace(self, labels=index[self.labels], label_names=names)
 
 
-def image_digests(images: np.ndarray) -> np.ndarray:
-    """Returns the hash of each image's pixels, str [n]."""
-    return np.array([short_digest(image.tobytes(), 8) for image in images], str)
+def _size(shape: tuple[int, ...]) -> str:
+    """Returns "WIDTHxHEIGHT" of an array of pixels."""
+    return f"{shape[1]}x{shape[0]}"

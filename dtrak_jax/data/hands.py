@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.preprocess import Picture
 
 SIZE = 64
 """The height and width at which a picture is drawn."""
@@ -21,7 +22,7 @@ GREY = np.array([0.299, 0.587, 0.114])
 """The shares of red, green and blue in grey (ITU-R 601)."""
 
 Colour = tuple[int, int, int]
-Prepare = Callable[[Image.Image], np.ndarray]
+Prepare = Callable[[Image.Image], Picture]
 
 
 class Hand(NamedTuple):

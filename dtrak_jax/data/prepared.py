@@ -10,7 +10,7 @@ from PIL import Image
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.data.preprocess import decode, to_picture
+from dtrak_jax.data.preprocess import Picture, decode, to_picture
 from dtrak_jax.progress import progress
 
 CAPTIONS = ("caption", "text", "prompt")
@@ -27,7 +27,7 @@ def prepared(
     name: str,
     split: str,
     groups: Sequence[str],
-    prepare: Callable[[Image.Image], np.ndarray],
+    prepare: Callable[[Image.Image], Picture],
 ) -> Dataset:
     """Returns a split of a data set that tensorflow-datasets has prepared.
 
@@ -62,7 +62,7 @@ def prepared(
             column.append(record[key].decode() if key in texts else int(record[key]))
     ids = columns["id"] if "id" in texts else ids
 
-    def read(index: int) -> np.ndarray:
+    def read(index: int) -> Picture:
         content = records[index][image]
         encoded = isinstance(content, bytes)
         return prepare(decode(io.BytesIO(content)) if encoded else to_picture(content))

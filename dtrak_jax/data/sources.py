@@ -1,20 +1,24 @@
 """The sources of images."""
 
 import functools
+import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dtrak_jax.checks import one_of
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.data.artbench import CAPTION, artbench
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.data.folder import pictures
+from dtrak_jax.data.folder import COLUMNS, GENERATED, pictures
 from dtrak_jax.data.hands import hands
-from dtrak_jax.data.preprocess import preprocess
+from dtrak_jax.data.preprocess import Picture, check_colour, preprocess
+from dtrak_jax.data.remarks import remarks
 
 FIELD = re.compile(r"{([^{}]*)}")
 """A field of a caption's template."""
@@ -25,9 +29,7 @@ def open_source(config: DataConfig, split: str, size: int, channels: int) -> Dat
 
     Captions are by `config.caption`, if it is set.
     """
-    prepare = functools.partial(
-        preprocess, size=size, channels=channels, center_crop=config.center_crop
-    )
+    prepare = preparation(config, size, channels)
     template = config.caption
     if config.source == "digits":
         source = digits(prepare)
@@ -45,6 +47,36 @@ def open_source(config: DataConfig, split: str, size: int, channels: int) -> Dat
     return captioned(source, template) if template else source
 
 
+def preparation(
+    config: DataConfig, size: int, channels: int
+) -> Callable[[Image.Image], Picture]:
+    """Returns what makes a picture of a source what the network sees."""
+    return functools.partial(
+        preprocess,
+        size=size,
+        channels=channels,
+        center_crop=config.center_crop,
+        background=config.background,
+    )
+
+
+def open_validation(config: DataConfig, size: int, channels: int) -> Dataset:
+    """Returns the pictures of `config.validation_folder`.
+
+    If the training images have a CSV, there may be one of the same name.
+    """
+    folder = Path(config.validation_folder).expanduser()
+    validation = pictures(
+        folder,
+        preparation(config, size, channels),
+        config.csv if (folder / config.csv).is_file() else "",
+        config.groups,
+        setting="data.validation_folder",
+        needs_groups=False,
+    )
+    return captioned(validation, config.caption) if config.caption else validation
+
+
 def captioned(source: Dataset, template: str) -> Dataset:
     """Returns the examples with captions by a template, see `DataConfig.caption`."""
     columns = dict(source.groups)
@@ -60,7 +92,7 @@ def captioned(source: Dataset, template: str) -> Dataset:
     return replace(source, captions=np.array(captions, str))
 
 
-def digits(prepare: Callable[[Image.Image], np.ndarray]) -> Dataset:
+def digits(prepare: Callable[[Image.Image], Picture]) -> Dataset:
     """Returns scikit-learn's 1,797 grey digits of 8x8 pixels.
 
     Pixels are x / 8 - 1, where x is scikit-learn's integer from 0 to 16.
@@ -78,8 +110,77 @@ def digits(prepare: Callable[[Image.Image], np.ndarray]) -> Dataset:
 
 
 def load_queries(
-    path: str, size: int, channels: int, csv: str = "", groups: Sequence[str] = ()
+    path: str,
+    size: int,
+    channels: int,
+    csv: str = "",
+    groups: Sequence[str] = (),
+    background: str = "white",
 ) -> Dataset:
-    """Returns the PNG and JPEG files of a folder as queries, see `pictures`."""
-    prepare = functools.partial(preprocess, size=size, channels=channels)
-    return pictures(path, prepare, csv, groups, is_generated=True)
+    """Returns the pictures of a folder as queries, see `pictures`."""
+    queries = pictures(
+        path,
+        functools.partial(
+            preprocess, size=size, channels=channels, background=background
+        ),
+        csv,
+        groups,
+        setting="queries.folder",
+        optional=GENERATED,
+        needs_groups=False,
+    )
+    if queries.seeds is None:
+        return queries
+    note = f"{csv}: `seed` is not used, as queries that are given are not made again."
+    return replace(queries, notes=(*queries.notes, note))
+
+
+def load_images(
+    folder: str | os.PathLike,
+    size: int | None = None,
+    *,
+    channels: int = 3,
+    csv: str = "",
+    groups: Sequence[str] = (),
+    center_crop: int = 0,
+    background: str = "white",
+) -> Dataset:
+    """Returns the pictures below a folder, decoded, for use from Python.
+
+    `images` is float32 [n, height, width, channels] in [-1, 1]; `ids` are relative
+    paths. A warning says what was changed: transparency laid on the background, sizes,
+    colours, and pictures that are the same.
+
+    Args:
+      size: the height and width to which pictures are resized and cut (`preprocess`);
+        None keeps their own, which must be the same for all.
+      channels: 1 (grey) or 3 (RGB).
+      csv: a CSV in the folder with the column `file` and perhaps `label`, `caption` or
+        `prompt`, and `seed`. Without it, names of subfolders are labels.
+      groups: further columns of the CSV.
+      center_crop: the square to cut from the centre before resizing; 0 cuts nothing.
+      background: the colour that is seen through transparency, such as "#ffffff".
+
+    Raises:
+      ValueError: the folder, CSV or a picture is missing or wrong.
+    """
+    check_colour("background", background)
+    one_of("channels", channels, (1, 3))
+    at_least("center_crop", center_crop, 0)
+    if size is not None:
+        at_least("size", size, 1)
+    if groups and not csv:
+        raise ValueError(f"groups is {groups}, but csv is empty; name the CSV.")
+    prepare = functools.partial(
+        preprocess,
+        size=size,
+        channels=channels,
+        center_crop=center_crop,
+        background=background,
+    )
+    columns = {"optional": GENERATED if csv else COLUMNS, "setting": "folder"}
+    images = pictures(folder, prepare, csv, groups, **columns)
+    images.images  # noqa: B018
+    for text in remarks({"pictures": images}):
+        warnings.warn(text, stacklevel=2)
+    return images

@@ -6,6 +6,7 @@ of NumPy and JAX, and no positions, so that the order of a data set does not mat
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,14 @@ import numpy as np
 from dtrak_jax.checks import check_ids
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.data.sources import open_source
+from dtrak_jax.data.sources import open_source, open_validation
 
 
 class Splits(NamedTuple):
-    """The training images and the validation images, which are disjoint by id."""
+    """The training images and the validation images.
+
+    They are disjoint by id, but for validation images from a folder of their own.
+    """
 
     train: Dataset
     validation: Dataset
@@ -27,52 +31,80 @@ def load(config: DataConfig, size: int, channels: int) -> Splits:
     """Chooses the images that a configuration asks for; none is decoded yet.
 
     Both choices are functions of `config.seed`, ids and labels, and give every label
-    its share (`choose`). Validation images come from `config.validation_split` where
-    the source has splits, and from the same examples as training images otherwise; an
-    example whose id a training image has is never one. Images are ordered as in their
-    source and never mirrored: mirroring belongs to training.
+    its share (`choose`). Validation images come from `config.validation_folder` if it
+    is set, from `config.validation_split` where the source has splits, and from the
+    same examples as training images otherwise; an example whose id a training image
+    has is never one, but in a folder of their own. If `config.train` is 0, validation
+    images are chosen first, and all that they leave are training images. Images are
+    ordered as in their source and never mirrored: mirroring belongs to training.
 
     Raises:
       ValueError: a source, split, label, group or file is missing or wrong, or there
         are too few examples.
     """
-    source = open_source(config, config.train_split, size, channels)
-    train = _choose(config, "train", _labelled(source, config.labels))
-    split = config.validation_split
+    pool = _labelled(config, open_source(config, config.train_split, size, channels))
+    if config.validation_folder:
+        validation = open_validation(config, size, channels).named_as(pool.label_names)
+        train = _choose(config, "train", pool)
+        return Splits(train, _choose(config, "validation", validation))
+    apart, split = pool, config.validation_split
     if config.has_splits and config.validation and split != config.train_split:
-        source = open_source(config, split, size, channels)
-    pool = _labelled(source, config.labels)
-    pool = pool.take(np.flatnonzero(~np.isin(pool.ids, train.ids)))
-    return Splits(train, _choose(config, "validation", pool))
+        apart = _labelled(config, open_source(config, split, size, channels))
+    if config.train:
+        train = _choose(config, "train", pool)
+        return Splits(train, _choose(config, "validation", apart, besides=train))
+    validation = _choose(config, "validation", apart)
+    return Splits(_choose(config, "train", pool, besides=validation), validation)
 
 
-def _labelled(source: Dataset, names: tuple[str, ...]) -> Dataset:
-    """Returns the examples that have one of these labels; without names all.
+def _labelled(config: DataConfig, source: Dataset) -> Dataset:
+    """Returns the examples that have one of `config.labels`; without any, all.
 
-    A number is the index of a label, unless labels are named by numbers themselves.
+    A number may be the index of a label where the source is tfds, unless labels are
+    named by numbers themselves; a note says which label it is.
     """
+    names = tuple(map(str, config.labels))
     if not names:
         return source
     if source.labels is None:
         raise ValueError(f"data.labels is {names}, but these images have no labels.")
     numbers = {name: number for number, name in enumerate(source.label_names)}
-    allowed = ", ".join(numbers)
-    if not any(map(str.isdecimal, numbers)):
+    allowed, notes = ", ".join(numbers), source.notes
+    if config.source == "tfds" and not any(map(str.isdecimal, numbers)):
         allowed += f"; or a number from 0 to {len(numbers) - 1}"
+        notes += tuple(
+            f"data.labels has {name!r}, the number of {source.label_names[int(name)]!r}."
+            for name in names
+            if name.isdecimal() and int(name) < len(numbers)
+        )
         numbers |= {str(number): number for number in range(len(numbers))}
     for name in names:
         if name not in numbers:
             raise ValueError(f"data.labels has {name!r}; it must be one of: {allowed}.")
     chosen = [numbers[name] for name in names]
-    return source.take(np.flatnonzero(np.isin(source.labels, chosen)))
+    kept = source.take(np.flatnonzero(np.isin(source.labels, chosen)))
+    return replace(kept, notes=notes)
 
 
-def _choose(config: DataConfig, role: str, pool: Dataset) -> Dataset:
-    """Returns the examples out of `pool` that are to have a role."""
+def _choose(
+    config: DataConfig, role: str, pool: Dataset, besides: Dataset | None = None
+) -> Dataset:
+    """Returns the examples out of `pool` that are to have a role, but for `besides`."""
+    if besides is not None:
+        pool = pool.take(np.flatnonzero(~np.isin(pool.ids, besides.ids)))
     count = getattr(config, role)
+    if not count and (role == "train" or config.validation_folder):
+        count = len(pool)
+        if not count:
+            raise ValueError(
+                f"data.{role} is 0, which takes all examples, but data.validation="
+                f"{config.validation} leaves none."
+            )
     if count > len(pool):
         labels = f" with data.labels={config.labels}" if config.labels else ""
-        apart = " that are not training images" if role == "validation" else ""
+        apart = " that are not training images" if besides is not None else ""
+        if role == "validation" and config.validation_folder:
+            labels, apart = "", f" in {config.validation_folder}; 0 takes all"
         raise ValueError(
             f"data.{role} is {count}, but there are only {len(pool)} examples"
             f"{labels}{apart}."

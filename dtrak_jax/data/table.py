@@ -1,8 +1,10 @@
 """The rows of a CSV, or an error that names the line."""
 
+import codecs
 import csv
 import io
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from etils import epath
 
@@ -15,28 +17,35 @@ def read_table(
 ) -> list[tuple[str, dict[str, str]]]:
     """Returns (where it is, {column: cell}) of every row; no cell is empty.
 
+    Cells are separated by commas, semicolons or tabs, whichever the header shows.
+
     Args:
       required: columns that must be there.
-      optional: columns of which one must be there, unless there are groups or none is
-        optional.
+      optional: columns of which one must be there, unless there are groups, none is
+        optional, or there are no columns but the required ones.
       groups: columns that must be there since `data.groups` names them.
 
     Raises:
-      ValueError: the file is not a CSV in UTF-8, has no rows, or lacks a column or cell.
+      ValueError: the file is not a CSV in Unicode, has no rows, or lacks a column or
+        cell; or a cell goes over several lines, as if a quote were missing.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+    text, above = _read_text(path)
+    separator = _separator(text, required)
     # A quote that is never closed would swallow the rows below if not for `strict`.
-    reader = csv.DictReader(io.StringIO(text, newline=None), strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text),
+        delimiter=separator,
+        strict=True,
+        skipinitialspace=separator != "\t",
+    )
     rows = []
     try:
         header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         chosen = [name for name in optional if name in header]
         columns = dict.fromkeys([*required, *chosen, *groups])
         wrong = any(header.count(name) != 1 for name in columns)
-        if wrong or (optional and not chosen and not groups):
+        more = len(header) > len(required)
+        if wrong or (optional and more and not chosen and not groups):
             needed = [*required, *(f"{name} (data.groups)" for name in groups)]
             either = f", and {' or '.join(optional)}" if optional else ""
             raise ValueError(
@@ -44,20 +53,73 @@ def read_table(
                 f"{', '.join(needed)}{either}, each once."
             )
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
+            where = f"{path}, line {above + reader.line_num}"
+            surplus = [cell for cell in row.pop(None, ()) if cell.strip()]
+            if surplus:
                 raise ValueError(
                     f"{where}: more cells than the header has; quote text with commas."
                 )
+            if not any((cell or "").strip() for cell in row.values()):
+                continue
             cells = {column: (row[column] or "").strip() for column in columns}
             for column, cell in cells.items():
                 if not cell:
                     raise ValueError(f"{where}: `{column}` is empty.")
+            _check_lines(where, row, cells)
             rows.append((where, cells))
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {reader.line_num + 1}: {error}; is a quote not closed?"
+            f"{path}, line {above + reader.line_num + 1}: {error}; is a quote not closed?"
         ) from error
     if not rows:
         raise ValueError(f"{path} lists no files.")
     return rows
+
+
+def _check_lines(where: str, row: dict[str, str], cells: dict[str, str]) -> None:
+    """Raises a ValueError if a cell holds rows below, as if a quote were missing.
+
+    A column that is read has no text of several lines, and in others none but the first
+    may have the suffix of the file that the row is of.
+    """
+    suffix = PurePath(next(iter(cells.values()))).suffix
+    for column, cell in row.items():
+        first, _, below = (cell or "").rstrip().partition("\n")
+        if below and (column in cells or suffix and suffix in below):
+            raise ValueError(
+                f"{where}: `{column}` goes over several lines, from {first!r} on; is a "
+                "quote not closed?"
+            )
+
+
+def _read_text(path: epath.Path) -> tuple[str, int]:
+    """Returns the text of a file from its header on, and the number of lines above it.
+
+    The file is in UTF-8, or in UTF-16 with its mark. Above the header may be empty
+    lines and, as Excel reads them, "sep=;".
+    """
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not a text in UTF-8: {error}; save it as CSV UTF-8."
+        ) from error
+    text, above = text.replace("\r\n", "\n").replace("\r", "\n"), 0
+    while text:
+        first, _, rest = text.partition("\n")
+        if first.strip() and not first.startswith("sep="):
+            break
+        text, above = rest, above + 1
+    return text, above
+
+
+def _separator(text: str, required: Sequence[str]) -> str:
+    """Returns what separates a header in which the required columns are; else a comma."""
+    header = text.partition("\n")[0]
+    for separator in ",;\t":
+        names = next(csv.reader([header], delimiter=separator), ())
+        if set(required) <= {name.strip() for name in names}:
+            return separator
+    return ","

@@ -96,7 +96,9 @@ def _encode_set(run: "Run", name: str) -> None:
         if not files.holds(_path(run, name, rows), _made_from(run, examples, rows))
     ]
     for rows in progress(missing, f"encode {name}", unit="file"):
-        mean, std = moments(run, examples.images[rows], mirrored(run, name))
+        # Pictures are large: no more of them than a file has are in memory.
+        images = examples.take(np.arange(rows.start, rows.stop)).images
+        mean, std = moments(run, images, mirrored(run, name))
         made_from = _made_from(run, examples, rows)
         files.write_npz(_path(run, name, rows), mean=mean, std=std, **made_from)
     parallel.barrier(f"encode {name}")

@@ -86,7 +86,7 @@ def featurize(run: Run, topology: Topology) -> list[Planned]:
         # The last microbatch of an example is filled up to the size of the others.
         noised = layout.pairs / layout.copies
     steps = []
-    for examples, count in {"train": run.config.data.train, **run.query_counts}.items():
+    for examples, count in run.counts.items():
         rounds = layout.rounds(count, topology.processes)
         gradients = programs.gradients, rounds * layout.parts
         written = layout.bytes_written(count, len(run.task().measurements))
@@ -125,7 +125,7 @@ def attribute(run: Run, topology: Topology) -> list[Planned]:
     methods = [m for m in run.config.attribution.methods if METHODS[m].kernel]
     if not methods:
         return []
-    n, layout = run.config.data.train, _features(run, topology).layout
+    n, layout = run.counts["train"], _features(run, topology).layout
     program, calls = gram_program(n, layout.dim, topology.devices)
     calls *= layout.per_example * len({METHODS[name].measurement for name in methods})
     side, columns = program.arguments[1].shape

@@ -28,7 +28,7 @@ def passes(run: Run) -> dict[str, float]:
         run.config.counterfactual,
     )
     queries = sum(run.query_counts.values())
-    images = config.data.train + queries
+    images = run.counts["train"] + queries
     training = 3 * config.train.steps * config.train.batch_size
     task, specs = run.task(), {arm.spec for arm in arms(config)}
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
@@ -37,7 +37,7 @@ def passes(run: Run) -> dict[str, float]:
     noised = ensemble.timesteps
     noised = ensemble.draws * (noised if isinstance(noised, int) else len(noised))
     removals = removal.queries * (len(config.removal_methods) + 1)
-    removals *= 1 - removal.count / config.data.train
+    removals *= 1 - removal.count / run.counts["train"]
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
@@ -60,7 +60,7 @@ def passes(run: Run) -> dict[str, float]:
 def describe(stage: str, run: Run) -> str:
     """Returns what a stage does in words, such as "2,000 steps of 64 images"."""
     config, ensemble = run.config, run.config.ensemble
-    images = config.data.train + sum(run.query_counts.values())
+    images = sum(run.counts.values())
     more = f", {ensemble.models} of {config.train.steps:,}" if ensemble.models else ""
     words = {
         "base": f"a small Stable Diffusion, {config.base.autoencoder_steps:,} and "

@@ -1,0 +1,70 @@
+"""Sentences on pictures that their owner may not expect, for a warning."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dtrak_jax.data.dataset import Dataset
+
+NAMES = {
+    "train": "training images",
+    "validation": "validation images",
+    "generated": "queries",
+}
+"""The words for sets of images."""
+
+
+def remarks(sets: Mapping[str, Dataset], uses_captions: bool = True) -> list[str]:
+    """Returns sentences on how images were read and changed, and which are the same.
+
+    Decodes images of which nobody knows digests or changes. The other sets are compared
+    with "train", if it is there.
+    """
+    train = sets.get("train")
+    sets = {NAMES.get(name, name): images for name, images in sets.items()}
+    lines = [note for images in sets.values() for note in images.notes]
+    lines += [_changes(name, images) for name, images in sets.items()]
+    for name, images in sets.items():
+        lines.append(_repeated(name, images))
+        if train is not None and images is not train:
+            lines.append(_trained_on(name, images, train))
+    captioned = [n for n, s in sets.items() if s.captions is not None and len(s)]
+    if captioned and not uses_captions:
+        lines.append(
+            f"Captions of {' and '.join(captioned)} are not used: the network takes none."
+        )
+    return [line for line in dict.fromkeys(lines) if line]
+
+
+def _changes(name: str, images: Dataset) -> str:
+    """Returns the count of images to which something was done."""
+    counts = images.decoded.changes.most_common()
+    listed = ", ".join(f"{count} {change}" for change, count in counts)
+    return f"{len(images)} {name}: {listed}." if counts else ""
+
+
+def _repeated(name: str, images: Dataset) -> str:
+    """Returns the count of images that are there before in other files."""
+    _, first, index = np.unique(images.digests, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[index] != np.arange(len(images)))
+    if not len(again):
+        return ""
+    pair = images.ids[again[0]], images.ids[first[index[again[0]]]]
+    return (
+        f"The same picture as another one, pixel for pixel: {len(again)} of "
+        f"{len(images)} {name}, such as {pair[0]} ({pair[1]})."
+    )
+
+
+def _trained_on(name: str, queries: Dataset, train: Dataset) -> str:
+    """Returns the count of queries that are training images."""
+    by_digest = dict(zip(train.digests, train.ids, strict=True))
+    rows = [row for row, digest in enumerate(queries.digests) if digest in by_digest]
+    if not rows:
+        return ""
+    query, image = queries.ids[rows[0]], by_digest[queries.digests[rows[0]]]
+    return (
+        f"The same picture as a training image, pixel for pixel: {len(rows)} of "
+        f"{len(queries)} {name}, such as {query} ({image}); expect each to rank itself "
+        "first."
+    )
