@@ -103,7 +103,9 @@ class Dataset:
     def _decode(self, kept: float) -> Decoded:
         """Decodes every image once; all that cannot be are one ValueError."""
         images, digests, changes, errors = None, [], Counter(), {}
-        for index in progress(range(len(self)), "reading images", delay=2):
+        for index in progress(
+            range(len(self)), "reading images", unit="image", delay=2
+        ):
             try:
                 pixels, changed = self.read(index)
                 if not digests:
