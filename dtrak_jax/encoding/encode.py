@@ -243,7 +243,7 @@ def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -
         parallel.put(run.space.part(part), mesh),
     )
     size = run.config.base.batch_size * mesh.size
-    return parallel.in_batches(functools.partial(function, params), array, size)
+    return parallel.in_batches(functools.partial(function, params), array, size, part)
 
 
 def _compiled(function, mesh: jax.sharding.Mesh):

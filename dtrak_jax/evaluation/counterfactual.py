@@ -243,7 +243,7 @@ def bottleneck(
             return features(params, x, jnp.full(len(x), t))
 
         size = min(batch_size, len(images))
-        return parallel.in_batches(features_of, images, size)
+        return parallel.in_batches(features_of, images, size, "compare")
 
     mean = embed(images).mean(axis=0)
     return lambda images: embed(images) - mean
