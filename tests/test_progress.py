@@ -1,11 +1,14 @@
 """Progress: bars where somebody looks on, plain lines elsewhere."""
 
 import io
+import re
 import sys
 
 import jax
 import pytest
+from conftest import apply, init
 
+import dtrak_jax as dtrak
 from dtrak_jax import progress
 
 
@@ -70,3 +73,16 @@ def test_a_terminal_has_bars_of_which_the_inner_ones_go(monkeypatch):
     shown = terminal.getvalue().splitlines()[-1]
     assert "regenerate: 100%" in shown
     assert "sample" not in shown.split("\r")[-1]
+
+
+def test_features_are_counted_as_the_devices_get_them(
+    one_device, images, capsys, monkeypatch
+):
+    """A chunk of a store may take an hour: images are counted within it, each once."""
+    monkeypatch.setattr(progress, "EVERY", 0)
+    task = dtrak.Task(apply, dtrak.linear_schedule(), timesteps=3)
+    params = init(jax.random.key(0))
+    dtrak.featurize(task, params, images, dtrak.Projection(dim=4), batch_size=5)
+    lines = capsys.readouterr().err.splitlines()
+    counts = [int(re.search(r"(\d+)/12 images", line)[1]) for line in lines]
+    assert counts == [1, 3, 5, 6, 8, 10, 11, 12]
