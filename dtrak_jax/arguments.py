@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import tyro
-from etils import epath
 
 from dtrak_jax import files, help
 from dtrak_jax.config import (
@@ -30,6 +29,9 @@ GENERATED = 16
 
 METHODS = ("dtrak", "trak", "pixel-cosine")
 """Methods of a given model where no config names any."""
+
+STABLE_DIFFUSION = "StableDiffusionPipeline"
+"""The class of diffusers that text-to-image takes, versions 1 and 2."""
 
 SHORT = {
     "--model": ("--model.folder", "--base.folder"),
@@ -266,23 +268,26 @@ def model_sections(folder: str, lora: str) -> dict[str, object]:
     """Returns the sections of a config that a given model decides, and its adapters.
 
     Raises:
-      ValueError: a Stable Diffusion has no adapters, or another model has some.
+      ValueError: a Stable Diffusion has no adapters, another model has some, or the
+        folder is that of another pipeline from text.
     """
-    if not is_stable_diffusion(files.at(folder)):
+    index = files.at(folder) / "model_index.json"
+    pipeline = files.read_json(index) if index.is_file() else {}
+    if "text_encoder" not in pipeline:
         if lora:
             raise ValueError(
                 f"--lora is {lora!r}, but {folder} is no Stable Diffusion; leave it out."
             )
         return {"model": ModelConfig(folder=folder)}
+    name = pipeline.get("_class_name")
+    if name != STABLE_DIFFUSION:
+        raise ValueError(
+            f"--model is {folder!r}, a {name}; of pipelines from text it must be a "
+            f"{STABLE_DIFFUSION}."
+        )
     if not lora:
         raise ValueError(
             f"{folder} is a Stable Diffusion: also name trained adapters with --lora. To "
             "train some, write a config with base.folder."
         )
     return {"base": BaseConfig(folder=folder), "lora": LoRAConfig(file=lora)}
-
-
-def is_stable_diffusion(folder: epath.Path) -> bool:
-    """Returns whether a folder is a pipeline's that is conditioned on text."""
-    index = folder / "model_index.json"
-    return index.is_file() and "text_encoder" in files.read_json(index)

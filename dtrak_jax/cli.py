@@ -16,6 +16,7 @@ from dtrak_jax import arguments as command_line
 from dtrak_jax import methods, parallel, pipeline, planning
 from dtrak_jax.arguments import load_config
 from dtrak_jax.config import Config
+from dtrak_jax.planning.topology import COMPILER
 
 __all__ = ["COMMANDS", "load_config", "main", "parse"]
 
@@ -122,6 +123,7 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     if command == "methods":
         print(methods.table())
         return
+    quieten_libtpu()
     use_cores(os.cpu_count() if command in ENSEMBLE else MOST_CORES)
     keep_compilations()
     if command == "plan":
@@ -149,6 +151,17 @@ def use_cores(most: int) -> None:
         # It is too late where something has used the devices, as in a notebook.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", min(most, os.cpu_count()))
+
+
+def quieten_libtpu() -> None:
+    """Keeps libtpu, which planning needs, from printing errors where there is no TPU."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    google = "0x1ae0"
+    # JAX, too, looks for a TPU by the vendor, unless it is told the platform.
+    if jax.config.jax_platforms or google in {v.read_text().strip() for v in vendors}:
+        return
+    for variable, value in COMPILER.items():
+        os.environ.setdefault(variable, value)
 
 
 def keep_compilations() -> None:

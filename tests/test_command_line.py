@@ -115,8 +115,8 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("unet", "sd", "pictures", "generated"):
         Path(name).mkdir()
-    parts = {"text_encoder": ["transformers", "CLIPTextModel"]}
-    Path("sd/model_index.json").write_text(json.dumps(parts))
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["", "CLIP"]}
+    Path("sd/model_index.json").write_text(json.dumps(index))
     Path("lora.safetensors").touch()
     Path("pictures/captions.csv").write_text("file,caption\n1.png,a cat\n")
     Path("generated/sizes.csv").write_text("name,bytes\n1.png,7\n")
@@ -161,6 +161,9 @@ def test_a_stable_diffusion_comes_with_its_adapters(folders):
         attribution=METHODS,
     )
     assert cli.parse([*line, "--lora", "lora.safetensors"])[1] == expected
+    index = {"_class_name": "FluxPipeline", "text_encoder": ["", "CLIP"]}
+    Path("sd/model_index.json").write_text(json.dumps(index))
+    assert "--model is 'sd', a FluxPipeline" in refusal(*line)
 
 
 def test_folders_take_the_place_of_what_a_config_names(folders):
