@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import re
 import runpy
 import sys
@@ -65,16 +66,20 @@ def parse(
       SystemExit: help was asked for, and printed; or a setting cannot be read.
       ValueError: something is missing, unknown or wrong; says what is right.
     """
-    if not arguments or arguments[0] in ("--help", "-h", "--help-all"):
+    if list(arguments) in ([], ["--help"], ["-h"]):
         print(help.overview(commands))
         sys.exit(0 if arguments else 2)
-    command, *words = arguments
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("dtrak-jax"))
+        sys.exit(0)
+    # All settings are the same for all commands.
+    command, *words = ["run"] * arguments[0].startswith("--help") + list(arguments)
     known(command, commands, "command")
     path, words = split_config(words)
-    page = [word for word in words if word.startswith("--help") or word == "-h"]
-    if page:
+    asked = [word for word in words if word.startswith("--help") or word == "-h"]
+    if asked:
         config = load_config(path) if path else Config()
-        print(help_page(command, commands, page[0], words, config))
+        print(help_page(command, commands, asked[0], words, config))
         sys.exit(0)
     check_flags(words)
     options, flags = parser().parse_known_args(words)

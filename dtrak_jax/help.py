@@ -87,7 +87,7 @@ def overview(commands: Mapping[str, str]) -> str:
             "commands, each of which makes what it needs first:",
             *_rows(commands),
             "",
-            "`dtrak-jax COMMAND --help` says more of each.",
+            "`dtrak-jax COMMAND --help` says more of each, and --version which version this is.",
         )
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,25 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
 def test_what_is_refused(words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--help"], "dtrak-jax run --model unet/ --images pictures/"),
+        (["run", "-h"], "--help SECTION"),
+        (["lds", "--help"], "--ensemble.subsets INT"),
+        (["run", str(DIGITS), "--help", "train"], "(default: 0.002)"),
+        (["--help", "clip"], "--clip.folder TEXT"),
+        (["--help-all"], "--report.top INT"),
+        (["--version"], version("dtrak-jax")),
+    ],
+)
+def test_what_is_asked_for(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(words)
+    assert stopped.value.code == 0
+    assert said in capsys.readouterr().out
 
 
 def test_the_config_may_stand_anywhere():
