@@ -3,11 +3,17 @@
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import jax
-from tqdm import auto
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():
+    # A notebook without ipywidgets has bars of text, which need no advice.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm import auto
 
 EVERY = 30
 """Seconds between two plain lines; what takes less has none."""
