@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -123,7 +124,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(words: Sequence[str]) -> None:
-    """Raises a ValueError if a flag is unknown, or there twice."""
+    """Raises a ValueError if a flag is unknown, or says what another one does too.
+
+    Of a flag that is there twice the last one counts, as scripts need it, and a warning
+    says so.
+    """
     settings = [help.flag(name) for s in help.SECTIONS for name in help.names_of(s)]
     given = [
         re.sub(r"\.no-", ".", word.partition("=")[0].replace("_", "-"))
@@ -133,7 +138,8 @@ def check_flags(words: Sequence[str]) -> None:
     for flag in given:
         known(flag, (*SHORT, *OTHERS, *settings), "option")
         if given.count(flag) > 1:
-            raise ValueError(f"{flag} is there twice; leave one of them out.")
+            text = f"{flag} is there {given.count(flag)} times; the last one counts."
+            warnings.warn(text, stacklevel=2)
         for long in SHORT.get(flag, ()):
             if long in given:
                 raise ValueError(f"{flag} decides {long}; leave one of them out.")

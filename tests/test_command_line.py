@@ -81,11 +81,6 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
             "no section trian; did you mean train?",
         ),
         (["run", "--workdir"], "--workdir: expected one argument"),
-        (
-            ["run", "--train.steps", "5", "--train.steps=6"],
-            "--train.steps is there twice",
-        ),
-        (["run", "--data.flip", "--data.no-flip"], "--data.flip is there twice"),
         (["run", "--images", "a", "--data.name", "b"], "--images decides --data.name"),
         (["run"], "the config is missing"),
         (["run", "--images", "."], "--model is missing"),
@@ -122,6 +117,15 @@ def test_what_is_asked_for(words, said, capsys):
         cli.parse(words)
     assert stopped.value.code == 0
     assert said in capsys.readouterr().out
+
+
+def test_of_a_flag_that_is_there_twice_the_last_one_counts():
+    line = ["plan", str(DIGITS), "--train.batch-size", "5", "--train.batch_size=6"]
+    with pytest.warns(UserWarning, match="--train.batch-size is there 2 times"):
+        assert cli.parse(line)[1].train.batch_size == 6
+    with pytest.warns(UserWarning, match="--data.flip is there 2 times"):
+        flip = cli.parse(["plan", str(DIGITS), "--data.flip", "--data.no-flip"])[1]
+    assert not flip.data.flip
 
 
 def test_the_config_may_stand_anywhere():
