@@ -170,8 +170,7 @@ def _write_missing(
     """Computes and writes the features that are missing in the store."""
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
-    folders = target.folder.parts[-2:] if target.folder else ()
-    description = " ".join(["featurize", *folders])
+    description = f"featurize {target.folder.name}" if target.folder else "featurize"
     with progress(None, description, len(ids), "image", done) as bar:
         how = programs, network, examples
         started = ((chunk, _start(*how, chunk, bar.update)) for chunk in chunks)
