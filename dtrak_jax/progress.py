@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,7 @@ class Lines:
             total = len(iterable)
         self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
         self.n, self.quiet, self.postfix = initial, quiet, ""
-        self.start = self.printed = time.monotonic()
+        self.start, self.closed = time.monotonic(), threading.Event()
         self.first: tuple[float, int] | None = None
 
     def __iter__(self) -> Iterator:
@@ -85,26 +86,29 @@ class Lines:
                 self.update()
 
     def __enter__(self) -> Self:
+        # A step may take long, as the first one does that compiles.
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
 
     def update(self, n: int = 1) -> None:
-        """Counts n more steps; prints a line if the last one is `EVERY` seconds old."""
+        """Counts n more steps."""
         self.n += n
-        now = time.monotonic()
         # The first step may compile, and says nothing of the others' time.
-        self.first = self.first or (now, self.n)
-        if now - self.printed >= EVERY and self.n != self.total:
-            self.printed = now
-            self._print(*self._speed(now))
+        self.first = self.first or (time.monotonic(), self.n)
+
+    def tell(self) -> None:
+        """Prints a line of what is done by now."""
+        self._print(*self._speed(time.monotonic()))
 
     def close(self) -> None:
         """Prints the last line, if all took `EVERY` seconds or more."""
-        now = time.monotonic()
-        if now - self.start >= EVERY:
-            self._print(f"took {duration(now - self.start)}")
+        self.closed.set()
+        seconds = time.monotonic() - self.start
+        if seconds >= EVERY:
+            self._print(f"took {duration(seconds)}")
 
     def set_postfix_str(self, text: str) -> None:
         """Sets what the next lines end with."""
@@ -114,9 +118,14 @@ class Lines:
         """Sets what the next lines end with, as name=value."""
         self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
 
+    def _watch(self) -> None:
+        """Prints a line every `EVERY` seconds until all is done."""
+        while not self.closed.wait(EVERY):
+            self.tell()
+
     def _speed(self, now: float) -> list[str]:
         """Returns the time of a step and of all that are left, as far as they are known."""
-        start, steps = self.first
+        start, steps = self.first or (now, self.n)
         if self.n == steps:
             return []
         seconds = max(now - start, 1e-9) / (self.n - steps)
@@ -131,8 +140,8 @@ class Lines:
         of = "" if self.total is None else f"/{self.total}"
         parts = [f"{self.n}{of} {self.unit}s", *facts, self.postfix]
         if not self.quiet:
-            line = f"{self.desc}: {', '.join(filter(None, parts))}"
-            print(line, file=sys.stderr, flush=True)
+            # In one piece, as two threads may print.
+            sys.stderr.write(f"{self.desc}: {', '.join(filter(None, parts))}\n")
 
 
 def duration(seconds: float) -> str:
