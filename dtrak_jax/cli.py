@@ -1,20 +1,24 @@
-"""The command line: `dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE]`."""
+"""The command line: its commands, and how errors and warnings are told."""
 
 import argparse
 import contextlib
 import logging
 import os
 import platform
-import runpy
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import tyro
 
+from dtrak_jax import arguments as command_line
 from dtrak_jax import methods, parallel, pipeline, planning
+from dtrak_jax.arguments import load_config
 from dtrak_jax.config import Config
+from dtrak_jax.planning.topology import COMPILER
+
+__all__ = ["COMMANDS", "load_config", "main", "parse"]
 
 EXPECTED = (
     ValueError,
@@ -37,6 +41,24 @@ COMMANDS = {
 ENSEMBLE = ("retrain", "lds", "counterfactual", "ablate")
 """Commands that may train a model on each device."""
 
+QUIET = [
+    "absl",
+    "etils",
+    "flax",
+    "grain",
+    "jax",
+    "jaxlib",
+    "matplotlib",
+    "numpy",
+    "optax",
+    "orbax",
+    "scipy",
+    "sklearn",
+    "tensorflow_datasets",
+    "tensorstore",
+]
+"""Packages whose warnings are for whoever writes programs."""
+
 MOST_CORES = 8
 """Devices that share the work on one model: each holds a batch and its gradients."""
 
@@ -49,8 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get("DTRAK_DISTRIBUTED"):
         parallel.start()
     logging.getLogger("absl").setLevel(logging.ERROR)
+    hint = ""
     try:
-        execute(*parse(sys.argv[1:] if arguments is None else arguments))
+        with notes():
+            parsed = parse(sys.argv[1:] if arguments is None else arguments)
+            hint = "\n(DTRAK_TRACEBACK=1 shows where.)"
+            execute(*parsed)
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "stopped; the same command continues"
         print(f"dtrak-jax: {message}", file=sys.stderr)
@@ -58,11 +84,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EXPECTED as error:
         if os.environ.get("DTRAK_TRACEBACK"):
             raise
-        hint = "DTRAK_TRACEBACK=1 shows where."
         if jax.distributed.is_initialized():
-            hint += " Of several processes, the first one that ended says why."
-        print(f"dtrak-jax: {error}\n({hint})", file=sys.stderr)
+            hint += "\n(Of several processes, the first one that ended says why.)"
+        print(f"dtrak-jax: {error}{hint}", file=sys.stderr)
         parallel.abandon(2)
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[None]:
+    """Prints warnings as lines "note: ...", each text once, and none of other packages.
+
+    Python's own -W and PYTHONWARNINGS decide instead, where they are given.
+    """
+    told: set[str] = set()
+
+    def line(message, category, filename, lineno, line=None) -> str:
+        text = " ".join(str(message).split())
+        if text in told or not parallel.is_main_process():
+            return ""
+        told.add(text)
+        return f"note: {text}\n"
+
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            for package in QUIET:
+                warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+        usual, warnings.formatwarning = warnings.formatwarning, line
+        try:
+            yield
+        finally:
+            warnings.formatwarning = usual
 
 
 def execute(command: str, config: Config | None, options: argparse.Namespace) -> None:
@@ -70,6 +123,7 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     if command == "methods":
         print(methods.table())
         return
+    quieten_libtpu()
     use_cores(os.cpu_count() if command in ENSEMBLE else MOST_CORES)
     keep_compilations()
     if command == "plan":
@@ -99,6 +153,17 @@ def use_cores(most: int) -> None:
             jax.config.update("jax_num_cpu_devices", min(most, os.cpu_count()))
 
 
+def quieten_libtpu() -> None:
+    """Keeps libtpu, which planning needs, from printing errors where there is no TPU."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    google = "0x1ae0"
+    # JAX, too, looks for a TPU by the vendor, unless it is told the platform.
+    if jax.config.jax_platforms or google in {v.read_text().strip() for v in vendors}:
+        return
+    for variable, value in COMPILER.items():
+        os.environ.setdefault(variable, value)
+
+
 def keep_compilations() -> None:
     """Has JAX keep what it compiles on disk, and read it from there.
 
@@ -115,74 +180,5 @@ def keep_compilations() -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config | None, argparse.Namespace]:
-    """Returns (command, config, further options such as workdir) of a command line.
-
-    Raises:
-      SystemExit: it is no command line; says what is wrong.
-      ValueError: a setting is wrong.
-    """
-    parser = _parser(with_help=not any(a.endswith(".py") for a in arguments))
-    options, flags = parser.parse_known_args(arguments)
-    command, usage = options.command, "--workdir DIR"
-    if command == "methods":
-        if flags or options.config:
-            parser.error("methods takes no config and no settings.")
-        return command, None, options
-    if not options.config:
-        parser.error("CONFIG is missing: name a file such as configs/digits.py.")
-    if command == "plan":
-        usage = "[--topology T] [--stages S] [--output FILE]"
-    config = tyro.cli(
-        Config,
-        prog=f"dtrak-jax {command} {options.config} {usage}",
-        default=load_config(options.config),
-        args=flags,
-        description=COMMANDS[command],
-    )
-    if command != "plan" and (options.topology or options.stages or options.output):
-        parser.error("--topology, --stages and --output are for `dtrak-jax plan`.")
-    if command != "plan" and not options.workdir:
-        parser.error("--workdir is missing: name a folder for the results.")
-    return command, config, options
-
-
-def _parser(with_help: bool) -> argparse.ArgumentParser:
-    """Returns the parser of everything but the config's settings."""
-    commands = "\n".join(f"  {name:<15} {text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="dtrak-jax",
-        usage="dtrak-jax COMMAND CONFIG --workdir DIR [--section.field VALUE ...]",
-        description="Data attribution for diffusion models.",
-        epilog=f"commands:\n{commands}\n\nEach makes what it needs first. Every setting "
-        "of the config is a flag; `dtrak-jax COMMAND CONFIG --help` lists them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=with_help,
-    )
-    add = parser.add_argument
-    add("command", choices=COMMANDS, metavar="COMMAND")
-    add("config", metavar="CONFIG", nargs="?", help="such as configs/digits.py")
-    add("--workdir", metavar="DIR", help="the run directory; also gs://BUCKET/FOLDER")
-    add("--profile", metavar="DIR", help="write a trace of the JAX profiler there")
-    add("--topology", help="what to plan for; the devices at hand")
-    add("--stages", help="what to plan, such as train,featurize; all")
-    add("--output", metavar="FILE", help="the plan as JSON")
-    return parser
-
-
-def load_config(path: str) -> Config:
-    """Returns what `get_config()` of a config file returns.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      TypeError: it has no get_config, or that returns something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config file {path}.")
-    module = runpy.run_path(path)
-    config = module["get_config"]() if "get_config" in module else None
-    if not isinstance(config, Config):
-        raise TypeError(
-            f"{path} must define get_config() that returns a dtrak_jax Config."
-        )
-    return config
+    """Returns (command, config, options) of a command line; see `arguments.parse`."""
+    return command_line.parse(arguments, COMMANDS)

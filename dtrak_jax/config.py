@@ -47,12 +47,16 @@ class FeaturesConfig:
     """The gradient features: what `dtrak_jax.Task` and `Projection` are made of."""
 
     measurements: tuple[MeasurementName, ...] = ("square", "loss")
+    """The functions of the prediction whose gradients are taken: square is D-TRAK's,
+    loss TRAK's."""
     timesteps: int | tuple[int, ...] = 10
-    """Their number, chosen by the strategy; or the timesteps themselves."""
+    """The number of timesteps, which the strategy chooses; or the timesteps themselves."""
     strategy: Strategy = "uniform"
-    """uniform: every (steps/timesteps)-th from 0 on; cumulative: the first ones."""
+    """uniform: evenly spaced from 0 on; cumulative: the first ones."""
     noise: Noise = "common"
-    """common, independent, reference or cyclic."""
+    """common: all pictures share the noise of a timestep and draw; independent: none do;
+    reference: those in one slot of the paper's batches do; cyclic, a control: as common,
+    but queries have that of the next draw."""
     noise_batch: int = 52
     """Batch size whose slots share noise under noise=reference."""
     draws: int = 1
@@ -60,7 +64,9 @@ class FeaturesConfig:
     per_timestep: bool = True
     """Keep (timestep, draw) pairs apart, or average gradients over them."""
     projection: ProjectionKind = "sketch"
+    """The random projection of gradients to `dim` columns; none keeps them whole."""
     dim: int = 4096
+    """Columns of a projected gradient; more are more exact, and take more disk."""
     parameters: str = ""
     """Use only the parameters whose path this regular expression finds."""
     batch_size: int = free(64)
@@ -71,6 +77,7 @@ class FeaturesConfig:
     """Devices of a host that share the columns of a dense projection, so that its
     entries are made once by all of them; changes results by rounding only."""
     seed: int = 0
+    """Decides noise and projection."""
 
     def __post_init__(self):
         if not self.measurements:
@@ -101,9 +108,9 @@ class AttributionConfig:
     """From features to scores."""
 
     methods: tuple[MethodName, ...] = free(("dtrak", "trak"))
-    """`dtrak-jax methods` says what each of them is."""
+    """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
-    """lambda, in units of the kernel's mean eigenvalue unless `absolute`."""
+    """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute`."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     solver: Literal["eigh", "cg"] = free("eigh")

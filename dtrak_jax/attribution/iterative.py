@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.attribution import linalg
 from dtrak_jax.parallel import P
+from dtrak_jax.progress import progress
 
 TOLERANCE = 1e-5
 """The largest error of a query's scores, as a fraction of their norm."""
@@ -55,7 +55,7 @@ def solve(phi: np.ndarray, query: np.ndarray, damping: float) -> np.ndarray:
     b = np.asarray(linalg.inner_products(query, phi)) if dual else query
     gain = 1 / damping if dual else 1 / (2 * damping**0.5)
     x, residual, worst = np.zeros_like(b), b, np.inf
-    rounds = tqdm(range(ROUNDS), "conjugate gradients", disable=None, delay=2)
+    rounds = progress(range(ROUNDS), "conjugate gradients", unit="round", delay=2)
     for _ in rounds:
         norms = np.linalg.norm(residual, axis=1, keepdims=True)
         right = np.divide(residual, norms, out=np.zeros_like(b), where=norms > 0)

@@ -26,6 +26,7 @@ from dtrak_jax.attribution.linalg import gram_matrix
 from dtrak_jax.checks import one_of, positive
 from dtrak_jax.digests import digest
 from dtrak_jax.features.store import Features
+from dtrak_jax.progress import progress
 
 GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
 """Values of lambda worth trying, in units of the mean eigenvalue."""
@@ -165,7 +166,10 @@ class Kernels:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Kernel]]:
         """Yields each pair's features [n, k] and their kernel."""
-        for pair, phi in enumerate(by_pair(self.train)):
+        pairs, total = by_pair(self.train), math.prod(self.train.shape[:-2])
+        for pair, phi in enumerate(
+            progress(pairs, "kernels", total, "kernel", delay=2)
+        ):
             yield phi, self._kernel(pair, phi)
 
     @functools.cached_property

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dtrak_jax.checks import check_ids, check_images
 from dtrak_jax.data.preprocess import Picture
 from dtrak_jax.digests import digest, short_digest
+from dtrak_jax.progress import progress
 
 KEPT = 2**30
 """The bytes of pixels up to which those that were decoded for their digests are kept."""
@@ -103,7 +103,9 @@ class Dataset:
     def _decode(self, kept: float) -> Decoded:
         """Decodes every image once; all that cannot be are one ValueError."""
         images, digests, changes, errors = None, [], Counter(), {}
-        for index in tqdm(range(len(self)), "reading images", disable=None, delay=2):
+        for index in progress(
+            range(len(self)), "reading images", unit="image", delay=2
+        ):
             try:
                 pixels, changed = self.read(index)
                 if not digests:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import Picture, decode, to_picture
+from dtrak_jax.progress import progress
 
 CAPTIONS = ("caption", "text", "prompt")
 """The names by which a text feature is taken to be the caption, best first."""
@@ -54,7 +54,9 @@ def prepared(
     ids, records = _open(builder, split, image)
     columns = {key: [] for key in {"id", label, caption, *groups} & {*texts, *classes}}
     positions = range(len(ids) if columns else 0)
-    for index in tqdm(positions, f"labels of {name} {split}", disable=None, delay=2):
+    for index in progress(
+        positions, f"labels of {name} {split}", unit="label", delay=2
+    ):
         record = records[index]
         for key, column in columns.items():
             column.append(record[key].decode() if key in texts else int(record[key]))

@@ -12,11 +12,15 @@ class DiffusionConfig:
     """The noise schedule, and what the network predicts."""
 
     schedule: ScheduleName = "linear"
+    """The course of the betas, as in diffusers."""
     steps: int = 1000
+    """The number T of timesteps."""
     beta_start: float = 1e-4
     """The first beta of linear and scaled_linear; cosine has no such setting."""
     beta_end: float = 0.02
+    """The last beta of linear and scaled_linear."""
     prediction: Prediction = "epsilon"
+    """What the network predicts; `dtrak_jax.Schedule` has the formulas."""
 
     def __post_init__(self):
         check_choices("diffusion", self)
@@ -30,8 +34,11 @@ class SampleConfig:
     """The images to generate; they are the second set of queries."""
 
     count: int = 1000
+    """Pictures that the model generates as queries."""
     sampler: SamplerKind = "ddim"
+    """The kind of steps: DDIM's, or the posterior's with new noise in each."""
     steps: int = 50
+    """Sampling steps of a picture."""
     eta: float = 0.0
     """Noise of DDIM, from 0 (none) to 1."""
     clip: bool = True
@@ -39,6 +46,7 @@ class SampleConfig:
     batch_size: int = free(128)
     """Images generated at once on each device."""
     seed: int = 0
+    """Decides the noise that sampling begins with."""
     prompts: tuple[str, ...] = ()
     """The prompts of text-to-image, each for an equal block of the images, one after
     the other. If there are none, the captions of the training images, sorted."""

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.network import Apply, Params, rows_of
 from dtrak_jax.parallel import P, Program
+from dtrak_jax.progress import progress
 from dtrak_jax.rng import fold_in, stream
 
 SamplerKind = Literal["ddim", "ancestral"]
@@ -130,7 +130,7 @@ def sample(
     images = np.zeros((padded, *shape), np.float32)
     predicted = np.zeros((padded, len(moves) * trajectory, *shape), np.float32)
     total = padded // size * len(moves)
-    with tqdm(total=total, desc="sample", unit="step", disable=None, leave=None) as bar:
+    with progress(total=total, desc="sample", unit="step") as bar:
         for start in range(0, padded, size):
             rows = slice(start, start + size)
             batch_seeds, batch_cond = jax.tree.map(itemgetter(rows), inputs)

@@ -79,7 +79,7 @@ class Clip:
         size = batch_of(len(images), BATCH_SIZE, mesh.size)
         if not len(images):
             return np.zeros((0, self.model.config.projection_dim), np.float32)
-        return parallel.in_batches(embed, images, size)
+        return parallel.in_batches(embed, images, size, "CLIP")
 
 
 @functools.cache

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files, parallel
 from dtrak_jax.data import Dataset
 from dtrak_jax.digests import digest
 from dtrak_jax.models import AutoencoderKL, CLIPText
 from dtrak_jax.parallel import P, Program
+from dtrak_jax.progress import progress
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -95,7 +95,7 @@ def _encode_set(run: "Run", name: str) -> None:
         for rows in parallel.of_process(chunks(len(examples)))
         if not files.holds(_path(run, name, rows), _made_from(run, examples, rows))
     ]
-    for rows in tqdm(missing, f"encode {name}", unit="file", disable=None):
+    for rows in progress(missing, f"encode {name}", unit="file"):
         # Pictures are large: no more of them than a file has are in memory.
         images = examples.take(np.arange(rows.start, rows.stop)).images
         mean, std = moments(run, images, mirrored(run, name))
@@ -243,7 +243,7 @@ def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -
         parallel.put(run.space.part(part), mesh),
     )
     size = run.config.base.batch_size * mesh.size
-    return parallel.in_batches(functools.partial(function, params), array, size)
+    return parallel.in_batches(functools.partial(function, params), array, size, part)
 
 
 def planned_batches(

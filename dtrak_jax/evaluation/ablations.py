@@ -1,7 +1,6 @@
 """Ablations: what each choice of a feature and of a kernel is worth, as an LDS."""
 
 import numpy as np
-from tqdm import tqdm
 
 from dtrak_jax import files, parallel
 from dtrak_jax.attribution import (
@@ -16,6 +15,7 @@ from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
 from dtrak_jax.features import Features, Projection
+from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
 
 
@@ -25,7 +25,7 @@ def ablate(run: Run) -> None:
     # Arms of one spec follow each other: an interruption leaves one store unfinished.
     ordered = sorted(arms(run.config), key=lambda arm: arm.spec.name)
     rows = []
-    for arm in tqdm(ordered, "ablate", unit="arm", disable=None):
+    for arm in progress(ordered, "ablate", unit="arm"):
         rows += _rows_of(run, arm, {n: truth[n] for n in arm.queries if n in truth})
     rows.sort(key=lambda row: run.config.ablation.studies.index(row["name"]))
     ceilings = {name: lds.ceiling(losses) for name, losses in truth.items()}

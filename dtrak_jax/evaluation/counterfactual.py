@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from dtrak_jax import data, diffusion, files, models, parallel, training
 from dtrak_jax.encoding.encode import moments
@@ -27,6 +26,7 @@ from dtrak_jax.evaluation.removals import (
 )
 from dtrak_jax.evaluation.retrain import train
 from dtrak_jax.network import Params
+from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
 
 FOLDER = "counterfactual"
@@ -100,7 +100,7 @@ def regenerate(
     The originals are these rows of the generated images. Each model's part is kept in MEMBER/images.npz; processes share the models out.
     """
     share = parallel.of_process(planned)
-    for model in tqdm(share, "regenerate", unit="model", disable=None):
+    for model in progress(share, "regenerate", unit="model"):
         _regenerate_with(run, model, rows[model.queries])
     parallel.barrier("regenerate")
     images, losses = {}, {}
@@ -205,7 +205,7 @@ def bottleneck(
             return features(params, x, jnp.full(len(x), t))
 
         size = min(batch_size, len(images))
-        return parallel.in_batches(features_of, images, size)
+        return parallel.in_batches(features_of, images, size, "compare")
 
     mean = embed(images).mean(axis=0)
     return lambda images: embed(images) - mean

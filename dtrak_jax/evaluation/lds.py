@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.stats
-from tqdm import tqdm
 
 from dtrak_jax import attribution, files, parallel
 from dtrak_jax.attribution import Kernels
@@ -22,6 +21,7 @@ from dtrak_jax.evaluation.statistics import (
 )
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, RetrainedLosses
 from dtrak_jax.methods import METHODS
+from dtrak_jax.progress import progress
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -54,7 +54,7 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
     """
     settings, rows, curves, compared = run.config.attribution, [], {}, {}
     names = [name for name in settings.methods if METHODS[name].applies_to(queries)]
-    for name in tqdm(names, f"lds {queries}", unit="method", disable=None):
+    for name in progress(names, f"lds {queries}", unit="method"):
         method = METHODS[name]
         if method.learn:
             if has_halves(truth):

@@ -18,6 +18,7 @@ from dtrak_jax.evaluation.config import EnsembleConfig
 from dtrak_jax.evaluation.truth import named
 from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
+from dtrak_jax.progress import progress
 from dtrak_jax.rng import fold_in, id_words, stream
 
 
@@ -89,7 +90,7 @@ def measure(
         )
         # All are dispatched before the first is waited for.
         values = [losses(params, frozen, *inputs, t, draw, seed) for t, draw in pairs]
-        for value in values:
+        for value in progress(values, "measure losses", unit="pass", delay=5):
             total[:, rows] += np.asarray(value)[:, : rows.stop - rows.start]
     return total / len(pairs)
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files, parallel, training
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.outputs import measure, timestep_grid
+from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
 
 
@@ -97,7 +97,7 @@ def measure_members(run: Run, names: Sequence[str]) -> None:
     ids, settings = made_from["query_ids"], run.config.ensemble
     steps, folder = member_steps(run.config), run.workdir / "ensemble"
     groups = parallel.groups(unmeasured)
-    for group in tqdm(groups, "measure", unit="group", disable=None):
+    for group in progress(groups, "measure", unit="group"):
         params = training.load_members(run.network.init, group, steps, folder)
         network = run.network.apply, run.schedule, params
         losses = measure(*network, x, ids, settings, cond, run.space.frozen)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
@@ -26,6 +25,7 @@ from dtrak_jax.evaluation.truth import (
     named,
     subset_masks,
 )
+from dtrak_jax.progress import progress
 
 AnyScores = Scores | np.ndarray
 
@@ -81,7 +81,7 @@ def retrain(
         made_from["query_ids"] = named(query_ids, len(query_ids))
     measured: list[np.ndarray] = []
     members = ensemble(masks, seeds)
-    for member in tqdm(members, "retrain", unit="model", disable=None):
+    for member in progress(members, "retrain", unit="model"):
         rows_from = made_from | {"train_ids": train_ids[member.rows]}
         path = store and files.at(store) / f"{member.name}.npz"
         saved = kept(path, rows_from) or {}

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
@@ -31,6 +30,7 @@ from dtrak_jax.evaluation.removals import (
 )
 from dtrak_jax.evaluation.trust import AnyScores, checked, kept
 from dtrak_jax.evaluation.truth import named
+from dtrak_jax.progress import progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -151,7 +151,7 @@ def counterfactual(
     models = removals(left, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
-    for model in tqdm(models, "counterfactual", unit="model", disable=None):
+    for model in progress(models, "counterfactual", unit="model"):
         made_from = {
             "train_ids": first.train_ids[model.rows],
             "query_ids": first.query_ids[positions[model.queries]],

@@ -1,13 +1,12 @@
 """The featurize stage: from images to gradient features."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, check_ids, check_images
@@ -22,6 +21,7 @@ from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
+from dtrak_jax.progress import progress
 from dtrak_jax.rng import id_words
 
 
@@ -170,29 +170,33 @@ def _write_missing(
     """Computes and writes the features that are missing in the store."""
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
-    started = ((chunk, _start(programs, network, examples, chunk)) for chunk in chunks)
-    folders = target.folder.parts[-2:] if target.folder else ()
-    progress = {"initial": done, "unit": "image", "disable": None}
-    with tqdm(None, " ".join(["featurize", *folders]), len(ids), **progress) as bar:
+    description = f"featurize {target.folder.name}" if target.folder else "featurize"
+    with progress(None, description, len(ids), "image", done) as bar:
+        how = programs, network, examples
+        started = ((chunk, _start(*how, chunk, bar.update)) for chunk in chunks)
         # The devices go on with the next chunk while this one is written.
         for (chunk, rounds), _ in itertools.pairwise(itertools.chain(started, [None])):
             names = ids[chunk]
             results = _finish(programs.layout, len(names), rounds)
             _check_finite(results, names, task)
             target.write(chunk, *results)
-            bar.update(len(names))
 
 
 def _start(
-    programs: StepPrograms, network: tuple, examples: tuple, chunk: slice
+    programs: StepPrograms,
+    network: tuple,
+    examples: tuple,
+    chunk: slice,
+    advance: Callable[[int], object],
 ) -> list[tuple[tuple, list]]:
-    """Has the devices compute a chunk of examples, and does not wait for them.
+    """Has the devices compute a chunk of examples, and does not wait for the last ones.
 
-    Returns ((features, squared norms), losses of each part) of each round.
+    Returns ((features, squared norms), losses of each part) of each round; `advance` is
+    told the number of examples in it.
     """
     examples = jax.tree.map(lambda column: np.asarray(column[chunk]), examples)
     add = gradients.addition_function(programs.gradients.mesh)
-    rounds = []
+    rounds, done, layout = [], 0, programs.layout
     for parts in microbatches(programs.layout, examples):
         total, losses = None, []
         for microbatch in parts:
@@ -202,6 +206,8 @@ def _start(
         rounds.append((programs.project.function(total), losses))
         # Two rounds under way keep the devices busy; more would take memory.
         jax.block_until_ready(rounds[max(0, len(rounds) - 2)])
+        before, done = done, len(rounds) * layout.size // layout.per_example
+        advance(min(done, len(examples[1])) - before)
     return rounds
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files, parallel
 from dtrak_jax.checks import check_ids
 from dtrak_jax.features.fingerprint import EXAMPLES, examples_fingerprint
 from dtrak_jax.features.store import Features, Store, concatenated
+from dtrak_jax.progress import progress
 
 
 def merge(
@@ -39,7 +39,7 @@ def merge(
     parts = [source.features(names) for source in sources]
     joined = {name: concatenated([part[name] for part in parts]) for name in names}
     target = Store.open_or_create(into, metadata)
-    for chunk in tqdm(target.missing_chunks(), "merge", unit="chunk", disable=None):
+    for chunk in progress(target.missing_chunks(), "merge", unit="chunk"):
         phi = {name: f[..., chunk, :] for name, f in joined.items()}
         norms = {name: f.squared_norms[..., chunk] for name, f in joined.items()}
         losses = next(iter(joined.values())).losses[:, chunk]

@@ -26,22 +26,30 @@ class ModelConfig:
     """The folder of a diffusers `UNet2DModel` that is taken instead of trained. It
     decides all other fields, which must be left as they are; see `models.resolve`."""
     sample_size: int = 32
+    """Height and width of the pictures."""
     in_channels: int = 3
+    """Channels of the pictures: 1 for grey ones, 3 for colours."""
     out_channels: int = 3
+    """Channels of the prediction; as many as the pictures have."""
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
+    """Channels of each level; each level has half the height and width of the one
+    before."""
     layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
     down_block_types: tuple[DownBlock, ...] = (
         "DownBlock2D",
         "AttnDownBlock2D",
         "DownBlock2D",
         "DownBlock2D",
     )
+    """The levels on the way down, with or without attention."""
     up_block_types: tuple[UpBlock, ...] = (
         "UpBlock2D",
         "UpBlock2D",
         "AttnUpBlock2D",
         "UpBlock2D",
     )
+    """The levels on the way up, from the lowest one on."""
     attention_head_dim: int | None = None
     """Channels of one attention head; None means a single head."""
     add_attention: bool = True
@@ -52,14 +60,21 @@ class ModelConfig:
     resnet_time_scale_shift: Literal["scale_shift", "default"] = "scale_shift"
     """scale_shift, or default (the time embedding is added)."""
     flip_sin_to_cos: bool = False
+    """Embed the timestep as (cos, sin) instead of (sin, cos)."""
     freq_shift: Literal[0, 1] = 1
+    """What is subtracted from the number of frequencies of that embedding."""
     downsample_padding: Literal[0, 1] = 0
     """1 pads symmetrically; 0 pads right and bottom only."""
     center_input_sample: bool = False
+    """Give the network 2x - 1 instead of x."""
     mid_block_scale_factor: float = 1.0
+    """The residual blocks in the middle divide their output by it."""
     norm_num_groups: int = 32
+    """Groups of the group normalisations; it divides all channels."""
     norm_eps: float = 1e-6
+    """Added to the variance in normalisations."""
     dropout: float = 0.1
+    """The share of activations that training drops in residual blocks."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self) if self.folder else ():

@@ -38,6 +38,7 @@ class LoRAConfig:
     """Which layers are adapted and how; the defaults are those of the paper."""
 
     rank: int = 128
+    """The rank r of every adapter."""
     alpha: float | None = None
     """The scale is alpha / rank, or 1 without alpha."""
     targets: str = r"\bto_(q|k|v|out\.0)$"

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterable
 
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import files
 from dtrak_jax.checks import one_of
@@ -12,6 +11,7 @@ from dtrak_jax.models.stable_diffusion import stable_diffusion_1
 from dtrak_jax.planning.costs import DISTRIBUTIONS, cost
 from dtrak_jax.planning.table import Row, as_text, total
 from dtrak_jax.planning.topology import Topology, find
+from dtrak_jax.progress import progress
 from dtrak_jax.run import Run, versions
 
 __all__ = ["Row", "Topology", "as_text", "find", "plan", "save"]
@@ -43,8 +43,8 @@ def plan(
             steps += programs(run, topology)
     # Several steps call the same program.
     called = {id(program): program for step in steps for program in step.programs}
-    progress = tqdm(called.items(), desc="compile", unit="program", disable=None)
-    costs = {key: cost(program) for key, program in progress}
+    compiled = progress(called.items(), "compile", unit="program")
+    costs = {key: cost(program) for key, program in compiled}
     return [
         total(step, [costs[id(p)] for p in step.programs], topology.chip)
         for step in steps

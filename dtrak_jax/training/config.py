@@ -10,14 +10,21 @@ class TrainConfig:
     """AdamW with linear warm-up, half-cosine decay and clipping."""
 
     steps: int = 8000
+    """Training steps."""
     batch_size: int = 128
+    """Pictures in a step, over all devices together."""
     learning_rate: float = 1e-4
+    """The highest learning rate."""
     warmup: float = 0.1
     """Fraction of the steps over which the rate grows from 0."""
     b1: float = 0.95
+    """AdamW's decay of the mean of gradients."""
     b2: float = 0.999
+    """AdamW's decay of the mean of squared gradients."""
     weight_decay: float = 1e-6
+    """AdamW's weight decay."""
     clip_norm: float = 1.0
+    """The norm that gradients are clipped to."""
     caption_dropout: float = 0.0
     """The share of captions that are left out in a step, in text-to-image."""
     ema_decay: float = 0.0
@@ -33,6 +40,7 @@ class TrainConfig:
     sharded data parallelism), for a network whose state one device cannot hold. Changes
     results by rounding only. Retrained members always live on one device each."""
     seed: int = 42
+    """Decides initialisation, batches, noise and dropout."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "save_every", "log_every"):

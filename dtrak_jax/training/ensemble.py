@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import P
+from dtrak_jax.progress import progress
 from dtrak_jax.training import checkpoint, programs
 from dtrak_jax.training.config import regular_steps
 from dtrak_jax.training.step import (
@@ -69,12 +69,11 @@ def train_members(
     starts = {m.name: checkpoint.latest_step(directory / m.name) for m in members}
     done, interrupted = sum(start == steps for start in starts.values()), ""
     with (
-        tqdm(
+        progress(
             total=len(members) * steps,
             initial=sum(starts.values()),
             desc=description,
             unit="step",
-            disable=None,
         ) as bar,
         stop_requests() as stop,
     ):

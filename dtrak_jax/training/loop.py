@@ -5,11 +5,11 @@ import functools
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dtrak_jax import parallel
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import P
+from dtrak_jax.progress import progress
 from dtrak_jax.training import checkpoint, programs
 from dtrak_jax.training.config import TrainConfig, kept_steps, saved_steps
 from dtrak_jax.training.metrics import Metrics
@@ -73,12 +73,8 @@ def train(
         else:
             state = make_state()
         metrics = Metrics(directory / "metrics.jsonl", start, config)
-        with tqdm(
-            total=config.steps,
-            initial=start,
-            desc=description,
-            unit="step",
-            disable=None,
+        with progress(
+            total=config.steps, initial=start, desc=description, unit="step"
         ) as bar:
             for step in range(start, config.steps):
                 rows, weights = batch(count, config.batch_size, config.seed, step)

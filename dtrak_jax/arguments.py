@@ -1,0 +1,304 @@
+"""A command line, taken apart: its config, or a model and pictures, and its settings."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.metadata
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from dtrak_jax import files, help
+from dtrak_jax.config import (
+    AttributionConfig,
+    BaseConfig,
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    QueriesConfig,
+    SampleConfig,
+)
+
+GENERATED = 16
+"""Pictures that a given model generates where no config says how many."""
+
+METHODS = ("dtrak", "trak", "pixel-cosine")
+"""Methods of a given model where no config names any."""
+
+STABLE_DIFFUSION = "StableDiffusionPipeline"
+"""The class of diffusers that text-to-image takes, versions 1 and 2."""
+
+SHORT = {
+    "--model": ("--model.folder", "--base.folder"),
+    "--images": ("--data.name", "--data.source"),
+    "--queries": ("--queries.folder",),
+    "--lora": ("--lora.file",),
+}
+"""Short flags, and those of the settings that they stand for."""
+
+OTHERS = ("--workdir", "--profile", "--topology", "--stages", "--output", "--help")
+"""Flags of no setting."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(
+    arguments: Sequence[str], commands: Mapping[str, str]
+) -> tuple[str, Config | None, argparse.Namespace]:
+    """Returns (command, config, further options such as workdir) of a command line.
+
+    Args:
+      arguments: the words after the program's name.
+      commands: what there is, {name: summary}.
+
+    Raises:
+      SystemExit: help was asked for, and printed; or a setting cannot be read.
+      ValueError: something is missing, unknown or wrong; says what is right.
+    """
+    if list(arguments) in ([], ["--help"], ["-h"]):
+        print(help.overview(commands))
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("dtrak-jax"))
+        sys.exit(0)
+    # All settings are the same for all commands.
+    command, *words = ["run"] * arguments[0].startswith("--help") + list(arguments)
+    known(command, commands, "command")
+    path, words = split_config(words)
+    asked = [word for word in words if word.startswith("--help") or word == "-h"]
+    if asked:
+        config = load_config(path) if path else Config()
+        print(help_page(command, commands, asked[0], words, config))
+        sys.exit(0)
+    check_flags(words)
+    options, flags = parser().parse_known_args(words)
+    if command == "methods":
+        if words or path:
+            raise ValueError("methods takes no config and no settings.")
+        return command, None, options
+    config = chosen(load_config(path) if path else None, options)
+    config = tyro.cli(
+        Config,
+        prog=f"dtrak-jax {command}",
+        default=config,
+        args=flags,
+        add_help=False,
+    )
+    planned = options.topology or options.stages or options.output
+    if command != "plan" and planned:
+        raise ValueError("--topology, --stages and --output are for `dtrak-jax plan`.")
+    if command != "plan" and not options.workdir:
+        raise ValueError("--workdir is missing: name a folder for the results.")
+    return command, config, options
+
+
+def split_config(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the path of the config, or "", and the words besides it.
+
+    It comes first; a word that ends in .py is taken for it everywhere.
+    """
+    for position, word in enumerate(words):
+        if word.endswith(".py") or (position == 0 and not word.startswith("-")):
+            return word, [*words[:position], *words[position + 1 :]]
+    return "", list(words)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of everything but settings."""
+    options = Parser(allow_abbrev=False, add_help=False)
+    for flag in (*SHORT, *OTHERS[:-1]):
+        options.add_argument(flag, default="")
+    return options
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Raises a ValueError if a flag is unknown, or says what another one does too.
+
+    Of a flag that is there twice the last one counts, as scripts need it, and a warning
+    says so.
+    """
+    settings = [help.flag(name) for s in help.SECTIONS for name in help.names_of(s)]
+    given = [
+        re.sub(r"\.no-", ".", word.partition("=")[0].replace("_", "-"))
+        for word in words
+        if word.startswith("--")
+    ]
+    for flag in given:
+        known(flag, (*SHORT, *OTHERS, *settings), "option")
+        if given.count(flag) > 1:
+            text = f"{flag} is there {given.count(flag)} times; the last one counts."
+            warnings.warn(text, stacklevel=2)
+        for long in SHORT.get(flag, ()):
+            if long in given:
+                raise ValueError(f"{flag} decides {long}; leave one of them out.")
+
+
+def known(name: str, names: Collection[str], what: str) -> None:
+    """Raises a ValueError that suggests the nearest of `names`, unless it has `name`."""
+    if name in names:
+        return
+    last = name.strip("-").rpartition(".")[2]
+    alike = (
+        difflib.get_close_matches(name, names, 1, 0.85)
+        # A setting may be called without its section, or with another one's.
+        or [other for other in names if other.rpartition(".")[2].strip("-") == last]
+        or difflib.get_close_matches(name, names, 3, 0.6)
+    )
+    hint = f"did you mean {' or '.join(alike)}?"
+    if not alike:
+        hint = (
+            "`dtrak-jax COMMAND --help-all` lists all."
+            if what == "option"
+            else f"there are {', '.join(names)}."
+        )
+    raise ValueError(f"there is no {what} {name}; {hint}")
+
+
+def help_page(
+    command: str,
+    commands: Mapping[str, str],
+    flag: str,
+    words: Sequence[str],
+    config: Config,
+) -> str:
+    """Returns the page that `--help`, `--help SECTION` or `--help-all` asks for."""
+    if flag == "--help-all":
+        return help.sections(list(help.SECTIONS), config)
+    section = flag.partition("=")[2] or next(
+        (w for w in words[words.index(flag) + 1 :] if not w.startswith("-")), ""
+    )
+    if not section:
+        return help.short(command, commands[command], config)
+    known(section, help.SECTIONS, "section")
+    return help.sections([section], config)
+
+
+def load_config(path: str) -> Config:
+    """Returns what `get_config()` of a config file returns.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      TypeError: it has no get_config, or that returns something else.
+    """
+    if not Path(path).is_file():
+        hint = ""
+        if Path(path).is_dir():
+            hint = "; that is a folder: a model's goes behind --model, pictures' behind --images"
+        raise FileNotFoundError(f"there is no config file {path}{hint}.")
+    module = runpy.run_path(path)
+    config = module["get_config"]() if "get_config" in module else None
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"{path} must define get_config() that returns a dtrak_jax Config."
+        )
+    return config
+
+
+def chosen(config: Config | None, options: argparse.Namespace) -> Config:
+    """Returns the config with what the short flags name in place of its own.
+
+    Without a config they name everything, and the model is one that is there already. A
+    CSV among the pictures is read, if there is one with a `file` column.
+
+    Raises:
+      FileNotFoundError: a folder or file is not there; names the flag.
+      ValueError: something is missing.
+    """
+    for flag in SHORT:
+        path = getattr(options, flag[2:])
+        if path and not files.at(path).exists():
+            raise FileNotFoundError(f"{flag} is {path!r}: there is nothing there.")
+    sections = {}
+    if config is None:
+        check_complete(options)
+        config = Config()
+        sections = {
+            "data": DataConfig(
+                source="folder", name=options.images, train=0, validation=0
+            ),
+            "sample": SampleConfig(count=0 if options.queries else GENERATED),
+            "attribution": AttributionConfig(methods=METHODS),
+        }
+    if options.model:
+        sections |= model_sections(options.model, options.lora or config.lora.file)
+    elif options.lora:
+        sections["lora"] = LoRAConfig(file=options.lora)
+    if options.images:
+        data, csv = sections.get("data", config.data), table_in(options.images)
+        data = dataclasses.replace(data, source="folder", name=options.images, csv=csv)
+        sections["data"] = data
+    if options.queries:
+        csv = table_in(options.queries)
+        sections["queries"] = QueriesConfig(folder=options.queries, csv=csv)
+    return dataclasses.replace(config, **sections)
+
+
+def table_in(folder: str) -> str:
+    """Returns the name of the CSV in a folder of pictures; "" if none or several have a
+    `file` column."""
+    tables = []
+    for path in files.at(folder).glob("*.csv"):
+        with path.open("rb") as table:
+            if re.search(rb"\bfile\b", table.readline()):
+                tables.append(path.name)
+    return tables[0] if len(tables) == 1 else ""
+
+
+def check_complete(options: argparse.Namespace) -> None:
+    """Raises a ValueError unless a model and pictures are named."""
+    if not (options.model or options.images or options.queries or options.lora):
+        raise ValueError(
+            "the config is missing: name a file such as configs/digits.py after the "
+            "command; or your own model with --model and its pictures with --images."
+        )
+    if not options.model:
+        raise ValueError(
+            "--model is missing: name the folder of a trained diffusers model; to train "
+            "one, name a config such as configs/digits.py after the command."
+        )
+    if not options.images:
+        raise ValueError(
+            "--images is missing: name the folder of the pictures that the model was "
+            "trained on."
+        )
+
+
+def model_sections(folder: str, lora: str) -> dict[str, object]:
+    """Returns the sections of a config that a given model decides, and its adapters.
+
+    Raises:
+      ValueError: a Stable Diffusion has no adapters, another model has some, or the
+        folder is that of another pipeline from text.
+    """
+    index = files.at(folder) / "model_index.json"
+    pipeline = files.read_json(index) if index.is_file() else {}
+    if "text_encoder" not in pipeline:
+        if lora:
+            raise ValueError(
+                f"--lora is {lora!r}, but {folder} is no Stable Diffusion; leave it out."
+            )
+        return {"model": ModelConfig(folder=folder)}
+    name = pipeline.get("_class_name")
+    if name != STABLE_DIFFUSION:
+        raise ValueError(
+            f"--model is {folder!r}, a {name}; of pipelines from text it must be a "
+            f"{STABLE_DIFFUSION}."
+        )
+    if not lora:
+        raise ValueError(
+            f"{folder} is a Stable Diffusion: also name trained adapters with --lora. To "
+            "train some, write a config with base.folder."
+        )
+    return {"base": BaseConfig(folder=folder), "lora": LoRAConfig(file=lora)}
