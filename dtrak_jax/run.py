@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import platform
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -11,10 +12,20 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, diffusion, files, parallel, score_sets, training
+from dtrak_jax import (
+    data,
+    diffusion,
+    feature_sets,
+    files,
+    locks,
+    parallel,
+    results,
+    score_sets,
+    training,
+)
 from dtrak_jax.attribution import Damping, Kernels, Scores
-from dtrak_jax.config import Config, flatten, locked
-from dtrak_jax.digests import digest_tree
+from dtrak_jax.config import Config, deciding, flatten
+from dtrak_jax.digests import digest, digest_tree
 from dtrak_jax.encoding.clip import Clip, kept_embeddings
 from dtrak_jax.encoding.latents import Latents
 from dtrak_jax.encoding.pixels import Pixels
@@ -53,63 +64,79 @@ class Run:
     """Results that were loaded already, see `once`."""
 
     @classmethod
-    def open(cls, config: Config, workdir: epath.PathLike) -> "Run":
-        """Makes the run directory, or checks that it belongs to this config.
+    def at(cls, config: Config, workdir: epath.PathLike) -> "Run":
+        """Returns the run in a directory, which need not be there yet; writes nothing.
 
         Raises:
-          ValueError: the directory was made with other settings (names them), or holds
-            something else.
+          ValueError: the directory holds something else.
         """
-        run, settings = cls(config, files.at(workdir)), flatten(config)
-        if config.clip.folder:
-            # A wrong folder is refused now, not after hours of training.
-            Clip.from_folder(config.clip.folder)
+        run = cls(config, files.at(workdir))
         path = run.workdir / "config.json"
-        # A config that no stage has made anything of is no run yet.
-        if not files.is_empty(run.workdir, besides=path.name):
-            if not path.exists():
-                raise ValueError(
-                    f"{run.workdir} is not empty and holds no run; name another "
-                    "--workdir."
-                )
-            saved = flatten(Config()) | files.read_json(path)["config"]
-            differing = files.differences(locked(saved), locked(settings))
-            if differing:
-                raise ValueError(
-                    f"{run.workdir} belongs to another config: {'; '.join(differing)}. "
-                    "Name another --workdir, or delete that one."
-                )
+        if not path.exists() and not files.is_empty(run.workdir):
+            raise ValueError(
+                f"{run.workdir} is not empty and holds no run; name another --workdir."
+            )
         # Early, as gloo gives the processes 30 s to come to their first collective.
         parallel.barrier(f"read {path}")
-        if parallel.is_main_process():
-            installed = versions(PACKAGES) | {"python": platform.python_version()}
-            files.write_json(path, {"config": settings, "versions": installed})
         return run
 
+    @classmethod
+    def open(cls, config: Config, workdir: epath.PathLike) -> "Run":
+        """Returns the run of `at`, and writes its config."""
+        run = cls.at(config, workdir)
+        run.record()
+        return run
+
+    def record(self) -> None:
+        """Writes config.json: the settings of the last command, and the packages."""
+        if parallel.is_main_process():
+            installed = versions(PACKAGES) | {"python": platform.python_version()}
+            described = {"config": flatten(self.config), "versions": installed}
+            files.write_json(self.workdir / "config.json", described)
+
     # Data
+
+    @functools.cached_property
+    def chosen(self) -> data.Splits:
+        """The training and validation images as the source has them now."""
+        size, _, channels = self.space.image_shape
+        return data.load(self.config.data, size, channels)
 
     @functools.cached_property
     def splits(self) -> data.Splits:
         """The training and validation images, those that the first stage saw.
 
+        Other settings of the data choose anew.
+
         Raises:
           ValueError: the source has other ids, labels, groups or pixels than then.
         """
-        size, _, channels = self.space.image_shape
-        splits = data.load(self.config.data, size, channels)
-        path = self.workdir / "splits.npz"
-        roles = {"train": splits.train, "validation": splits.validation}
-        if parallel.is_main_process() and not path.exists():
-            columns = {"label_names": np.array(splits.train.label_names, str)}
-            for role, images in roles.items():
+        path, roles = self.workdir / "splits.npz", self.chosen._asdict()
+        described = [locks.data_settings(self.config), self.space.image_shape]
+        settings = np.array(json.dumps(described))
+        saved = files.read_npz(path) if path.exists() else {}
+        # Files of earlier versions do not say by which settings images were chosen.
+        same = bool(saved) and saved.get("settings", settings) == settings
+        if not parallel.agreed(same):
+            columns = {"label_names": np.array(self.chosen.train.label_names, str)}
+            for role, images in roles.items() if parallel.is_main_process() else ():
                 described = images.columns() | {"digests": images.digests}
                 columns |= {f"{role}_{name}": c for name, c in described.items()}
-            files.write_npz(path, **columns)
-        parallel.barrier(f"write {path}")
-        saved = files.read_npz(path)
+            if parallel.is_main_process():
+                files.write_npz(path, settings=settings, **columns)
+            parallel.barrier(f"write {path}")
+            saved = files.read_npz(path)
         return data.Splits(
             **{role: images.recorded_in(saved, role) for role, images in roles.items()}
         )
+
+    @once
+    def examples_digest(self, name: str) -> str:
+        """Returns the hash of all that the network is given of "train" or of queries."""
+        examples, base = self.examples(name), self.space.digest
+        if not base:
+            return examples.digest
+        return digest(examples.digest, base, *map(str, examples.captions))
 
     @property
     def is_sampled(self) -> bool:
@@ -132,6 +159,20 @@ class Run:
     def samples(self) -> epath.Path:
         """The file of all generated images."""
         return self.workdir / "samples" / "samples.npz"
+
+    @functools.cached_property
+    def samples_made_from(self) -> dict[str, np.ndarray]:
+        """All that decides the generated images, as their file has it."""
+        prompts = self.space.prompts
+        described = {
+            "settings": deciding(self.config, ("sample",)),
+            "network": self.network.settings,
+            "schedule": locks.schedule_digest(self.schedule),
+            "base": self.space.digest,
+            "prompts": None if prompts is None else prompts.tolist(),
+        }
+        model = np.array(self.params_digest())
+        return {"made_from": np.array(json.dumps(described)), "model": model}
 
     @property
     def query_counts(self) -> dict[str, int]:
@@ -261,7 +302,7 @@ class Run:
 
     def features(self, name: str, measurement: str, folder: str = "") -> Features:
         """The features of "train", of a set of queries or of the "journey"."""
-        return Features.load(self.workdir / "features" / folder / name, measurement)
+        return Features.load(feature_sets.find(self, name, folder), measurement)
 
     # Scores
 
@@ -274,9 +315,11 @@ class Run:
     @once
     def kernels(self, measurement: str, folder: str = "") -> Kernels:
         """The kernels of the training images, factorised once for all methods and λ."""
+        store = feature_sets.find(self, "train", folder)
+        place = store.relative_to(self.workdir / "features")
         return Kernels(
-            self.features("train", measurement, folder),
-            store=self.workdir / "kernels" / folder / measurement,
+            Features.load(store, measurement),
+            store=self.workdir / "kernels" / place / measurement,
             solver=self.config.attribution.solver,
         )
 
@@ -301,9 +344,9 @@ class Run:
         return truth.load(self)
 
     def json(self, name: str) -> dict | None:
-        """The contents of NAME.json; None if there is none."""
-        path = self.workdir / f"{name}.json"
-        return files.read_json(path) if path.exists() else None
+        """The contents of NAME.json; None if there is none, or if it was made from other
+        artefacts than there are now, which is a warning."""
+        return results.load(self, name)
 
     @property
     def metrics(self) -> list[dict]:

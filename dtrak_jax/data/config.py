@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dtrak_jax.checks import at_least, check_choices
+from dtrak_jax.checks import at_least, check_choices, seed
 
 SourceName = Literal["digits", "hands", "tfds", "folder", "artbench"]
 
@@ -73,7 +73,7 @@ class DataConfig:
         at_least("data.center_crop", self.center_crop, 0)
         at_least("data.train", self.train, 1)
         at_least("data.validation", self.validation, 0)
-        at_least("data.seed", self.seed, 0)
+        seed("data.seed", self.seed)
 
     @property
     def has_splits(self) -> bool:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dtrak_jax import data, diffusion, files, models, parallel, training
+from dtrak_jax import data, diffusion, files, models, parallel, results, training
 from dtrak_jax.encoding.encode import moments
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
@@ -78,12 +78,14 @@ def counterfactual(run: Run) -> None:
         described = {"count": settings.count, "queries": queries, "seed": settings.seed}
         described["steps"] = planned[0].steps
         result = {"settings": described} | tables(metrics, queries)
-        files.write_json(run.workdir / "counterfactual.json", result)
+        methods = dict.fromkeys(name for name, _ in run.config.removal_methods)
+        parts = ["model", *(f"scores of {name}" for name in methods)]
+        results.save(run, "counterfactual", result, parts)
 
 
 def check(run: Run) -> None:
     """Raises a ValueError unless there are generated images, and enough to remove."""
-    count, n = run.config.counterfactual.count, len(run.splits.train)
+    count, n = run.config.counterfactual.count, len(run.chosen.train)
     if not run.is_sampled:
         raise ValueError(
             "counterfactuals generate images again from their seeds: queries.folder must "

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
-from dtrak_jax import attribution, files, parallel
+from dtrak_jax import attribution, parallel, results
 from dtrak_jax.attribution import Kernels
 from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
@@ -36,7 +36,9 @@ def evaluate(run: Run) -> None:
         },
     }
     if parallel.is_main_process():
-        files.write_json(run.workdir / "lds.json", result)
+        methods = run.config.attribution.methods
+        parts = ["retrained models", *(f"scores of {name}" for name in methods)]
+        results.save(run, "lds", result, parts)
         print(table(result))
 
 

@@ -61,6 +61,7 @@ def describe(stage: str, run: Run) -> str:
     """Returns what a stage does in words, such as "2,000 steps of 64 images"."""
     config, ensemble = run.config, run.config.ensemble
     images = config.data.train + sum(run.query_counts.values())
+    removal = config.counterfactual
     more = f", {ensemble.models} of {config.train.steps:,}" if ensemble.models else ""
     words = {
         "base": f"a small Stable Diffusion, {config.base.autoencoder_steps:,} and "
@@ -76,6 +77,12 @@ def describe(stage: str, run: Run) -> str:
         f"{member_steps(config):,} steps{more}",
         "featurize": f"gradients of {images:,} images",
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
+        "lds": "scores against retrained models",
+        "counterfactual": f"{removal.queries:,} images for each of "
+        f"{len(config.removal_methods) + 1} choices of {removal.count:,} to remove, a "
+        "model each",
+        "ablate": f"the studies {', '.join(config.ablation.studies)}",
+        "report": "one page to look at",
     }
     return words[stage]
 
