@@ -145,8 +145,13 @@ def has_samples(run: Run) -> bool:
 
 def featurize(run: Run) -> None:
     """Computes all gradient features that the methods need: features/."""
+    stores = {}
     for feature_set in feature_sets.wanted(run):
         feature_sets.featurize(run, feature_set)
+        name = feature_set.store.removeprefix(f"{feature_sets.place(run)}/")
+        stores[name] = str(feature_sets.path(run, feature_set).relative_to(run.workdir))
+    if parallel.is_main_process():
+        files.write_json(run.workdir / "features" / "stores.json", stores)
     measure_distortion(run)
 
 
@@ -255,7 +260,7 @@ AFTER = {
     "lds": ("lds.json", "report"),
     "counterfactual": ("counterfactual.json", "report"),
     "ablate": ("ablations.json", "report"),
-    "report": ("report.html", "lds"),
+    "report": ("", "lds"),
 }
 """Where in the run directory a stage's artefacts are, and the command that follows."""
 
@@ -323,8 +328,8 @@ def announce(command: str, opened: Run, todo: Sequence[Stage]) -> None:
     taken = ahead.fits(opened, names)
     if not parallel.is_main_process():
         return
-    lines = [f"{command} does:"]
-    lines += [f"  {name}: {work.describe(name, opened)}" for name in names]
+    lines = [f"  {name}: {work.describe(name, opened)}" for name in names]
+    lines = [f"{command} does:", *lines] if len(names) > 1 else [lines[0].strip()]
     seconds = work.seconds(names, opened)
     if seconds:
         took = work.duration(seconds)
@@ -344,4 +349,6 @@ def say_done(opened: Run, stage: Stage, following: Stage | None) -> None:
     path = opened.workdir / place
     made = f"{path} is complete" if path.exists() else "there was nothing to make"
     coming = following.name if following else f"`dtrak-jax {command}`"
-    print(f"{stage.name}: {made}; next: {coming}.", file=sys.stderr)
+    # Whoever called the command for its report says where that is.
+    said = f"{stage.name}: {made}; next: {coming}." if place else f"next: {coming}."
+    print(said, file=sys.stderr)

@@ -143,6 +143,12 @@ def open_run(line):
     return Run.open(config, options.workdir)
 
 
+def store_of(workdir, name):
+    """The feature store of a set of images, by the index that featurize writes."""
+    index = files.at(workdir) / "features" / "stores.json"
+    return files.at(workdir) / files.read_json(index)[name]
+
+
 def run_arrays(run):
     """Every array that a run of all stages ends with."""
     arrays = {"params": run.params()}
