@@ -12,7 +12,7 @@ from dtrak_jax.attribution.scoring import OUTPUTS
 from dtrak_jax.checks import seed
 from dtrak_jax.encoding.clip import Clip
 from dtrak_jax.encoding.encode import check_captions
-from dtrak_jax.evaluation import counterfactual
+from dtrak_jax.evaluation import ablations, counterfactual
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
 from dtrak_jax.evaluation.truth import MIN_SUBSETS
@@ -202,7 +202,7 @@ def check(run: Run, stage: str) -> None:
 
 
 def fits(run: Run, stages: Sequence[str]) -> Space:
-    """Returns the disk and memory that features and kernels of stages take.
+    """Returns the disk and memory that models, features and kernels of stages take.
 
     Raises:
       MemoryError: this host has too little memory for them.
@@ -210,18 +210,24 @@ def fits(run: Run, stages: Sequence[str]) -> Space:
     """
     if not has_network(run):
         return Space()
-    features = kernels = Space()
+    taken, config = space.models(run, stages), run.config
     if "featurize" in stages:
+        wanted = feature_sets.wanted(run)
         # Where all stages before are done, stores are known that are there already.
-        features = space.features(run, besides_made=stages[0] == "featurize")
+        besides_made = stages[0] == "featurize"
+        taken = taken.beside(space.features(run, wanted, besides_made))
     if "attribute" in stages:
-        kernels = space.kernels(run)
-    taken = Space(features.disk + kernels.disk, max(features.memory, kernels.memory))
+        taken = taken.beside(space.kernels(run))
+    if "ablate" in stages:
+        specs = {arm.spec for arm in arms(config)}
+        names = ("train", *config.query_sets)
+        wanted = [ablations.store(run, spec, name) for spec in specs for name in names]
+        taken = taken.beside(space.features(run, wanted, stages[0] == "ablate"))
     memory, disk = space.memory(), space.free_disk(run.workdir)
-    settings = run.config.features
     what = (
-        f"features of {len(run.chosen.train)} images, features.timesteps="
-        f"{settings.timesteps} and features.dim={settings.dim}, and their kernels, take"
+        f"models, features and kernels of {len(run.chosen.train)} training images with "
+        f"features.timesteps={config.features.timesteps}, features.dim="
+        f"{config.features.dim} and ensemble.subsets={config.ensemble.subsets} take"
     )
     if taken.memory > memory:
         raise MemoryError(

@@ -281,8 +281,10 @@ def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     check(opened, stages)
     *_, last = stages
     # The last one goes through what it has done, however little there is to do.
-    todo = [*(s for s in missing(opened, stages) if s is not last), last]
-    announce(command, opened, todo)
+    undone = missing(opened, stages)
+    taken = ahead.fits(opened, [stage.name for stage in undone])
+    todo = [*(stage for stage in undone if stage is not last), last]
+    announce(command, opened, todo, taken)
     opened.record()
     for stage, following in itertools.zip_longest(todo, todo[1:]):
         stage.body(opened)
@@ -322,10 +324,11 @@ def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
     return incomplete
 
 
-def announce(command: str, opened: Run, todo: Sequence[Stage]) -> None:
+def announce(
+    command: str, opened: Run, todo: Sequence[Stage], taken: space.Space
+) -> None:
     """Prints what a command will do, and what that takes of time, disk and memory."""
     names = [stage.name for stage in todo]
-    taken = ahead.fits(opened, names)
     if not parallel.is_main_process():
         return
     lines = [f"  {name}: {work.describe(name, opened)}" for name in names]
@@ -336,7 +339,10 @@ def announce(command: str, opened: Run, todo: Sequence[Stage]) -> None:
         lines.append(f"From nothing, all of it takes about {took} on these devices.")
     if taken.disk or taken.memory:
         disk, memory = map(space.in_words, taken)
-        lines.append(f"Features and kernels take {disk} on disk, {memory} of memory.")
+        lines.append(
+            f"Models, features and kernels take {disk} on disk; features and kernels up "
+            f"to {memory} of memory."
+        )
     # Standard output is for results.
     print(*lines, sep="\n", file=sys.stderr)
 

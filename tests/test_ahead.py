@@ -122,9 +122,9 @@ def test_a_damaged_query_is_refused_before_training(made, tmp_path):
 
 
 def test_features_that_do_not_fit_the_disk(run, tmp_path, monkeypatch):
-    """n J k 4 bytes a measurement, and as many norms, and the losses."""
+    """n J k 4 bytes a measurement, norms and losses, and 4 checkpoints of 10 numbers."""
     config = changed(run[0], attribution={"methods": ("pixel-dot",)})
-    expected = 4 * (12 + 2 + 2) * (2 * (8 + 1) + 1)
+    expected = 4 * (12 + 2 + 2) * (2 * (8 + 1) + 1) + 4 * 4 * 3 * 10
     monkeypatch.setattr(space, "free_disk", lambda folder: expected - 1)
     with pytest.raises(OSError, match=f"take {space.in_words(expected)} on the disk"):
         pipeline.run("featurize", config, tmp_path / "w")
@@ -233,6 +233,23 @@ def test_a_model_of_other_settings_is_refused(run, sections, message):
             pipeline.run(command, changed(config, **sections), workdir)
     pipeline.run("attribute", config, workdir)
     assert content(workdir) == before
+
+
+def test_a_model_of_other_pictures_is_refused(run, made, tmp_path):
+    """Also where nobody knows any more which pictures there were."""
+    config, workdir = run
+    folder = shutil.copytree(made[2], tmp_path / "pictures")
+    for path in folder.iterdir():
+        files.write_bytes(path, png(np.zeros((8, 8), np.uint8)))
+    (workdir / "splits.npz").unlink()
+    other = changed(config, data={"name": str(folder)})
+    for command in ("train", "featurize"):
+        with pytest.raises(ValueError, match="the training images have other pixels"):
+            pipeline.run(command, other, workdir)
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(".jpg.png"))
+    with pytest.raises(ValueError, match="there are other training images there"):
+        pipeline.run("sample", other, workdir)
 
 
 def test_a_mistake_without_a_model_is_forgotten(run):

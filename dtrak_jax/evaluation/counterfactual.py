@@ -136,8 +136,8 @@ def _regenerate_with(run: Run, model: Model, rows: np.ndarray) -> None:
     images = run.space.decode(run.generate(params, seeds))
     if not np.isfinite(images).all():
         raise FloatingPointError(
-            f"an image that {name} generated has pixels that are not finite; delete its "
-            "folder and try a smaller train.learning_rate."
+            f"an image that {name} generated has pixels that are not finite; try a "
+            "smaller train.learning_rate."
         )
     pixels, losses = data.to_pixels(images), _losses(run, params, rows)
     files.write_npz(path, images=pixels, losses=losses, **made_from)

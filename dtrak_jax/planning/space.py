@@ -1,15 +1,17 @@
-"""The disk and the memory of this host that features and kernels take."""
+"""The disk and the memory of this host that models, features and kernels take."""
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from etils import epath
 
-from dtrak_jax import feature_sets, files
+from dtrak_jax import feature_sets, files, training
 from dtrak_jax.attribution.kernel import KEPT_ON_DISK, eigh_bytes
+from dtrak_jax.feature_sets import FeatureSet
 from dtrak_jax.features.gradients import variables
 from dtrak_jax.features.microbatches import Layout
 from dtrak_jax.methods import METHODS
@@ -18,7 +20,6 @@ from dtrak_jax.run import Run
 COPIES = 4
 """The copies of a chunk of features at one time: on the devices and on the host, of one
 chunk that is computed and one that is written."""
-
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 """The file in which Linux has the limit of a container's memory, or "max"."""
@@ -30,45 +31,67 @@ class Space(NamedTuple):
     disk: int = 0
     memory: int = 0
 
+    def beside(self, other: "Space") -> "Space":
+        """Returns the space of both, one after the other."""
+        return Space(self.disk + other.disk, max(self.memory, other.memory))
 
-def features(run: Run, besides_made: bool) -> Space:
-    """Returns the space of all stores of features, n J k 4 bytes for a measurement; or of
+
+def models(run: Run, stages: Iterable[str]) -> Space:
+    """Returns the space of the checkpoints that stages leave, besides what is there."""
+    config, ensemble, disk = run.config, run.config.ensemble, 0
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(run.param_shapes))
+    if "train" in stages and not config.is_given:
+        # Parameters, their average if there is one, and AdamW's two moments.
+        state = size * (3 + bool(config.train.ema_decay))
+        disk += state * len(training.kept_steps(config.train))
+    if "retrain" in stages:
+        names = [
+            f"{i:04d}-{s}"
+            for s in range(ensemble.seeds)
+            for i in range(ensemble.subsets)
+        ]
+        folders = [run.workdir / "ensemble" / n for n in names + ensemble.model_names]
+        disk += size * sum(not training.latest_step(folder) for folder in folders)
+    return Space(disk)
+
+
+def features(run: Run, wanted: Iterable[FeatureSet], besides_made: bool) -> Space:
+    """Returns the space of stores of features, n J k 4 bytes for a measurement; or of
     those that are not there yet."""
     counts = {"train": len(run.chosen.train), **run.query_counts}
-    disk = memory = 0
-    for folder in feature_sets.folders(run.config):
-        for wanted in feature_sets.sets(run, folder):
-            if besides_made and feature_sets.is_made(run, wanted):
-                continue
-            layout = layout_of(run, wanted)
-            measurements = len(wanted.task.measurements)
-            disk += layout.bytes_written(counts[wanted.examples], measurements)
-            rows = min(layout.rows_per_chunk, counts[wanted.examples])
-            # A round of gradients is whole, however few examples there are.
-            gradients = max(rows * layout.per_example, layout.size)
-            memory = max(memory, COPIES * 4 * gradients * layout.dim * measurements)
-    return Space(disk, memory)
+    total = Space()
+    for feature_set in wanted:
+        if besides_made and feature_sets.is_made(run, feature_set):
+            continue
+        layout, count = layout_of(run, feature_set), counts[feature_set.examples]
+        measurements = len(feature_set.task.measurements)
+        # A round of gradients is whole, however few examples there are.
+        rows = min(layout.rows_per_chunk, count)
+        gradients = max(rows * layout.per_example, layout.size)
+        memory = COPIES * 4 * gradients * layout.dim * measurements
+        disk = layout.bytes_written(count, measurements)
+        total = total.beside(Space(disk, memory))
+    return total
 
 
 def kernels(run: Run) -> Space:
-    """Returns the space of the kernels of one model: n k 4 bytes of features in memory,
-    twice, and min(n, k)^2 8 bytes for each matrix of a decomposition."""
-    settings, disk, memory = run.config.attribution, 0, 0
-    n = len(run.chosen.train)
-    for name in settings.methods:
-        if not METHODS[name].damped:
-            continue
+    """Returns the space of one model's kernels: n k 4 bytes of features in memory, twice,
+    and min(n, k)^2 8 bytes for each matrix of a decomposition."""
+    settings, n, total = run.config.attribution, len(run.chosen.train), Space()
+    measured = {METHODS[m].measurement for m in settings.methods if METHODS[m].damped}
+    for _ in measured:
         layout = layout_of(run, next(feature_sets.sets(run, "")))
-        side, count = min(n, layout.dim), layout.per_example
-        memory = max(memory, 2 * 4 * n * layout.dim)
+        features, side = 4 * n * layout.dim, min(n, layout.dim)
+        disk, memory = 0, 2 * features
         if settings.solver == "eigh":
-            memory = max(memory, 4 * n * layout.dim + eigh_bytes(side))
-            size = 8 * count * side**2
-            disk += size if size <= KEPT_ON_DISK else 0
-    return Space(disk, memory)
+            memory = max(memory, features + eigh_bytes(side))
+            size = 8 * layout.per_example * side**2
+            disk = size if size <= KEPT_ON_DISK else 0
+        total = total.beside(Space(disk, memory))
+    return total
 
 
-def layout_of(run: Run, wanted: feature_sets.FeatureSet) -> Layout:
+def layout_of(run: Run, wanted: FeatureSet) -> Layout:
     """Returns the sizes of a set of features."""
     p, settings = 0, run.config.features
     if settings.projection == "none":

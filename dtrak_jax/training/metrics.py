@@ -40,7 +40,7 @@ class Metrics:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss} between steps {before} and {step}; "
-                "try a smaller train.learning_rate in a new workdir."
+                "try a smaller train.learning_rate."
             )
         rate, speed = self.rate(step - 1), (step - self.step) / (now - self.time)
         line = {"step": step, "loss": loss, "learning_rate": float(rate)}
