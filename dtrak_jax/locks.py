@@ -48,6 +48,8 @@ def check(run: "Run", folder: str, pixels: bool = True) -> None:
     other = [p for p in OTHER if p in saved and saved[p] != current.get(p, saved[p])]
     if other and not differing:
         differing = files.differences(saved["data"], current["data"])
+        if not differing and (run.workdir / "splits.npz").exists():
+            run.splits  # noqa: B018 - It raises an error that names an image.
         differing = differing or [OTHER[other[0]]]
     if differing:
         raise ValueError(
@@ -84,9 +86,11 @@ def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
     made_from = settings | {
         "data": data_settings(run.config),
         "ids": digest(*map(str, run.chosen.train.ids)),
-        "network": digest(run.network.settings),
-        "schedule": schedule_digest(run.schedule),
     }
+    if run.config.model.folder or run.config.is_latent:
+        # A folder decides what settings decide otherwise.
+        made_from["network"] = digest(run.network.settings)
+        made_from["schedule"] = schedule_digest(run.schedule)
     return made_from | ({"images": run.examples_digest("train")} if pixels else {})
 
 
@@ -105,8 +109,9 @@ def _recorded(run: "Run", folder: str) -> dict | None:
 
 def _has_models(path: epath.Path) -> bool:
     """Returns whether there is a checkpoint in a folder, or in one that it has."""
-    if not path.exists():
-        return False
-    inner = [p for p in path.iterdir() if p.is_dir()]
-    folders = [path, *inner, *(p / "checkpoints" for p in inner)]
-    return any(map(training.latest_step, folders))
+    if training.latest_step(path):
+        return True
+    inner = (p for p in path.iterdir() if p.is_dir()) if path.exists() else ()
+    return any(
+        training.latest_step(folder) for p in inner for folder in (p, p / "checkpoints")
+    )
