@@ -248,7 +248,7 @@ def test_a_model_of_other_pictures_is_refused(run, made, tmp_path):
             pipeline.run(command, other, workdir)
     for path in folder.iterdir():
         path.rename(path.with_suffix(".jpg.png"))
-    with pytest.raises(ValueError, match="there are other training images there"):
+    with pytest.raises(ValueError, match="have other ids .* such as 00.jpg.png"):
         pipeline.run("sample", other, workdir)
 
 
