@@ -16,7 +16,7 @@ from dtrak_jax.evaluation import ablations, counterfactual
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
 from dtrak_jax.evaluation.truth import MIN_SUBSETS
-from dtrak_jax.features.gradients import chosen_leaves
+from dtrak_jax.features.gradients import variables
 from dtrak_jax.methods import METHODS
 from dtrak_jax.models import INDEX
 from dtrak_jax.models.functions import parameter_shapes
@@ -102,11 +102,23 @@ def featurize(run: Run) -> None:
     """Checks that every task can be made, and that features fit memory and disk."""
     if not has_network(run):
         return
+    settings = run.config.features
     for folder in feature_sets.folders(run.config):
-        for features in feature_sets.sets(run, folder):
-            chosen_leaves(features.task, run.param_shapes)
+        try:
+            for features in feature_sets.sets(run, folder):
+                p = sum(
+                    leaf.size for leaf in variables(features.task, run.param_shapes, {})
+                )
+        except ValueError as error:
+            raise ValueError(f"features.{error}") from error
         if folder.startswith("checkpoints/") and not run.config.is_given:
             check_kept(run, int(folder.partition("/")[2]))
+    if settings.projection != "none" and settings.dim > p:
+        warnings.warn(
+            f"features.dim is {settings.dim}, and a gradient has {p} numbers: "
+            "features.projection=none keeps all of them in less space.",
+            stacklevel=2,
+        )
 
 
 def check_kept(run: Run, step: int) -> None:

@@ -337,11 +337,11 @@ def announce(
     if seconds:
         took = work.duration(seconds)
         lines.append(f"From nothing, all of it takes about {took} on these devices.")
-    if taken.disk or taken.memory:
-        disk, memory = map(space.in_words, taken)
+    if taken.disk:
+        lines.append(f"What stays on disk takes {space.in_words(taken.disk)}.")
+    if taken.memory:
         lines.append(
-            f"Models, features and kernels take {disk} on disk; features and kernels up "
-            f"to {memory} of memory."
+            f"Features and kernels take up to {space.in_words(taken.memory)} of memory."
         )
     # Standard output is for results.
     print(*lines, sep="\n", file=sys.stderr)
@@ -355,6 +355,8 @@ def say_done(opened: Run, stage: Stage, following: Stage | None) -> None:
     path = opened.workdir / place
     made = f"{path} is complete" if path.exists() else "there was nothing to make"
     coming = following.name if following else f"`dtrak-jax {command}`"
-    # Whoever called the command for its report says where that is.
-    said = f"{stage.name}: {made}; next: {coming}." if place else f"next: {coming}."
+    said = f"{stage.name}: {made}; next: {coming}."
+    if not place:
+        # Whoever called the command for its report says where that is.
+        said = f"next: {coming} measures how far the scores can be trusted."
     print(said, file=sys.stderr)

@@ -30,12 +30,12 @@ def passes(run: Run) -> dict[str, float]:
     queries = sum(run.query_counts.values())
     images = config.data.train + queries
     training = 3 * config.train.steps * config.train.batch_size
-    task, specs = run.task(), {arm.spec for arm in arms(config)}
+    settings, specs = config.features, {arm.spec for arm in arms(config)}
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
     members = ensemble.subsets * ensemble.seeds
     models = members * member_steps(config) / config.train.steps + ensemble.models
-    noised = ensemble.timesteps
-    noised = ensemble.draws * (noised if isinstance(noised, int) else len(noised))
+    noised = ensemble.draws * number(ensemble.timesteps)
+    pairs = settings.draws * number(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
     removals *= 1 - removal.count / config.data.train
 
@@ -47,7 +47,7 @@ def passes(run: Run) -> dict[str, float]:
         "train": 0 if config.is_given else training,
         "sample": run.is_sampled * config.sample.count * config.sample.steps,
         "retrain": training * models + members * noised * queries,
-        "featurize": len(stores) * gradients(len(task.pairs), len(task.measurements)),
+        "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
@@ -55,6 +55,11 @@ def passes(run: Run) -> dict[str, float]:
             for spec in specs
         ),
     }
+
+
+def number(timesteps: int | tuple[int, ...]) -> int:
+    """Returns how many timesteps a setting names, or is."""
+    return timesteps if isinstance(timesteps, int) else len(timesteps)
 
 
 def describe(stage: str, run: Run) -> str:
