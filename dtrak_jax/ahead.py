@@ -99,7 +99,7 @@ def sample(run: Run) -> None:
 
 
 def featurize(run: Run) -> None:
-    """Checks that every task can be made, and that features fit memory and disk."""
+    """Checks that every task can be made, and of kept steps that they were kept."""
     if not has_network(run):
         return
     settings = run.config.features

@@ -1,4 +1,4 @@
-"""Folders of trained models, each of which belongs to what its models were trained with.
+"""What artefacts are made from; and trained models, which belong to it.
 
 Training is what costs, so no command takes a model of other settings or pictures for its
 own, or throws it away. Everything else in a run directory is made again where what it is
@@ -6,8 +6,10 @@ made from has changed.
 """
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
 
 from dtrak_jax import files, parallel, training
@@ -74,6 +76,28 @@ def data_settings(config: Config) -> dict[str, object]:
     return {n: v for n, v in settings.items() if n not in ("data.flip", "data.groups")}
 
 
+def examples_digest(run: "Run", name: str) -> str:
+    """Returns the hash of all that the network is given of "train" or of queries."""
+    examples, base = run.examples(name), run.space.digest
+    if not base:
+        return examples.digest
+    return digest(examples.digest, base, *map(str, examples.captions))
+
+
+def samples_made_from(run: "Run") -> dict[str, np.ndarray]:
+    """Returns all that decides the generated images, as their file has it."""
+    prompts = run.space.prompts
+    described = {
+        "settings": deciding(run.config, ("sample",)),
+        "network": run.network.settings,
+        "schedule": schedule_digest(run.schedule),
+        "base": run.space.digest,
+        "prompts": None if prompts is None else prompts.tolist(),
+    }
+    model = np.array(run.params_digest())
+    return {"made_from": np.array(json.dumps(described)), "model": model}
+
+
 def schedule_digest(schedule) -> str:
     """Returns the hash of all that a noise schedule is made of."""
     return digest_tree(dataclasses.astuple(schedule))
@@ -91,7 +115,7 @@ def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
         # A folder decides what settings decide otherwise.
         made_from["network"] = digest(run.network.settings)
         made_from["schedule"] = schedule_digest(run.schedule)
-    return made_from | ({"images": run.examples_digest("train")} if pixels else {})
+    return made_from | ({"images": examples_digest(run, "train")} if pixels else {})
 
 
 def _recorded(run: "Run", folder: str) -> dict | None:

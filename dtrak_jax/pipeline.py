@@ -11,7 +11,6 @@ directory; interrupted, it continues. A command makes what it needs first.
 
 import io
 import itertools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -40,7 +39,7 @@ from dtrak_jax.evaluation.lds import evaluate
 from dtrak_jax.evaluation.retrain import is_retrained, retrain
 from dtrak_jax.features import distortion
 from dtrak_jax.methods import METHODS
-from dtrak_jax.planning import programs, space, work
+from dtrak_jax.planning import messages, programs
 from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.report import page
@@ -106,7 +105,7 @@ def sample(run: Run) -> None:
         return
     count, share = len(run.seeds), parallel.share(len(run.seeds))
     # All processes load the model together.
-    made_from = run.samples_made_from
+    made_from = locks.samples_made_from(run)
     run.space.prepare_prompts()
     images = run.space.decode(run.generate(run.params(), run.seeds[share]))
     if not np.isfinite(images).all():
@@ -139,7 +138,9 @@ def has_samples(run: Run) -> bool:
     if not run.is_sampled:
         return True
     # Where there are none, nothing needs to be known of the model.
-    made = run.samples.exists() and files.holds(run.samples, run.samples_made_from)
+    made = run.samples.exists() and files.holds(
+        run.samples, locks.samples_made_from(run)
+    )
     return made and are_encoded(run, run.sampled_sets)
 
 
@@ -249,22 +250,6 @@ def needed(command: str, config: Config) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in names]
 
 
-AFTER = {
-    "base": ("base", "encode"),
-    "encode": ("encoded", "train"),
-    "train": ("checkpoints", "sample"),
-    "sample": ("samples", "featurize"),
-    "retrain": ("ensemble", "lds"),
-    "featurize": ("features", "attribute"),
-    "attribute": ("scores", "report"),
-    "lds": ("lds.json", "report"),
-    "counterfactual": ("counterfactual.json", "report"),
-    "ablate": ("ablations.json", "report"),
-    "report": ("", "lds"),
-}
-"""Where in the run directory a stage's artefacts are, and the command that follows."""
-
-
 def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     """Runs a stage, once what it needs is there; "run" is everything up to the report.
 
@@ -284,12 +269,12 @@ def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     undone = missing(opened, stages)
     taken = ahead.fits(opened, [stage.name for stage in undone])
     todo = [*(stage for stage in undone if stage is not last), last]
-    announce(command, opened, todo, taken)
+    messages.before(command, opened, [stage.name for stage in todo], taken)
     opened.record()
     for stage, following in itertools.zip_longest(todo, todo[1:]):
         stage.body(opened)
         parallel.barrier(stage.name)
-        say_done(opened, stage, following)
+        messages.after(opened, stage.name, following and following.name)
     return opened
 
 
@@ -322,41 +307,3 @@ def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
         if stale or always or not parallel.agreed(stage.is_done(opened)):
             incomplete.append(stage)
     return incomplete
-
-
-def announce(
-    command: str, opened: Run, todo: Sequence[Stage], taken: space.Space
-) -> None:
-    """Prints what a command will do, and what that takes of time, disk and memory."""
-    names = [stage.name for stage in todo]
-    if not parallel.is_main_process():
-        return
-    lines = [f"  {name}: {work.describe(name, opened)}" for name in names]
-    lines = [f"{command} does:", *lines] if len(names) > 1 else [lines[0].strip()]
-    seconds = work.seconds(names, opened)
-    if seconds:
-        took = work.duration(seconds)
-        lines.append(f"From nothing, all of it takes about {took} on these devices.")
-    if taken.disk:
-        lines.append(f"What stays on disk takes {space.in_words(taken.disk)}.")
-    if taken.memory:
-        lines.append(
-            f"Features and kernels take up to {space.in_words(taken.memory)} of memory."
-        )
-    # Standard output is for results.
-    print(*lines, sep="\n", file=sys.stderr)
-
-
-def say_done(opened: Run, stage: Stage, following: Stage | None) -> None:
-    """Prints where a stage's artefacts are, and what comes next."""
-    if not parallel.is_main_process():
-        return
-    place, command = AFTER[stage.name]
-    path = opened.workdir / place
-    made = f"{path} is complete" if path.exists() else "there was nothing to make"
-    coming = following.name if following else f"`dtrak-jax {command}`"
-    said = f"{stage.name}: {made}; next: {coming}."
-    if not place:
-        # Whoever called the command for its report says where that is.
-        said = f"next: {coming} measures how far the scores can be trusted."
-    print(said, file=sys.stderr)

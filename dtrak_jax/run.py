@@ -24,8 +24,8 @@ from dtrak_jax import (
     training,
 )
 from dtrak_jax.attribution import Damping, Kernels, Scores
-from dtrak_jax.config import Config, deciding, flatten
-from dtrak_jax.digests import digest, digest_tree
+from dtrak_jax.config import Config, flatten
+from dtrak_jax.digests import digest_tree
 from dtrak_jax.encoding.clip import Clip, kept_embeddings
 from dtrak_jax.encoding.latents import Latents
 from dtrak_jax.encoding.pixels import Pixels
@@ -130,14 +130,6 @@ class Run:
             **{role: images.recorded_in(saved, role) for role, images in roles.items()}
         )
 
-    @once
-    def examples_digest(self, name: str) -> str:
-        """Returns the hash of all that the network is given of "train" or of queries."""
-        examples, base = self.examples(name), self.space.digest
-        if not base:
-            return examples.digest
-        return digest(examples.digest, base, *map(str, examples.captions))
-
     @property
     def is_sampled(self) -> bool:
         """True if the model generates queries; they may be given, or there are none."""
@@ -159,20 +151,6 @@ class Run:
     def samples(self) -> epath.Path:
         """The file of all generated images."""
         return self.workdir / "samples" / "samples.npz"
-
-    @functools.cached_property
-    def samples_made_from(self) -> dict[str, np.ndarray]:
-        """All that decides the generated images, as their file has it."""
-        prompts = self.space.prompts
-        described = {
-            "settings": deciding(self.config, ("sample",)),
-            "network": self.network.settings,
-            "schedule": locks.schedule_digest(self.schedule),
-            "base": self.space.digest,
-            "prompts": None if prompts is None else prompts.tolist(),
-        }
-        model = np.array(self.params_digest())
-        return {"made_from": np.array(json.dumps(described)), "model": model}
 
     @property
     def query_counts(self) -> dict[str, int]:
