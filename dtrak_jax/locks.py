@@ -65,8 +65,10 @@ def claim(run: "Run", folder: str) -> None:
     """Records what a folder's models are trained with, or raises as `check` does."""
     check(run, folder)
     path = run.workdir / folder / RECORD
+    # All processes look at the pictures together.
+    made_from = _made_from(run, folder, pixels=True)
     if parallel.is_main_process() and _recorded(run, folder) is None:
-        files.write_json(path, _made_from(run, folder, pixels=True))
+        files.write_json(path, made_from)
     parallel.barrier(f"write {path}")
 
 

@@ -22,6 +22,7 @@ from dtrak_jax.config import (
 )
 from dtrak_jax.planning import space
 from dtrak_jax.run import Run
+from dtrak_jax.training.metrics import Metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,6 +203,14 @@ def test_settings_that_leave_training_alone(run, sections, kept):
     for path in before:
         if any(part.startswith(kept) for part in path.relative_to(workdir).parts):
             assert after[path] == before[path], path
+
+
+def test_a_mean_loss_is_of_the_steps_since_the_line_before(tmp_path):
+    """Also where training goes on after step 5 with lines at other steps."""
+    files.write_json_lines(tmp_path / "metrics.jsonl", [{"step": 3}])
+    config = TrainConfig(steps=8, log_every=4)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 5, config)
+    assert metrics.write(8, np.float32(10)) == 2
 
 
 def test_pictures_may_move(run, made, tmp_path):
