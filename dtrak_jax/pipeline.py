@@ -185,9 +185,8 @@ def measure_distortion(run: Run) -> None:
         batch_size=settings.batch_size,
         proj_devices=settings.proj_devices,
     )
-    if parallel.is_main_process():
-        result = {k: v._asdict() for k, v in errors.items()}
-        results.save(run, DISTORTION, result, ["features"])
+    result = {k: v._asdict() for k, v in errors.items()}
+    results.save(run, DISTORTION, result, ["features"])
 
 
 def attribute(run: Run) -> None:

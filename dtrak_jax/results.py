@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dtrak_jax import feature_sets, files, score_sets
+from dtrak_jax import feature_sets, files, parallel, score_sets
 from dtrak_jax.digests import digest
 from dtrak_jax.methods import METHODS
 
@@ -19,9 +19,13 @@ COMMANDS = {"features/distortion": "featurize", "ablations": "ablate"}
 
 
 def save(run: "Run", name: str, result: dict, parts: Iterable[str]) -> None:
-    """Writes NAME.json, made from some parts as `fingerprint` knows them."""
+    """Writes NAME.json, made from some parts as `fingerprint` knows them.
+
+    All processes must call it together.
+    """
     made_from = {part: fingerprint(run, part) for part in parts}
-    files.write_json(run.workdir / f"{name}.json", {MADE_FROM: made_from} | result)
+    if parallel.is_main_process():
+        files.write_json(run.workdir / f"{name}.json", {MADE_FROM: made_from} | result)
 
 
 def load(run: "Run", name: str) -> dict | None:

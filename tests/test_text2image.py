@@ -258,7 +258,7 @@ def test_adapters_that_another_program_made_are_attributed(run, tmp_path):
     nothing = LoRAConfig(file=str(tmp_path / "zero"))
     with pytest.raises(ValueError, match="whose adapters are all zero"):
         pipeline.run(
-            "attribute", dataclasses.replace(config, lora=nothing), tmp_path / "zero"
+            "attribute", dataclasses.replace(config, lora=nothing), tmp_path / "given"
         )
 
 

@@ -29,10 +29,9 @@ def ablate(run: Run) -> None:
         rows += _rows_of(run, arm, {n: truth[n] for n in arm.queries if n in truth})
     rows.sort(key=lambda row: run.config.ablation.studies.index(row["name"]))
     ceilings = {name: lds.ceiling(losses) for name, losses in truth.items()}
-    if parallel.is_main_process():
-        described = {name: best and best._asdict() for name, best in ceilings.items()}
-        result = {"rows": rows, "ceiling": described}
-        results.save(run, "ablations", result, ["retrained models", "model"])
+    described = {name: best and best._asdict() for name, best in ceilings.items()}
+    result = {"rows": rows, "ceiling": described}
+    results.save(run, "ablations", result, ["retrained models", "model"])
 
 
 def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict]:

@@ -75,12 +75,12 @@ def counterfactual(run: Run) -> None:
             original=originals.images,
             **{choice.name: made for choice, made in images.items()},
         )
-        described = {"count": settings.count, "queries": queries, "seed": settings.seed}
-        described["steps"] = planned[0].steps
-        result = {"settings": described} | tables(metrics, queries)
-        methods = dict.fromkeys(name for name, _ in run.config.removal_methods)
-        parts = ["model", *(f"scores of {name}" for name in methods)]
-        results.save(run, "counterfactual", result, parts)
+    described = {"count": settings.count, "queries": queries, "seed": settings.seed}
+    described["steps"] = planned[0].steps
+    result = {"settings": described} | tables(metrics, queries)
+    methods = dict.fromkeys(name for name, _ in run.config.removal_methods)
+    parts = ["model", *(f"scores of {name}" for name in methods)]
+    results.save(run, "counterfactual", result, parts)
 
 
 def check(run: Run) -> None:

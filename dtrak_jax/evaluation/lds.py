@@ -35,10 +35,10 @@ def evaluate(run: Run) -> None:
             for name, truth in run.truth().items()
         },
     }
+    methods = run.config.attribution.methods
+    parts = ["retrained models", *(f"scores of {name}" for name in methods)]
+    results.save(run, "lds", result, parts)
     if parallel.is_main_process():
-        methods = run.config.attribution.methods
-        parts = ["retrained models", *(f"scores of {name}" for name in methods)]
-        results.save(run, "lds", result, parts)
         print(table(result))
 
 
