@@ -18,7 +18,7 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
 
 
 def free(default):
-    """Returns a field of settings that may change within a run directory."""
+    """Returns a field of settings that decides no trained model and no sample."""
     return dataclasses.field(default=default, metadata={"free": True})
 
 
@@ -52,6 +52,13 @@ def at_least(name: str, value: object, low: int) -> None:
     """Raises a ValueError unless `value` is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} is {value!r}; it must be an integer >= {low}.")
+
+
+def seed(name: str, value: object, most: int = 2**32 - 1) -> None:
+    """Raises a ValueError unless `value` is a seed, an integer from 0 to `most`."""
+    at_least(name, value, 0)
+    if value > most:
+        raise ValueError(f"{name} is {value}; it must be an integer from 0 to {most}.")
 
 
 def between(name: str, value: object, low: float, high: float = math.inf) -> None:

@@ -59,6 +59,9 @@ QUIET = [
 ]
 """Packages whose warnings are for whoever writes programs."""
 
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
+"""XLA's flag of how long CPU devices wait for each other; jaxlib 0.10 to 0.12 have it."""
+
 MOST_CORES = 8
 """Devices that share the work on one model: each holds a batch and its gradients."""
 
@@ -146,7 +149,12 @@ def use_cores(most: int) -> None:
 
     An ensemble trains a member on each device. In all other stages two devices do the
     same work faster than one with two threads: many operations have no use for them.
+    They wait for each other however busy the machine is, where XLA by itself would end
+    the process after a minute.
     """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if PATIENCE.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
     if jax.config.jax_num_cpu_devices < 0:
         # It is too late where something has used the devices, as in a notebook.
         with contextlib.suppress(RuntimeError):

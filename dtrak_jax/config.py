@@ -5,15 +5,17 @@ setting, except for the features, whose defaults are this project's own
 (`FeaturesConfig.reference` gives the paper's). A file in `configs/` is a module whose
 `get_config()` returns a `Config`.
 
-A free setting may change within a run directory: it changes no file that is there, or
-only files that say what they were made with and are made again.
+Every setting may change within a run directory. What is trained belongs to the settings
+that decide it, `TRAINED`, and is refused under others; everything else is made again,
+or beside what is there.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dtrak_jax.checks import at_least, check_choices, free, pattern, positive
+from dtrak_jax.checks import at_least, check_choices, free, pattern, positive, seed
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.diffusion.config import DiffusionConfig, SampleConfig
 from dtrak_jax.encoding.config import BaseConfig, ClipConfig
@@ -87,7 +89,7 @@ class FeaturesConfig:
             at_least(f"features.{name}", getattr(self, name), 1)
         check_columns(self.projection, self.dim, self.proj_devices)
         pattern("features.parameters", self.parameters)
-        at_least("features.seed", self.seed, 0)
+        seed("features.seed", self.seed)
 
     @classmethod
     def reference(cls, **changes) -> "FeaturesConfig":
@@ -286,12 +288,35 @@ def flatten(config: Config) -> dict[str, object]:
     }
 
 
-def locked(settings: dict[str, object]) -> dict[str, object]:
-    """Returns those of `flatten`'s settings that may not change within a run directory."""
-    names = (
+PLACES = ("data.name", "data.csv", "model.folder", "base.folder", "lora.file")
+"""Settings that say where something is: its contents decide, wherever they are."""
+
+TRAINING = ("model", "base", "lora", "diffusion", "train", "data.flip")
+"""Sections and settings that decide how a model is trained."""
+
+TRAINED = {
+    "base_training": ("base",),
+    "checkpoints": TRAINING,
+    "ensemble": (*TRAINING, "ensemble.fraction", "ensemble.seed"),
+    "counterfactual": TRAINING,
+}
+"""The folders of trained models, and what decides these beside the training images."""
+
+
+def deciding(config: Config, names: Sequence[str]) -> dict[str, object]:
+    """Returns the settings of some sections, or with these names, that decide contents.
+
+    Free ones, which do not, and `PLACES` are left out.
+    """
+    free_names = {
         f"{section.name}.{setting.name}"
         for section in dataclasses.fields(Config)
         for setting in dataclasses.fields(section.type)
-        if not setting.metadata.get("free")
-    )
-    return {name: settings[name] for name in names}
+        if setting.metadata.get("free")
+    }
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if {name, name.partition(".")[0]} & set(names)
+        and name not in free_names | set(PLACES)
+    }

@@ -1,25 +1,33 @@
-"""The features of a run: which ones its methods need, and whether they are there."""
+"""The features of a run: which ones its methods need, and whether they are there.
+
+A store is in features/SETTINGS/FOLDER/EXAMPLES-HASH. The hash is that of all the features
+are made from, so that none are taken for others, and those of other settings, models or
+pictures stay beside them.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from dtrak_jax import diffusion, features, parallel
+from dtrak_jax import diffusion, features, locks, parallel
 from dtrak_jax.config import Config
-from dtrak_jax.digests import digest
+from dtrak_jax.digests import digest, short_digest
 from dtrak_jax.features import Features, Projection, Task
 from dtrak_jax.features.measurements import MEASUREMENTS
 from dtrak_jax.features.store import Store
 from dtrak_jax.methods import METHODS
-from dtrak_jax.run import Run
+
+if TYPE_CHECKING:
+    from dtrak_jax.run import Run
 
 
 class FeatureSet(NamedTuple):
     """Features of some examples under one model, in a store of their own."""
 
-    store: str  # the folder of the store in the run directory
+    store: str  # the folder of the store in the run directory, without its hash
     examples: str  # "train" or a set of queries
     task: Task
     projection: Projection
@@ -28,18 +36,43 @@ class FeatureSet(NamedTuple):
     """Makes the images, where they are not those of the examples."""
 
 
-def wanted(run: Run) -> Iterator[FeatureSet]:
+def wanted(run: "Run") -> Iterator[FeatureSet]:
     """Yields all features that the config's methods need, a store of them at a time."""
-    by_folder = folders(run.config)
-    journey = by_folder.pop("journey", None)
-    for folder, measurements in by_folder.items():
-        for name in ("train", *run.queries):
-            noise = noise_of(run.config.features.noise, name)
-            task = run.task(measurement=measurements, noise=noise)
-            store = "/".join(filter(None, ("features", folder, name)))
-            yield FeatureSet(store, name, task, run.projection, folder)
-    if journey and run.is_sampled:
-        yield _journey(run)
+    for folder in folders(run.config):
+        yield from sets(run, folder)
+
+
+def sets(run: "Run", folder: str) -> Iterator[FeatureSet]:
+    """Yields the features of a folder, whether they, or what they are of, are there."""
+    measurements = folders(run.config)[folder]
+    if folder == "journey":
+        if run.is_sampled:
+            yield _journey(run)
+        return
+    for name in ("train", *run.config.query_sets):
+        noise = noise_of(run.config.features.noise, name)
+        task = run.task(measurement=measurements, noise=noise)
+        store = "/".join(filter(None, (place(run), folder, name)))
+        yield FeatureSet(store, name, task, run.projection, folder)
+
+
+def place(run: "Run") -> str:
+    """Returns the folder of all features with the config's settings, in words."""
+    settings, pairs = run.config.features, f"{len(run.task().grid)}"
+    averaged = "" if settings.per_timestep else "-averaged"
+    dim = "" if settings.projection == "none" else settings.dim
+    return (
+        f"features/{settings.noise}-{pairs}x{settings.draws}{averaged}-"
+        f"{settings.projection}{dim}"
+    )
+
+
+def find(run: "Run", name: str, folder: str = "") -> epath.Path:
+    """Returns the store of "train" or of a set of queries, or that of the "journey"."""
+    if name == "journey":
+        return path(run, _journey(run))
+    (found,) = (s for s in sets(run, folder) if s.examples == name)
+    return path(run, found)
 
 
 def folders(config: Config) -> dict[str, tuple[str, ...]]:
@@ -62,7 +95,7 @@ def noise_of(noise: str, examples: str) -> str:
     return "common" if noise == "cyclic" and examples == "train" else noise
 
 
-def _journey(run: Run) -> FeatureSet:
+def _journey(run: "Run") -> FeatureSet:
     """Returns the features of the images predicted on the way to each sample.
 
     Journey TRAK (Georgiev et al. 2023, arXiv 2312.06205): gradients of the loss at
@@ -85,12 +118,13 @@ def _journey(run: Run) -> FeatureSet:
         images = np.stack(columns, axis=1)
         return np.clip(images, *run.space.bounds) if run.space.bounds else images
 
-    return FeatureSet("features/journey", "generated", task, run.projection, "", images)
+    store = f"{place(run)}/journey"
+    return FeatureSet(store, "generated", task, run.projection, "", images)
 
 
-def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
+def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
     """Returns the features, by measurement, computed unless they are there."""
-    path = run.workdir / feature_set.store
+    store = path(run, feature_set)
     if not parallel.agreed(is_made(run, feature_set)):
         name, space, settings = feature_set.examples, run.space, run.config.features
         features.featurize(
@@ -102,44 +136,45 @@ def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
             ids=run.examples(name).ids,
             cond=space.cond(name),
             bounds=space.bounds,
-            store=path,
+            store=store,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
         )
-        Store.load(path).note(_made_from(run, feature_set))
-    return Store.load(path).features(feature_set.task.measurements)
+    return Store.load(store).features(feature_set.task.measurements)
 
 
-def is_made(run: Run, feature_set: FeatureSet) -> bool:
-    """Returns whether features are there, and what they are made from is the same."""
+def is_made(run: "Run", feature_set: FeatureSet) -> bool:
+    """Returns whether features are there, of this model, these settings and examples."""
+    # Where there are none at all, what they would be made from need not be known.
+    if not (run.workdir / feature_set.store).parent.exists():
+        return False
     try:
-        store = Store.load(run.workdir / feature_set.store)
+        return Store.load(path(run, feature_set)).is_whole
     except FileNotFoundError:
         return False
-    made_from = _made_from(run, feature_set)
-    return store.is_made_from(made_from, feature_set.task.measurements)
 
 
-def _made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
-    """Returns what decides the features, known without tracing or decoding."""
-    task = {
-        field.name: getattr(feature_set.task, field.name)
-        for field in dataclasses.fields(feature_set.task)
-        if field.name not in ("apply", "measurement")
+def path(run: "Run", feature_set: FeatureSet) -> epath.Path:
+    """Returns the store's folder, named by what decides the features.
+
+    That is known without tracing, and without decoding pictures seen before.
+    """
+    task, projection = feature_set.task, feature_set.projection
+    made_from = {
+        field.name: getattr(task, field.name)
+        for field in dataclasses.fields(task)
+        if field.name not in ("apply", "schedule", "measurement")
     }
-    return {
-        "network": digest(run.network.settings),
+    made_from |= {
+        "measurements": list(task.measurements),
+        "schedule": locks.schedule_digest(task.schedule),
+        "projection": projection.kind != "none" and dataclasses.astuple(projection),
+        "network": run.network.settings,
         "params": run.params_digest(feature_set.model),
-        "task": digest(repr(task)),
-        "projection": repr(feature_set.projection),
-        "examples": _examples_digest(run, feature_set.examples),
-        "trajectory": repr(run.config.sample) if feature_set.images else "",
+        "examples": locks.examples_digest(run, feature_set.examples),
+        "trajectory": digest(*map(str, locks.samples_made_from(run).values()))
+        if feature_set.images
+        else "",
     }
-
-
-def _examples_digest(run: Run, name: str) -> str:
-    """Returns the hash of all that the network is given of a set."""
-    examples, base = run.examples(name), run.space.digest
-    if not base:
-        return examples.digest
-    return digest(examples.digest, base, *map(str, examples.captions))
+    name = short_digest(repr(made_from).encode())
+    return run.workdir / f"{feature_set.store}-{name}"

@@ -10,7 +10,8 @@ directory; interrupted, it continues. A command makes what it needs first.
 """
 
 import io
-import sys
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, feature_sets, files, parallel, score_sets, training
+from dtrak_jax import (
+    ahead,
+    data,
+    feature_sets,
+    files,
+    locks,
+    parallel,
+    results,
+    score_sets,
+    training,
+)
 from dtrak_jax.config import Config
 from dtrak_jax.encoding.base import is_trained_base, train_base
 from dtrak_jax.encoding.encode import are_encoded, encode, encode_sets, is_encoded
@@ -28,7 +39,7 @@ from dtrak_jax.evaluation.lds import evaluate
 from dtrak_jax.evaluation.retrain import is_retrained, retrain
 from dtrak_jax.features import distortion
 from dtrak_jax.methods import METHODS
-from dtrak_jax.planning import programs, work
+from dtrak_jax.planning import messages, programs
 from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.report import of_run, page
@@ -36,6 +47,10 @@ from dtrak_jax.run import Run
 
 DISTORTION_EXAMPLES = 8
 """Training images whose gradients are compared before and after the projection."""
+
+
+DISTORTION = "features/distortion"
+"""The file of what comes of that, without its suffix."""
 
 
 class Stage(NamedTuple):
@@ -62,6 +77,7 @@ def train(run: Run) -> None:
     """Trains the model, or continues: checkpoints/, metrics.jsonl."""
     space, recipe = run.space, run.recipe(run.config.train.steps)
     if not parallel.agreed(is_trained(run)):
+        locks.claim(run, "checkpoints")
         examples = space.training_examples
         more = {"cond": space.cond("train"), "frozen": space.frozen}
         training.train(recipe, examples, run.workdir, **more)
@@ -69,9 +85,14 @@ def train(run: Run) -> None:
 
 
 def is_trained(run: Run) -> bool:
-    """Returns whether the last checkpoint is there, or the model is given."""
+    """Returns whether the last checkpoint is there, or the model is given.
+
+    Raises:
+      ValueError: there is a model that was trained with something else.
+    """
     if run.config.is_given:
         return True
+    locks.check(run, "checkpoints")
     return training.latest_step(run.workdir / "checkpoints") == run.config.train.steps
 
 
@@ -84,7 +105,7 @@ def sample(run: Run) -> None:
         return
     count, share = len(run.seeds), parallel.share(len(run.seeds))
     # All processes load the model together.
-    model = run.params_digest()
+    made_from = locks.samples_made_from(run)
     run.space.prepare_prompts()
     images = run.space.decode(run.generate(run.params(), run.seeds[share]))
     if not np.isfinite(images).all():
@@ -100,29 +121,38 @@ def sample(run: Run) -> None:
     pixels = parallel.gather(pixels, count)
     if parallel.is_main_process():
         ids = np.array([f"generated-{i:05d}" for i in range(count)])
-        saved = {"images": pixels, "ids": ids, "seeds": run.seeds, "model": model}
+        saved = {"images": pixels, "ids": ids, "seeds": run.seeds} | made_from
         if run.space.prompts is not None:
             saved["prompts"] = run.space.prompts
         files.write_npz(run.samples, **saved)
+        # There may have been more of them before.
+        for path in run.samples.parent.glob("*.png"):
+            if path.stem.isdecimal() and int(path.stem) >= count:
+                path.unlink()
     parallel.barrier("sample")
     encode_sets(run, run.sampled_sets)
 
 
 def has_samples(run: Run) -> bool:
-    """Returns whether the samples are there and of this model, or there are to be none."""
+    """Returns whether samples of this model and settings are there, or are to be none."""
     if not run.is_sampled:
         return True
-    if not run.samples.exists():
-        return False
-    # Samples of an older format do not say which model made them.
-    model = files.read_npz(run.samples).get("model", run.params_digest())
-    return str(model) == run.params_digest() and are_encoded(run, run.sampled_sets)
+    # Where there are none, nothing needs to be known of the model.
+    made = run.samples.exists() and files.holds(
+        run.samples, locks.samples_made_from(run)
+    )
+    return made and are_encoded(run, run.sampled_sets)
 
 
 def featurize(run: Run) -> None:
     """Computes all gradient features that the methods need: features/."""
+    stores = {}
     for feature_set in feature_sets.wanted(run):
         feature_sets.featurize(run, feature_set)
+        name = feature_set.store.removeprefix(f"{feature_sets.place(run)}/")
+        stores[name] = str(feature_sets.path(run, feature_set).relative_to(run.workdir))
+    if parallel.is_main_process():
+        files.write_json(run.workdir / "features" / "stores.json", stores)
     measure_distortion(run)
 
 
@@ -134,10 +164,13 @@ def is_featurized(run: Run) -> bool:
 def measure_distortion(run: Run) -> None:
     """Compares inner products before and after the projection: distortion.json."""
     settings, examples = run.config.features, run.splits.train
-    path = run.workdir / "features" / "distortion.json"
     if settings.projection == "none" or len(examples) < 2:
         return
-    if parallel.agreed(path.exists()):
+    path = run.workdir / f"{DISTORTION}.json"
+    saved = files.read_json(path) if path.exists() else {}
+    if parallel.agreed(
+        bool(saved) and not results.stale(run, saved.get("made_from", {}))
+    ):
         return
     first, space = slice(DISTORTION_EXAMPLES), run.space
     errors = distortion(
@@ -152,8 +185,8 @@ def measure_distortion(run: Run) -> None:
         batch_size=settings.batch_size,
         proj_devices=settings.proj_devices,
     )
-    if parallel.is_main_process():
-        files.write_json(path, {k: v._asdict() for k, v in errors.items()})
+    result = {k: v._asdict() for k, v in errors.items()}
+    results.save(run, DISTORTION, result, ["features"])
 
 
 def attribute(run: Run) -> None:
@@ -219,18 +252,49 @@ def needed(command: str, config: Config) -> list[Stage]:
 def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     """Runs a stage, once what it needs is there; "run" is everything up to the report.
 
+    All settings and files that these stages need are checked before anything is written.
+
     Raises:
-      ValueError: the run directory is of another config, or settings and data do not
-        fit together; says what would be right.
+      ValueError: settings, files and the run directory do not fit together; says what
+        would be right.
+      MemoryError: features or kernels do not fit the memory.
+      OSError: a file is missing, or features do not fit the disk.
     """
-    opened = Run.open(config, workdir)
-    *before, last = needed("report" if command == "run" else command, config)
-    stages = missing(opened, before)
-    announce(command, opened, stages, last)
-    for stage in (*stages, last):
+    opened = Run.at(config, workdir)
+    stages = needed("report" if command == "run" else command, config)
+    check(opened, stages)
+    *_, last = stages
+    # The last one goes through what it has done, however little there is to do.
+    undone = missing(opened, stages)
+    taken = ahead.fits(opened, [stage.name for stage in undone])
+    todo = [*(stage for stage in undone if stage is not last), last]
+    messages.before(command, opened, [stage.name for stage in todo], taken)
+    opened.record()
+    for stage, following in itertools.zip_longest(todo, todo[1:]):
         stage.body(opened)
         parallel.barrier(stage.name)
+        messages.after(opened, stage.name, following and following.name)
     return opened
+
+
+def check(opened: Run, stages: Sequence[Stage]) -> None:
+    """Raises the first error that settings or files would lead to, before it is late.
+
+    Warns of what would stop the stages that are likely to follow.
+    """
+    for stage in stages:
+        ahead.check(opened, stage.name)
+    names = {stage.name for stage in stages}
+    later = {s.name for s in needed("report", opened.config)}
+    if "retrain" in names:
+        later.add("lds")
+    for stage in STAGES if parallel.is_main_process() else ():
+        if stage.name in later - names:
+            try:
+                ahead.check(opened, stage.name)
+            except (ValueError, OSError, FloatingPointError) as error:
+                text = f"`dtrak-jax {stage.name}` will refuse these settings: {error}"
+                warnings.warn(text, stacklevel=3)
 
 
 def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
@@ -238,20 +302,7 @@ def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
     incomplete: list[Stage] = []
     for stage in stages:
         stale = {s.name for s in incomplete} & set(stage.needs(opened.config))
-        if stale or not parallel.agreed(stage.is_done(opened)):
+        always = stage.is_done is None
+        if stale or always or not parallel.agreed(stage.is_done(opened)):
             incomplete.append(stage)
     return incomplete
-
-
-def announce(command: str, opened: Run, missing: Sequence[Stage], last: Stage) -> None:
-    """Prints what a command makes before its own stage, and about how long all takes."""
-    if not missing or not parallel.is_main_process():
-        return
-    lines = [f"{command} first makes what it needs:"]
-    lines += [f"  {s.name}: {work.describe(s.name, opened)}" for s in missing]
-    seconds = work.seconds([stage.name for stage in (*missing, last)], opened)
-    if seconds:
-        took = work.duration(seconds)
-        lines.append(f"From nothing, all of it takes about {took} on these devices.")
-    # Standard output is for results.
-    print(*lines, sep="\n", file=sys.stderr)

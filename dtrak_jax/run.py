@@ -1,24 +1,29 @@
 """A run: its settings and its directory, each artefact loaded or made once."""
 
-import contextlib
 import dataclasses
-import datetime
 import functools
-import platform
-import shlex
-import sys
+import json
 import warnings
-from collections.abc import Callable, Iterable
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import data, diffusion, files, parallel, score_sets, training
+from dtrak_jax import (
+    data,
+    diffusion,
+    feature_sets,
+    files,
+    locks,
+    parallel,
+    provenance,
+    results,
+    score_sets,
+    training,
+)
 from dtrak_jax.attribution import Damping, Kernels, Scores
-from dtrak_jax.config import Config, flatten, locked
+from dtrak_jax.config import Config, flatten
 from dtrak_jax.digests import digest_tree
 from dtrak_jax.encoding.clip import Clip, kept_embeddings
 from dtrak_jax.encoding.latents import Latents
@@ -27,8 +32,6 @@ from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features, Projection, Task
 from dtrak_jax.network import Network, Params
-
-PACKAGES = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def once(method: Callable) -> Callable:
@@ -58,46 +61,46 @@ class Run:
     """Results that were loaded already, see `once`."""
 
     @classmethod
-    def open(cls, config: Config, workdir: epath.PathLike) -> "Run":
-        """Makes the run directory, or checks that it belongs to this config.
+    def at(cls, config: Config, workdir: epath.PathLike) -> "Run":
+        """Returns the run in a directory, which need not be there yet; writes nothing.
 
         Raises:
-          ValueError: the directory was made with other settings (names them), or holds
-            something else.
+          ValueError: the directory holds something else.
         """
-        run, settings = cls(config, files.at(workdir)), flatten(config)
-        if config.clip.folder:
-            # A wrong folder is refused now, not after hours of training.
-            Clip.from_folder(config.clip.folder)
+        run = cls(config, files.at(workdir))
         path = run.workdir / "config.json"
-        # A config that no stage has made anything of is no run yet.
-        if not files.is_empty(run.workdir, besides=path.name):
-            if not path.exists():
-                raise ValueError(
-                    f"{run.workdir} is not empty and holds no run; name another "
-                    "--workdir."
-                )
-            saved = flatten(Config()) | files.read_json(path)["config"]
-            differing = files.differences(locked(saved), locked(settings))
-            if differing:
-                raise ValueError(
-                    f"{run.workdir} belongs to another config: {'; '.join(differing)}. "
-                    "Name another --workdir, or delete that one."
-                )
+        if not path.exists() and not files.is_empty(run.workdir):
+            raise ValueError(
+                f"{run.workdir} is not empty and holds no run; name another --workdir."
+            )
         # Early, as gloo gives the processes 30 s to come to their first collective.
         parallel.barrier(f"read {path}")
-        if parallel.is_main_process():
-            installed = versions(PACKAGES) | {"python": platform.python_version()}
-            begun = (run.json("config") or {}).get("begun") or beginning()
-            described = {"config": settings, "versions": installed, "begun": begun}
-            files.write_json(path, described)
         return run
+
+    @classmethod
+    def open(cls, config: Config, workdir: epath.PathLike) -> "Run":
+        """Returns the run of `at`, and writes its config."""
+        run = cls.at(config, workdir)
+        run.record()
+        return run
+
+    def record(self) -> None:
+        """Writes config.json: the settings of the last command, and the packages."""
+        if parallel.is_main_process():
+            path = self.workdir / "config.json"
+            saved = files.read_json(path) if path.exists() else {}
+            described = {
+                "config": flatten(self.config),
+                "versions": provenance.environment(),
+                "begun": saved.get("begun") or provenance.beginning(),
+            }
+            files.write_json(path, described)
 
     # Data
 
     @functools.cached_property
     def chosen(self) -> data.Splits:
-        """The images that the config chooses, of which nothing is decoded or recorded."""
+        """The images that the source has now, of which nothing is decoded or recorded."""
         size, _, channels = self.space.image_shape
         return data.load(self.config.data, size, channels)
 
@@ -105,25 +108,28 @@ class Run:
     def splits(self) -> data.Splits:
         """The training and validation images, those that the first stage saw.
 
+        Other settings of the data choose anew.
+
         Raises:
           ValueError: the source has other ids, labels, groups or pixels than then.
         """
-        splits, path = self.chosen, self.workdir / "splits.npz"
-        roles = {"train": splits.train, "validation": splits.validation}
-        if parallel.is_main_process() and not path.exists():
-            columns = {"label_names": np.array(splits.train.label_names, str)}
-            for role, images in roles.items():
-                described = images.columns() | {"digests": images.digests}
-                columns |= {f"{role}_{name}": c for name, c in described.items()}
-            given = {"generated": self.generated} if self.config.queries.folder else {}
-            for text in data.remarks(roles | given, self.config.is_latent):
-                warnings.warn(text, stacklevel=2)
-            files.write_npz(path, **columns)
-        parallel.barrier(f"write {path}")
-        saved = files.read_npz(path)
-        return data.Splits(
-            **{role: images.recorded_in(saved, role) for role, images in roles.items()}
-        )
+        path = self.workdir / "splits.npz"
+        described = [locks.data_settings(self.config), self.space.image_shape]
+        settings = np.array(json.dumps(described))
+        saved = files.read_npz(path) if path.exists() else {}
+        # Files of earlier versions do not say by which settings images were chosen.
+        same = bool(saved) and saved.get("settings", settings) == settings
+        if not parallel.agreed(same):
+            if parallel.is_main_process():
+                sets = self.chosen._asdict()
+                if self.config.queries.folder:
+                    sets["generated"] = self.generated
+                for text in data.remarks(sets, self.config.is_latent):
+                    warnings.warn(text, stacklevel=2)
+                files.write_npz(path, settings=settings, **self.chosen.columns())
+            parallel.barrier(f"write {path}")
+            saved = files.read_npz(path)
+        return self.chosen.recorded_in(saved)
 
     @property
     def is_sampled(self) -> bool:
@@ -287,7 +293,7 @@ class Run:
 
     def features(self, name: str, measurement: str, folder: str = "") -> Features:
         """The features of "train", of a set of queries or of the "journey"."""
-        return Features.load(self.workdir / "features" / folder / name, measurement)
+        return Features.load(feature_sets.find(self, name, folder), measurement)
 
     # Scores
 
@@ -300,9 +306,11 @@ class Run:
     @once
     def kernels(self, measurement: str, folder: str = "") -> Kernels:
         """The kernels of the training images, factorised once for all methods and λ."""
+        store = feature_sets.find(self, "train", folder)
+        place = store.relative_to(self.workdir / "features")
         return Kernels(
-            self.features("train", measurement, folder),
-            store=self.workdir / "kernels" / folder / measurement,
+            Features.load(store, measurement),
+            store=self.workdir / "kernels" / place / measurement,
             solver=self.config.attribution.solver,
         )
 
@@ -327,9 +335,9 @@ class Run:
         return truth.load(self)
 
     def json(self, name: str) -> dict | None:
-        """The contents of NAME.json; None if there is none."""
-        path = self.workdir / f"{name}.json"
-        return files.read_json(path) if path.exists() else None
+        """The contents of NAME.json; None if there is none, or if it was made from other
+        artefacts than there are now, which is a warning."""
+        return results.load(self, name)
 
     @property
     def metrics(self) -> list[dict]:
@@ -342,20 +350,3 @@ class Run:
         """The versions of the packages that the run was last opened with."""
         return (self.json("config") or {"versions": {}})["versions"]
 
-
-def beginning() -> dict[str, str]:
-    """Returns the date, and the command that this process was started with, if any."""
-    command, now = Path(sys.argv[0]).name, datetime.datetime.now(datetime.UTC)
-    begun = {"begun": f"{now:%Y-%m-%d %H:%M} UTC"}
-    if command == "dtrak-jax":
-        begun["command"] = shlex.join([command, *sys.argv[1:]])
-    return begun
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those of the packages that are installed."""
-    installed = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            installed[name] = metadata.version(name)
-    return installed

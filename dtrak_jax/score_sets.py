@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from dtrak_jax import parallel
+from dtrak_jax import feature_sets, parallel
 from dtrak_jax.attribution import Scores
 from dtrak_jax.digests import digest
 from dtrak_jax.methods import METHODS
@@ -41,20 +41,22 @@ def is_made(run: "Run", method: str, queries: str) -> bool:
 
 
 def made_from(run: "Run", method: str) -> str:
-    """Returns the hash of all files and settings that a method's scores depend on."""
+    """Returns the hash of all artefacts and settings that a method's scores depend on."""
     row, settings = METHODS[method], run.config.attribution
-    paths = [run.workdir / "splits.npz"]
+    examples = [run.splits.train, *run.queries.values()]
+    parts = [method, *(images.digest for images in examples)]
+    if row.measurement:
+        parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
     for folder in row.folders(run.config):
-        for name in ("train", "journey", *run.config.query_sets):
-            paths.append(run.workdir / "features" / folder / name / "metadata.json")
-    if "retrain" in row.needs:
-        paths.append(run.outputs)
-    contents = [path.read_bytes() for path in paths if path.exists()]
+        # The names of stores say what they are made from.
+        parts += [
+            feature_sets.path(run, s).name for s in feature_sets.sets(run, folder)
+        ]
+    if "retrain" in row.needs and run.outputs.exists():
+        parts.append(run.outputs.read_bytes())
     if row.embeds:
-        contents.append(run.clip_network.digest)
-    solved = f"{settings.damping} {settings.absolute} {settings.solver}"
-    queries = [examples.digest for examples in run.queries.values()]
-    return digest(method, solved if row.measurement else "", *queries, *contents)
+        parts.append(run.clip_network.digest)
+    return digest(*parts)
 
 
 def _path(run: "Run", method: str, queries: str) -> epath.Path:

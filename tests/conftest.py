@@ -14,10 +14,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# The same operations in slower code, which takes a third less time to compile.
+# The same operations in slower code, which takes a third less time to compile; and
+# devices that wait for each other on a busy machine, as those of a command do.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1000000",
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and processes that tests start inherit it, and compile once for all.
@@ -141,6 +143,12 @@ def open_run(line):
     """The run of a command line."""
     _, config, options = cli.parse(line)
     return Run.open(config, options.workdir)
+
+
+def store_of(workdir, name):
+    """The feature store of a set of images, by the index that featurize writes."""
+    index = files.at(workdir) / "features" / "stores.json"
+    return files.at(workdir) / files.read_json(index)[name]
 
 
 def run_arrays(run):

@@ -13,7 +13,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import TINY, use_simple_network, use_two_devices
+from conftest import TINY, store_of, use_simple_network, use_two_devices
 from sklearn.datasets import load_digits
 
 import dtrak_jax as dtrak
@@ -88,7 +88,7 @@ def test_it_runs_and_shows_the_reports(
     assert report.startswith('<div><iframe srcdoc="&lt;!doctype html')
     scores = dtrak.Scores.load(workdir / "scores" / "dtrak-generated.npz")
     features = [
-        dtrak.Features.load(workdir / "features" / name, "square")
+        dtrak.Features.load(store_of(workdir, name), "square")
         for name in ("train", "generated")
     ]
     damped = dtrak.attribute(*features, damping=1.0)

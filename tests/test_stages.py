@@ -230,7 +230,7 @@ def test_a_command_says_and_makes_what_it_needs_first(tmp_path, capsys):
     _, error = capsys.readouterr()
     lines = [line.split(":")[0].strip() for line in error.splitlines() if ":" in line]
     assert lines[:4] == [
-        "attribute first makes what it needs",
+        "attribute does",
         "train",
         "sample",
         "retrain",

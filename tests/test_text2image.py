@@ -28,6 +28,8 @@ from dtrak_jax.config import (
 from dtrak_jax.encoding import encode
 from dtrak_jax.encoding.adapted import posterior_view
 from dtrak_jax.models import lora
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.lora_files import write_peft
 from dtrak_jax.planning import programs
 from dtrak_jax.run import Run
 
@@ -272,6 +274,25 @@ def test_adapters_that_another_program_made_are_attributed(run, tmp_path):
     )
     params = Run.open(other, tmp_path / "other").params()
     jax.tree.map(np.testing.assert_array_equal, params, run.params())
+
+    # Other adapters in the same run: all that is made of them is made again, as one.
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
+    shapes = parameter_shapes(run.space.pipeline.unet)
+    write_peft(tmp_path / "doubled", shapes, doubled, run.space.scales)
+    lora_file = LoRAConfig(file=str(tmp_path / "doubled"))
+    changed = dataclasses.replace(config, lora=lora_file)
+    again = pipeline.run("attribute", changed, tmp_path / "given")
+    assert again.params_digest() != given.params_digest()
+    for queries in ("validation", "generated"):
+        scores = again.scores("trak", queries).scores
+        assert not np.allclose(scores, run.scores("trak", queries).scores, rtol=0.01)
+    zero = jax.tree.map(np.zeros_like, params)
+    write_peft(tmp_path / "zero", shapes, zero, run.space.scales)
+    nothing = LoRAConfig(file=str(tmp_path / "zero"))
+    with pytest.raises(ValueError, match="whose adapters are all zero"):
+        pipeline.run(
+            "attribute", dataclasses.replace(config, lora=nothing), tmp_path / "given"
+        )
 
 
 def test_members_share_the_base_and_equal_the_main_model(run, tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dtrak_jax.checks import at_least, check_choices
+from dtrak_jax.checks import at_least, check_choices, seed
 from dtrak_jax.data.preprocess import check_colour
 
 SourceName = Literal["digits", "hands", "tfds", "folder", "artbench"]
@@ -82,7 +82,7 @@ class DataConfig:
         check_colour("data.background", self.background)
         at_least("data.train", self.train, 0)
         at_least("data.validation", self.validation, 0)
-        at_least("data.seed", self.seed, 0)
+        seed("data.seed", self.seed)
 
     @property
     def has_splits(self) -> bool:

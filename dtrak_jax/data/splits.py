@@ -26,6 +26,20 @@ class Splits(NamedTuple):
     train: Dataset
     validation: Dataset
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns ids, labels, captions, groups and digests of all images: splits.npz."""
+        columns = {"label_names": np.array(self.train.label_names, str)}
+        for role, images in self._asdict().items():
+            described = images.columns() | {"digests": images.digests}
+            columns |= {f"{role}_{name}": column for name, column in described.items()}
+        return columns
+
+    def recorded_in(self, saved: dict[str, np.ndarray]) -> "Splits":
+        """Returns the images, which must be those of `columns`; see `Dataset`."""
+        return Splits(
+            *(images.recorded_in(saved, r) for r, images in self._asdict().items())
+        )
+
 
 def load(config: DataConfig, size: int, channels: int) -> Splits:
     """Chooses the images that a configuration asks for; none is decoded yet.

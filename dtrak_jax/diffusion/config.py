@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtrak_jax.checks import at_least, between, check_choices, free
+from dtrak_jax.checks import at_least, between, check_choices, free, seed
 from dtrak_jax.diffusion.sampling import SamplerKind
 from dtrak_jax.diffusion.schedule import SCHEDULES, Prediction, Schedule, ScheduleName
 
@@ -63,7 +63,8 @@ class SampleConfig:
         at_least("sample.steps", self.steps, 1)
         between("sample.eta", self.eta, 0, 1)
         at_least("sample.batch_size", self.batch_size, 1)
-        at_least("sample.seed", self.seed, 0)
+        # Images have the seeds 1000 s, 1000 s + 1, ...
+        seed("sample.seed", self.seed, most=(2**32 - self.count) // 1000)
 
 
 def build_schedule(settings: DiffusionConfig) -> Schedule:

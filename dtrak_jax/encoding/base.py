@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax import data, models, parallel, training
+from dtrak_jax import data, locks, models, parallel, training
 from dtrak_jax.diffusion import scaled_linear_schedule
 from dtrak_jax.encoding import adapted
 from dtrak_jax.encoding.config import BaseConfig
@@ -87,7 +87,8 @@ def train_base(run: "Run") -> None:
     """Trains a small Stable Diffusion on plain pictures, or continues: base/."""
     if parallel.agreed(is_trained_base(run)):
         return
-    settings, workdir = run.config.base, run.workdir / "base_training"
+    locks.claim(run, locks.BASE)
+    settings, workdir = run.config.base, run.workdir / locks.BASE
     plain = plain_pictures(settings)
     tokenizer = models.Tokenizer.learn(plain.captions, LENGTH)
     text = models.CLIPText(text_config(tokenizer))
@@ -134,7 +135,10 @@ def train_base(run: "Run") -> None:
 
 def is_trained_base(run: "Run") -> bool:
     """Returns whether the base is there, or is not to be trained."""
-    return not run.config.base.pictures or (run.space.folder / models.INDEX).exists()
+    if not run.config.base.pictures:
+        return True
+    locks.check(run, locks.BASE)
+    return (run.space.folder / models.INDEX).exists()
 
 
 def plain_pictures(settings: BaseConfig) -> data.Dataset:

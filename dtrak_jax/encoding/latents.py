@@ -114,7 +114,13 @@ class Latents:
         settings, shapes = self.config.lora, parameter_shapes(self.pipeline.unet)
         if not settings.file:
             return None
-        return read_lora(settings.file, shapes, settings.leave_out_text_encoder)
+        adapters = read_lora(settings.file, shapes, settings.leave_out_text_encoder)
+        if not any(pair["up"].any() for pair in adapters[0].values()):
+            raise ValueError(
+                f"lora.file is {settings.file!r}, whose adapters are all zero: they "
+                "change nothing, as before the first step of training."
+            )
+        return adapters
 
     @property
     def given(self) -> Params:

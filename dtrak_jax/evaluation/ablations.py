@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dtrak_jax import files, parallel
+from dtrak_jax import feature_sets, files, parallel, results
 from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
     Kernels,
@@ -14,7 +14,7 @@ from dtrak_jax.evaluation import lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
-from dtrak_jax.features import Features, Projection
+from dtrak_jax.features import Projection
 from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
 
@@ -29,21 +29,22 @@ def ablate(run: Run) -> None:
         rows += _rows_of(run, arm, {n: truth[n] for n in arm.queries if n in truth})
     rows.sort(key=lambda row: run.config.ablation.studies.index(row["name"]))
     ceilings = {name: lds.ceiling(losses) for name, losses in truth.items()}
-    if parallel.is_main_process():
-        described = {name: best and best._asdict() for name, best in ceilings.items()}
-        result = {"rows": rows, "ceiling": described}
-        files.write_json(run.workdir / "ablations.json", result)
+    described = {name: best and best._asdict() for name, best in ceilings.items()}
+    result = {"rows": rows, "ceiling": described}
+    results.save(run, "ablations", result, ["retrained models", "model"])
 
 
 def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict]:
     """Returns the rows of one arm, from a file or computed."""
     path = run.workdir / "ablations" / "rows" / f"{arm.key}.json"
     arrays = (a for losses in truth.values() for a in (losses.outputs, losses.masks))
-    against = digest(*truth, *(array.tobytes() for array in arrays))
+    stores = (store(run, arm.spec, name) for name in ("train", *truth))
+    made_from = (feature_sets.path(run, features).name for features in stores)
+    against = digest(*truth, *(array.tobytes() for array in arrays), *made_from)
     if parallel.agreed(path.exists() and files.read_json(path)["truth"] == against):
         return files.read_json(path)["rows"]
     train, *queries = (
-        _features(run, arm.spec, name)[arm.measurement][arm.pairs]
+        featurize(run, store(run, arm.spec, name))[arm.measurement][arm.pairs]
         for name in ("train", *truth)
     )
     rows = arm_rows(arm, train, np.concatenate(queries, axis=1), truth)
@@ -52,7 +53,7 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
     return rows
 
 
-def _features(run: Run, spec: FeatureSpec, name: str) -> dict[str, Features]:
+def store(run: Run, spec: FeatureSpec, name: str) -> FeatureSet:
     """Returns the features of one set of images, in a store of the spec's."""
     task = run.task(
         measurement=spec.measurements,
@@ -62,11 +63,11 @@ def _features(run: Run, spec: FeatureSpec, name: str) -> dict[str, Features]:
         per_timestep=True,
         seed=spec.seed,
     )
-    store = f"ablations/features/{spec.name}/{name}"
+    folder = f"ablations/features/{spec.name}/{name}"
     projection = Projection(spec.projection, spec.dim, run.config.features.seed)
     last = spec.checkpoint == run.config.train.steps
     model = "" if last else f"checkpoints/{spec.checkpoint}"
-    return featurize(run, FeatureSet(store, name, task, projection, model))
+    return FeatureSet(folder, name, task, projection, model)
 
 
 def arm_rows(

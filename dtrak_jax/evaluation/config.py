@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dtrak_jax.checks import at_least, between, check_choices, free
+from dtrak_jax.checks import at_least, between, check_choices, free, seed
 from dtrak_jax.methods import MethodName
 
 
@@ -39,7 +39,7 @@ class EnsembleConfig:
             at_least(f"ensemble.{name}", getattr(self, name), 1)
         at_least("ensemble.models", self.models, 0)
         between("ensemble.fraction", self.fraction, 0.01, 0.99)
-        at_least("ensemble.seed", self.seed, 0)
+        seed("ensemble.seed", self.seed)
 
     @property
     def model_names(self) -> list[str]:
@@ -72,7 +72,7 @@ class CounterfactualConfig:
         check_choices("counterfactual", self)
         at_least("counterfactual.queries", self.queries, 1)
         at_least("counterfactual.count", self.count, 1)
-        at_least("counterfactual.seed", self.seed, 0)
+        seed("counterfactual.seed", self.seed)
         for name in ("methods", "squared"):
             if "random" in getattr(self, name):
                 raise ValueError(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax import data, diffusion, files, models, parallel, training
+from dtrak_jax import data, diffusion, files, models, parallel, results, training
 from dtrak_jax.encoding.encode import moments
 from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.outputs import measure
@@ -74,15 +74,17 @@ def counterfactual(run: Run) -> None:
             original=originals.images,
             **{choice.name: made for choice, made in images.items()},
         )
-        described = {"count": settings.count, "queries": queries, "seed": settings.seed}
-        described["steps"] = planned[0].steps
-        result = {"settings": described} | tables(metrics, queries)
-        files.write_json(run.workdir / "counterfactual.json", result)
+    described = {"count": settings.count, "queries": queries, "seed": settings.seed}
+    described["steps"] = planned[0].steps
+    result = {"settings": described} | tables(metrics, queries)
+    methods = dict.fromkeys(name for name, _ in run.config.removal_methods)
+    parts = ["model", *(f"scores of {name}" for name in methods)]
+    results.save(run, "counterfactual", result, parts)
 
 
 def check(run: Run) -> None:
     """Raises a ValueError unless there are generated images, and enough to remove."""
-    count, n = run.config.counterfactual.count, len(run.splits.train)
+    count, n = run.config.counterfactual.count, len(run.chosen.train)
     if not run.is_sampled:
         raise ValueError(
             "counterfactuals generate images again from their seeds: queries.folder must "
@@ -129,8 +131,8 @@ def _regenerate_with(run: Run, model: Model, rows: np.ndarray) -> None:
     images = run.space.decode(run.generate(params, seeds))
     if not np.isfinite(images).all():
         raise FloatingPointError(
-            f"an image that {name} generated has pixels that are not finite; delete its "
-            "folder and try a smaller train.learning_rate."
+            f"an image that {name} generated has pixels that are not finite; try a "
+            "smaller train.learning_rate."
         )
     pixels, losses = data.to_pixels(images), _losses(run, params, rows)
     files.write_npz(path, images=pixels, losses=losses, **made_from)

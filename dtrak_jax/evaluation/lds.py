@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.stats
 
-from dtrak_jax import attribution, files, parallel
+from dtrak_jax import attribution, parallel, results
 from dtrak_jax.attribution import Kernels
 from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.evaluation.statistics import (
@@ -40,8 +40,10 @@ def evaluate(run: "Run") -> None:
             for name, truth in run.truth().items()
         },
     }
+    methods = run.config.attribution.methods
+    parts = ["retrained models", *(f"scores of {name}" for name in methods)]
+    results.save(run, "lds", result, parts)
     if parallel.is_main_process():
-        files.write_json(run.workdir / "lds.json", result)
         print(table(result))
 
 

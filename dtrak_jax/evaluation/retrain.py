@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import files, parallel, training
+from dtrak_jax import files, locks, parallel, training
 from dtrak_jax.config import Config
 from dtrak_jax.evaluation import truth
 from dtrak_jax.evaluation.outputs import measure, timestep_grid
@@ -60,6 +60,7 @@ def train(
     """Trains members as the run's model was trained, but for their rows and steps."""
     # Images are decoded only where they are needed.
     if not parallel.agreed(are_trained(run, members, steps, folder)):
+        locks.claim(run, folder)
         training.train_members(
             run.recipe(steps),
             run.space.training_examples,
@@ -75,7 +76,12 @@ def train(
 def are_trained(
     run: Run, members: Sequence[training.Member], steps: int, folder: str = "ensemble"
 ) -> bool:
-    """Returns whether members have the last checkpoint of so many steps."""
+    """Returns whether members have the last checkpoint of so many steps.
+
+    Raises:
+      ValueError: there are models that were trained with something else.
+    """
+    locks.check(run, folder)
     paths = (run.workdir / folder / member.name for member in members)
     return all(training.latest_step(path) == steps for path in paths)
 

@@ -161,23 +161,13 @@ class Store:
             array("losses", [metadata["pairs"]]),
         )
 
-    def note(self, made_from: dict[str, str]) -> None:
-        """Keeps in the metadata what the features were made from; see `is_made_from`."""
-        if parallel.is_main_process():
-            metadata = self.metadata | {"made_from": made_from}
-            files.write_json(self.folder / "metadata.json", metadata)
+    @property
+    def is_whole(self) -> bool:
+        """True if it has the features of every example.
 
-    def is_made_from(
-        self, made_from: dict[str, str], measurements: Collection[str]
-    ) -> bool:
-        """Returns True if it has these features of every example, as `note` was told.
-
-        Unlike a comparison of fingerprints, nothing is traced or hashed. Processes may
-        see different answers while others write.
+        Processes may see different answers while others write.
         """
-        same = self.metadata.get("made_from") == made_from
-        present = self.phi.keys() >= set(measurements)
-        return same and present and bool(self._done().all())
+        return bool(self._done().all())
 
     def _done(self) -> np.ndarray:
         """Returns True for each row that is there."""

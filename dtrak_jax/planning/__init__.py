@@ -12,7 +12,8 @@ from dtrak_jax.planning.costs import DISTRIBUTIONS, cost
 from dtrak_jax.planning.table import Row, as_text, total
 from dtrak_jax.planning.topology import Topology, find
 from dtrak_jax.progress import progress
-from dtrak_jax.run import Run, versions
+from dtrak_jax.provenance import versions
+from dtrak_jax.run import Run
 
 __all__ = ["Row", "Topology", "as_text", "find", "plan", "save"]
 

@@ -14,7 +14,7 @@ from jax.extend.core import primitives
 
 from dtrak_jax import files
 from dtrak_jax.parallel import P, Program, sharded
-from dtrak_jax.run import versions
+from dtrak_jax.provenance import versions
 
 PASSES = 6
 """A TPU adds up so many bfloat16 products for a float32 one at precision "highest"."""

@@ -30,12 +30,12 @@ def passes(run: Run) -> dict[str, float]:
     queries = sum(run.query_counts.values())
     images = run.counts["train"] + queries
     training = 3 * config.train.steps * config.train.batch_size
-    task, specs = run.task(), {arm.spec for arm in arms(config)}
+    settings, specs = config.features, {arm.spec for arm in arms(config)}
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
     members = ensemble.subsets * ensemble.seeds
     models = members * member_steps(config) / config.train.steps + ensemble.models
-    noised = ensemble.timesteps
-    noised = ensemble.draws * (noised if isinstance(noised, int) else len(noised))
+    noised = ensemble.draws * number(ensemble.timesteps)
+    pairs = settings.draws * number(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
     removals *= 1 - removal.count / run.counts["train"]
 
@@ -47,7 +47,7 @@ def passes(run: Run) -> dict[str, float]:
         "train": 0 if config.is_given else training,
         "sample": run.is_sampled * config.sample.count * config.sample.steps,
         "retrain": training * models + members * noised * queries,
-        "featurize": len(stores) * gradients(len(task.pairs), len(task.measurements)),
+        "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
@@ -57,10 +57,16 @@ def passes(run: Run) -> dict[str, float]:
     }
 
 
+def number(timesteps: int | tuple[int, ...]) -> int:
+    """Returns how many timesteps a setting names, or is."""
+    return timesteps if isinstance(timesteps, int) else len(timesteps)
+
+
 def describe(stage: str, run: Run) -> str:
     """Returns what a stage does in words, such as "2,000 steps of 64 images"."""
     config, ensemble = run.config, run.config.ensemble
     images = sum(run.counts.values())
+    removal = config.counterfactual
     more = f", {ensemble.models} of {config.train.steps:,}" if ensemble.models else ""
     words = {
         "base": f"a small Stable Diffusion, {config.base.autoencoder_steps:,} and "
@@ -76,6 +82,12 @@ def describe(stage: str, run: Run) -> str:
         f"{member_steps(config):,} steps{more}",
         "featurize": f"gradients of {images:,} images",
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
+        "lds": "scores against retrained models",
+        "counterfactual": f"{removal.queries:,} images for each of "
+        f"{len(config.removal_methods) + 1} choices of {removal.count:,} to remove, a "
+        "model each",
+        "ablate": f"the studies {', '.join(config.ablation.studies)}",
+        "report": "one page to look at",
     }
     return words[stage]
 

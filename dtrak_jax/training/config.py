@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtrak_jax.checks import at_least, between, free, positive
+from dtrak_jax.checks import at_least, between, free, positive, seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class TrainConfig:
     """The share of captions that are left out in a step, in text-to-image."""
     ema_decay: float = 0.0
     """Decay of the averaged parameters, which then are the model; 0 is off."""
-    checkpoints: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    checkpoints: tuple[float, ...] = free((0.25, 0.5, 0.75, 1.0))
     """Fractions of the run whose state is kept; the last one must be 1."""
-    save_every: int = 1000
+    save_every: int = free(1000)
     """Steps between the checkpoints that an interrupted run continues from."""
-    log_every: int = 50
+    log_every: int = free(50)
     """Steps between two lines of metrics.jsonl."""
     fsdp: bool = free(False)
     """Spread the parameters, their averages and AdamW's moments over the devices (fully
@@ -58,8 +58,8 @@ class TrainConfig:
                 f"train.checkpoints is {self.checkpoints}; the last one must be 1.0, "
                 "the end of the run."
             )
-        at_least("train.seed", self.seed, 0)
-        between("train.seed", self.seed, 0, 2**32 - 1)
+        # Counterfactuals train a control with the next seed.
+        seed("train.seed", self.seed, most=2**32 - 2)
 
 
 def kept_steps(config: TrainConfig) -> list[int]:

@@ -188,6 +188,6 @@ def _save(folders: Sequence[epath.Path], step: int, states, end: int) -> None:
         if not np.isfinite(state.loss_sum):
             raise FloatingPointError(
                 f"the training loss of {folder.name} is not finite by step {step}; "
-                "try a smaller train.learning_rate in a new workdir."
+                "try a smaller train.learning_rate."
             )
         checkpoint.save_alone(folder, step, trained(state) if step == end else state)

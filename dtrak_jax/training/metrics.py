@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, path: epath.PathLike, start: int, config: TrainConfig):
         self.path, self.every = files.at(path), config.log_every
         self.rate = jax.jit(learning_rate(config))
-        self.step, self.time = start, time.time()
+        self.start, self.step, self.time = start, start, time.time()
         lines = files.read_json_lines(self.path) if self.path.exists() else []
         # Steps after the checkpoint are done again, and their lines written again.
         self.lines = [line for line in lines if line["step"] <= start]
@@ -33,11 +33,14 @@ class Metrics:
           FloatingPointError: the loss is not finite.
         """
         before = (step - 1) // self.every * self.every
+        if before < self.start and self.lines:
+            # The sum began at the last line, which another setting may have decided.
+            before = self.lines[-1]["step"]
         loss, now = float(loss_sum) / (step - before), time.time()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss} between steps {before} and {step}; "
-                "try a smaller train.learning_rate in a new workdir."
+                "try a smaller train.learning_rate."
             )
         rate, speed = self.rate(step - 1), (step - self.step) / (now - self.time)
         line = {"step": step, "loss": loss, "learning_rate": float(rate)}

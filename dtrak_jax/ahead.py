@@ -1,0 +1,255 @@
+"""What is checked of each stage before a command writes anything.
+
+Every function takes the run and raises the error that the stage itself would raise later,
+from settings, names of files and shapes alone: no training image is decoded.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+from dtrak_jax import feature_sets, locks
+from dtrak_jax.attribution.scoring import OUTPUTS
+from dtrak_jax.checks import seed
+from dtrak_jax.encoding.clip import Clip
+from dtrak_jax.encoding.encode import check_captions
+from dtrak_jax.evaluation import ablations, counterfactual
+from dtrak_jax.evaluation.arms import arms
+from dtrak_jax.evaluation.outputs import timestep_grid
+from dtrak_jax.evaluation.truth import MIN_SUBSETS
+from dtrak_jax.features.gradients import variables
+from dtrak_jax.methods import METHODS
+from dtrak_jax.models import INDEX
+from dtrak_jax.models.functions import parameter_shapes
+from dtrak_jax.models.lora import targets
+from dtrak_jax.planning import space
+from dtrak_jax.planning.space import Space, in_words
+from dtrak_jax.run import Run
+from dtrak_jax.training import checkpoint
+from dtrak_jax.training.step import learning_rate
+
+
+def data(run: Run) -> None:
+    """Checks the pictures, the queries that are given, and CLIP."""
+    train, validation = run.chosen
+    given = {"train": train, "validation": validation}
+    if run.config.queries.folder:
+        given["generated"] = run.generated
+        # They are decoded now, not after training.
+        run.generated.digest  # noqa: B018
+    if run.config.clip.folder:
+        Clip.from_folder(run.config.clip.folder)
+    for name, images in given.items() if run.config.is_latent else ():
+        if len(images):
+            check_captions(name, images)
+
+
+def has_network(run: Run) -> bool:
+    """Returns whether the network is known, which a base that is not trained decides."""
+    return not run.config.base.pictures or (run.space.folder / INDEX).exists()
+
+
+def model(run: Run) -> None:
+    """Checks the network, its weights if it is given, and the base of text-to-image."""
+    locks.check(run, locks.BASE, pixels=False)
+    if has_network(run):
+        run.param_shapes  # noqa: B018
+        if run.config.is_given:
+            run.params()
+
+
+def train(run: Run) -> None:
+    """Checks the settings of training, and that what is trained belongs to them."""
+    if run.config.is_given:
+        return
+    learning_rate(run.config.train)
+    locks.check(run, "checkpoints", pixels=False)
+    if run.config.base.folder:
+        check_rank(run)
+
+
+def check_rank(run: Run) -> None:
+    """Warns of adapters with more columns than their layer has."""
+    rank = run.config.lora.rank
+    layers = targets(run.config.lora, parameter_shapes(run.space.pipeline.unet))
+    narrow = {path: min(sizes) for path, sizes in layers.items() if min(sizes) < rank}
+    if narrow:
+        path, width = min(narrow.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"lora.rank is {rank}, more than the {width} channels of {path}: adapters of "
+            "a higher rank can do no more than those of that rank.",
+            stacklevel=2,
+        )
+
+
+def sample(run: Run) -> None:
+    """Checks the settings of sampling."""
+    settings = run.config.sample
+    if not run.is_sampled:
+        return
+    if len(settings.prompts) > settings.count:
+        raise ValueError(
+            f"sample.prompts has {len(settings.prompts)} prompts and sample.count is "
+            f"{settings.count}; there must be an image or more for each prompt."
+        )
+    if settings.prompts and not run.config.is_latent:
+        raise ValueError(
+            f"sample.prompts is {settings.prompts}, but the model takes no prompts: "
+            "base.folder is empty and base.pictures 0. Leave the prompts out."
+        )
+
+
+def featurize(run: Run) -> None:
+    """Checks that every task can be made, and of kept steps that they were kept."""
+    if not has_network(run):
+        return
+    settings = run.config.features
+    for folder in feature_sets.folders(run.config):
+        try:
+            for features in feature_sets.sets(run, folder):
+                p = sum(
+                    leaf.size for leaf in variables(features.task, run.param_shapes, {})
+                )
+        except ValueError as error:
+            raise ValueError(f"features.{error}") from error
+        if folder.startswith("checkpoints/") and not run.config.is_given:
+            check_kept(run, int(folder.partition("/")[2]))
+    if settings.projection != "none" and settings.dim > p:
+        warnings.warn(
+            f"features.dim is {settings.dim}, and a gradient has {p} numbers: "
+            "features.projection=none keeps all of them in less space.",
+            stacklevel=2,
+        )
+
+
+def check_kept(run: Run, step: int) -> None:
+    """Raises a ValueError if training has passed a step without keeping it."""
+    steps = checkpoint.steps(run.workdir / "checkpoints")
+    if step not in steps and max(steps, default=0) > step:
+        raise ValueError(
+            f"train.checkpoints is {run.config.train.checkpoints}, but training has "
+            f"passed step {step} and did not keep it; the steps that are there are "
+            f"{sorted(steps)}."
+        )
+
+
+def attribute(run: Run) -> None:
+    """Checks that kernels fit memory, and that there are enough retrained models."""
+    config = run.config
+    learnt = [name for name in config.methods if METHODS[name].inputs is OUTPUTS]
+    if learnt:
+        check_subsets(run, MIN_SUBSETS, f"method {learnt[0]!r}")
+
+
+def retrain(run: Run) -> None:
+    """Checks the subsets and the measurement of losses."""
+    settings, n = run.config.ensemble, len(run.chosen.train)
+    if has_network(run):
+        timestep_grid(settings.timesteps, run.schedule)
+    locks.check(run, "ensemble", pixels=False)
+    if not 1 <= round(settings.fraction * n) < n:
+        raise ValueError(
+            f"ensemble.fraction is {settings.fraction}: of {n} training images a subset "
+            f"would have {round(settings.fraction * n)}; it must have 1 to {n - 1}."
+        )
+
+
+def lds(run: Run) -> None:
+    """Checks that there are as many subsets as an interval needs."""
+    learnt = [m for m in run.config.attribution.methods if METHODS[m].learn]
+    check_subsets(run, MIN_SUBSETS, "the LDS")
+    if learnt:
+        check_subsets(run, 2 * MIN_SUBSETS, f"the LDS of method {learnt[0]!r}")
+
+
+def check_subsets(run: Run, least: int, what: str) -> None:
+    """Raises a ValueError unless there are at least so many subsets."""
+    subsets = run.config.ensemble.subsets
+    if subsets < least:
+        raise ValueError(
+            f"ensemble.subsets is {subsets}; {what} needs at least {least}."
+        )
+
+
+def removal(run: Run) -> None:
+    """Checks how many training images counterfactuals remove, and which models."""
+    counterfactual.check(run)
+    locks.check(run, "counterfactual", pixels=False)
+
+
+def ablate(run: Run) -> None:
+    """Checks the timesteps and seeds of all arms."""
+    check_subsets(run, MIN_SUBSETS, "an ablation")
+    if run.config.is_given and "checkpoint" in run.config.ablation.studies:
+        raise ValueError(
+            "ablation.studies has 'checkpoint', but the model is given and has no "
+            "checkpoints of training; leave it out."
+        )
+    for spec in {arm.spec for arm in arms(run.config)} if has_network(run) else ():
+        seed("features.seed + ablation.noise_seeds - 1", spec.seed)
+        changes = {
+            name: getattr(spec, name) for name in ("timesteps", "draws", "noise")
+        }
+        run.task(measurement=spec.measurements, per_timestep=True, **changes)
+
+
+CHECKS = {
+    "base": model,
+    "encode": data,
+    "train": train,
+    "sample": sample,
+    "retrain": retrain,
+    "featurize": featurize,
+    "attribute": attribute,
+    "lds": lds,
+    "counterfactual": removal,
+    "ablate": ablate,
+}
+"""The function that checks a stage; the report shows whatever there is."""
+
+
+def check(run: Run, stage: str) -> None:
+    """Raises what a stage would raise of settings and files."""
+    if stage in CHECKS:
+        CHECKS[stage](run)
+
+
+def fits(run: Run, stages: Sequence[str]) -> Space:
+    """Returns the disk and memory that models, features and kernels of stages take.
+
+    Raises:
+      MemoryError: this host has too little memory for them.
+      OSError: they do not fit the disk of the run directory.
+    """
+    if not has_network(run):
+        return Space()
+    taken, config = space.models(run, stages), run.config
+    if "featurize" in stages:
+        wanted = feature_sets.wanted(run)
+        # Where all stages before are done, stores are known that are there already.
+        besides_made = stages[0] == "featurize"
+        taken = taken.beside(space.features(run, wanted, besides_made))
+    if "attribute" in stages:
+        taken = taken.beside(space.kernels(run))
+    if "ablate" in stages:
+        specs = {arm.spec for arm in arms(config)}
+        names = ("train", *config.query_sets)
+        wanted = [ablations.store(run, spec, name) for spec in specs for name in names]
+        taken = taken.beside(space.features(run, wanted, stages[0] == "ablate"))
+    memory, disk = space.memory(), space.free_disk(run.workdir)
+    what = (
+        f"models, features and kernels of {len(run.chosen.train)} training images with "
+        f"features.timesteps={config.features.timesteps}, features.dim="
+        f"{config.features.dim} and ensemble.subsets={config.ensemble.subsets} take"
+    )
+    if taken.memory > memory:
+        raise MemoryError(
+            f"{what} about {in_words(taken.memory)} of memory; this host has "
+            f"{in_words(memory)}. Take fewer or smaller ones."
+        )
+    if disk is not None and taken.disk > disk:
+        raise OSError(
+            f"{what} {in_words(taken.disk)} on the disk of {run.workdir}, where "
+            f"{in_words(disk)} are free. Take fewer or smaller ones, or name a --workdir "
+            "on another disk."
+        )
+    return taken

@@ -1,0 +1,143 @@
+"""What artefacts are made from; and trained models, which belong to it.
+
+Training is what costs, so no command takes a model of other settings or pictures for its
+own, or throws it away. Everything else in a run directory is made again where what it is
+made from has changed.
+"""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+from etils import epath
+
+from dtrak_jax import files, parallel, training
+from dtrak_jax.config import TRAINED, Config, deciding, flatten
+from dtrak_jax.digests import digest, digest_tree
+
+if TYPE_CHECKING:
+    from dtrak_jax.run import Run
+
+RECORD = "made_from.json"
+OTHER = {
+    "ids": "there are other training images there",
+    "images": "the training images have other pixels or captions there",
+    "network": "the network is another there",
+    "schedule": "the noise schedule is another there",
+}
+BASE = "base_training"
+"""The folder of models that are trained on other pictures than the run's."""
+
+
+def check(run: "Run", folder: str, pixels: bool = True) -> None:
+    """Raises a ValueError that names what a folder's models were trained with, if this
+    run would train them with something else.
+
+    Without `pixels` no image is decoded, and nothing written: settings and ids are
+    compared alone.
+    """
+    path, saved = run.workdir / folder, _recorded(run, folder)
+    if saved is None:
+        return
+    current = _made_from(run, folder, pixels)
+    defaults = deciding(Config(), TRAINED[folder])
+    differing = files.differences(
+        {name: {**defaults, **saved["settings"]}.get(name) for name in defaults},
+        current["settings"],
+    )
+    # Contents decide, and settings explain.
+    other = [p for p in OTHER if p in saved and saved[p] != current.get(p, saved[p])]
+    if other and not differing:
+        differing = files.differences(saved["data"], current["data"])
+        if not differing and (run.workdir / "splits.npz").exists():
+            run.splits  # noqa: B018 - It raises an error that names an image.
+        differing = differing or [OTHER[other[0]]]
+    if differing:
+        raise ValueError(
+            f"{path} has what was trained with other settings or pictures: "
+            f"{'; '.join(differing)}. Go back to these; or name another --workdir; or "
+            f"delete {path}, and it is trained again."
+        )
+
+
+def claim(run: "Run", folder: str) -> None:
+    """Records what a folder's models are trained with, or raises as `check` does."""
+    check(run, folder)
+    path = run.workdir / folder / RECORD
+    # All processes look at the pictures together.
+    made_from = _made_from(run, folder, pixels=True)
+    if parallel.is_main_process() and _recorded(run, folder) is None:
+        files.write_json(path, made_from)
+    parallel.barrier(f"write {path}")
+
+
+def data_settings(config: Config) -> dict[str, object]:
+    """Returns the settings that decide which images there are, and their pixels."""
+    settings = deciding(config, ("data",))
+    return {n: v for n, v in settings.items() if n not in ("data.flip", "data.groups")}
+
+
+def examples_digest(run: "Run", name: str) -> str:
+    """Returns the hash of all that the network is given of "train" or of queries."""
+    examples, base = run.examples(name), run.space.digest
+    if not base:
+        return examples.digest
+    return digest(examples.digest, base, *map(str, examples.captions))
+
+
+def samples_made_from(run: "Run") -> dict[str, np.ndarray]:
+    """Returns all that decides the generated images, as their file has it."""
+    prompts = run.space.prompts
+    described = {
+        "settings": deciding(run.config, ("sample",)),
+        "network": run.network.settings,
+        "schedule": schedule_digest(run.schedule),
+        "base": run.space.digest,
+        "prompts": None if prompts is None else prompts.tolist(),
+    }
+    model = np.array(run.params_digest())
+    return {"made_from": np.array(json.dumps(described)), "model": model}
+
+
+def schedule_digest(schedule) -> str:
+    """Returns the hash of all that a noise schedule is made of."""
+    return digest_tree(dataclasses.astuple(schedule))
+
+
+def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
+    settings = {"settings": deciding(run.config, TRAINED[folder])}
+    if folder == BASE:
+        return settings
+    made_from = settings | {
+        "data": data_settings(run.config),
+        "ids": digest(*map(str, run.chosen.train.ids)),
+    }
+    if run.config.model.folder or run.config.is_latent:
+        # A folder decides what settings decide otherwise.
+        made_from["network"] = digest(run.network.settings)
+        made_from["schedule"] = schedule_digest(run.schedule)
+    return made_from | ({"images": examples_digest(run, "train")} if pixels else {})
+
+
+def _recorded(run: "Run", folder: str) -> dict | None:
+    """Returns what models of a folder were trained with; None if there are none."""
+    path = run.workdir / folder
+    if not _has_models(path):
+        return None
+    if (path / RECORD).exists():
+        return files.read_json(path / RECORD)
+    # Directories of earlier versions have one config for all.
+    saved, names = run.json("config"), deciding(Config(), TRAINED[folder])
+    settings = flatten(Config()) | (saved["config"] if saved else {})
+    return {"settings": {name: settings[name] for name in names}}
+
+
+def _has_models(path: epath.Path) -> bool:
+    """Returns whether there is a checkpoint in a folder, or in one that it has."""
+    if training.latest_step(path):
+        return True
+    inner = (p for p in path.iterdir() if p.is_dir()) if path.exists() else ()
+    return any(
+        training.latest_step(folder) for p in inner for folder in (p, p / "checkpoints")
+    )

@@ -1,0 +1,60 @@
+"""What a command says of its stages, before and after, on standard error.
+
+Standard output is for results.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from dtrak_jax import parallel
+from dtrak_jax.planning import work
+from dtrak_jax.planning.space import Space, in_words
+from dtrak_jax.run import Run
+
+AFTER = {
+    "base": ("base", "encode"),
+    "encode": ("encoded", "train"),
+    "train": ("checkpoints", "sample"),
+    "sample": ("samples", "featurize"),
+    "retrain": ("ensemble", "lds"),
+    "featurize": ("features", "attribute"),
+    "attribute": ("scores", "report"),
+    "lds": ("lds.json", "report"),
+    "counterfactual": ("counterfactual.json", "report"),
+    "ablate": ("ablations.json", "report"),
+    "report": ("", "lds"),
+}
+"""Where in the run directory a stage's artefacts are, and the command that follows."""
+
+
+def before(command: str, run: Run, stages: Sequence[str], taken: Space) -> None:
+    """Prints what a command will do, and what that takes of time, disk and memory."""
+    if not parallel.is_main_process():
+        return
+    lines = [f"  {name}: {work.describe(name, run)}" for name in stages]
+    lines = [f"{command} does:", *lines] if len(stages) > 1 else [lines[0].strip()]
+    seconds = work.seconds(stages, run)
+    if seconds:
+        took = work.duration(seconds)
+        lines.append(f"From nothing, all of it takes about {took} on these devices.")
+    if taken.disk:
+        lines.append(f"What stays on disk takes {in_words(taken.disk)}.")
+    if taken.memory:
+        memory = in_words(taken.memory)
+        lines.append(f"Features and kernels take up to {memory} of memory.")
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+def after(run: Run, stage: str, following: str | None) -> None:
+    """Prints where a stage's artefacts are, and what comes next."""
+    if not parallel.is_main_process():
+        return
+    place, command = AFTER[stage]
+    path = run.workdir / place
+    made = f"{path} is complete" if path.exists() else "there was nothing to make"
+    coming = following or f"`dtrak-jax {command}`"
+    said = f"{stage}: {made}; next: {coming}."
+    if not place:
+        # Whoever called the command for its report says where that is.
+        said = f"next: {coming} measures how far the scores can be trusted."
+    print(said, file=sys.stderr)

@@ -1,0 +1,36 @@
+"""What a result was made with: the packages, the date and the command."""
+
+import contextlib
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+"""The packages that a run directory names."""
+
+
+def environment() -> dict[str, str]:
+    """Returns the versions of `PACKAGES` and of Python."""
+    return versions(PACKAGES) | {"python": platform.python_version()}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those of the packages that are installed."""
+    installed = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
+
+
+def beginning() -> dict[str, str]:
+    """Returns the date, and the command that this process was started with, if any."""
+    command, now = Path(sys.argv[0]).name, datetime.datetime.now(datetime.UTC)
+    begun = {"begun": f"{now:%Y-%m-%d %H:%M} UTC"}
+    if command == "dtrak-jax":
+        begun["command"] = shlex.join([command, *sys.argv[1:]])
+    return begun
