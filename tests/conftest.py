@@ -147,8 +147,7 @@ def open_run(line):
 
 def store_of(workdir, name):
     """The feature store of a set of images, by the index that featurize writes."""
-    index = files.at(workdir) / "features" / "stores.json"
-    return files.at(workdir) / files.read_json(index)[name]
+    return workdir / files.read_json(workdir / "features" / "stores.json")[name]
 
 
 def run_arrays(run):

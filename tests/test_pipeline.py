@@ -411,12 +411,12 @@ def test_free_settings_may_change(simple, whole, tmp_path):
     cli.main(command("report", workdir, report__queries="1"))
     assert (workdir / "report.html").read_text() != before
     metadata = store_of(workdir, "train") / "metadata.json"
-    kept = metadata.stat().mtime
+    kept = metadata.stat().st_mtime_ns
     cli.main(command("run", workdir, attribution__damping="0.7"))
     assert Scores.load(workdir / "scores" / "trak-generated.npz").damping[0] == 0.7
     saved = files.read_json(workdir / "config.json")["config"]
     assert saved["attribution.damping"] == 0.7
-    assert metadata.stat().mtime == kept
+    assert metadata.stat().st_mtime_ns == kept
 
 
 def test_a_profile_is_a_trace(simple, whole, tmp_path):
