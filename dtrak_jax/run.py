@@ -349,4 +349,3 @@ class Run:
     def versions(self) -> dict[str, str]:
         """The versions of the packages that the run was last opened with."""
         return (self.json("config") or {"versions": {}})["versions"]
-

@@ -14,6 +14,7 @@ from dtrak_jax import diffusion
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.methods import METHODS
+from dtrak_jax.network import network_params
 from dtrak_jax.run import Run
 
 WORTH_TIMING = 200_000
@@ -45,7 +46,10 @@ def passes(run: Run) -> dict[str, float]:
 
     return {
         "train": 0 if config.is_given else training,
-        "sample": run.is_sampled * config.sample.count * config.sample.steps,
+        "sample": run.is_sampled
+        * config.sample.count
+        * config.sample.steps
+        * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # Two controls keep all images.
@@ -55,6 +59,11 @@ def passes(run: Run) -> dict[str, float]:
             for spec in specs
         ),
     }
+
+
+def sides(run: Run) -> int:
+    """Returns the passes of an image in a sampling step: guidance has two sides."""
+    return 2 if run.config.is_latent else 1
 
 
 def number(timesteps: int | tuple[int, ...]) -> int:
@@ -93,9 +102,10 @@ def describe(stage: str, run: Run) -> str:
 
 
 def seconds(stages: Sequence[str], run: Run) -> float | None:
-    """Returns about how long stages take; None if they are too short to tell."""
-    if run.config.is_latent:
-        return None  # Its passes are not told apart by the time of one.
+    """Returns about how long stages take; None if they are too short to tell, or if
+    nobody knows the network yet, as of a base that is to be trained."""
+    if "base" in stages and run.config.base.pictures:
+        return None
     by_stage = passes(run)
     total = sum(by_stage.get(stage, 0) for stage in stages)
     if run.metrics:
@@ -105,12 +115,14 @@ def seconds(stages: Sequence[str], run: Run) -> float | None:
     return None if total < WORTH_TIMING else total * seconds_of_pass(run)
 
 
-def seconds_of_pass(run: Run, images: int = 64) -> float:
-    """Times a sampling step with constant parameters, so many images on each device."""
-    devices = jax.local_devices()
-    network = run.space.sampled, run.param_shapes, run.space.sampler, run.network.shape
-    count = images * len(devices)
-    program, _ = diffusion.sample_program(*network, count, images, devices)
+def seconds_of_pass(run: Run) -> float:
+    """Times a sampling step with constant parameters, some images on each device."""
+    devices, given = jax.local_devices(), run.space.shapes
+    images = 4 if run.config.is_latent else 64
+    params = network_params(run.param_shapes, given.frozen)
+    network = run.space.sampled, params, run.space.sampler, run.network.shape
+    count, cond = images * len(devices), given.cond and (given.cond, given.cond)
+    program, _ = diffusion.sample_program(*network, count, images, devices, cond)
     arguments = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), program.arguments
     )
@@ -121,7 +133,7 @@ def seconds_of_pass(run: Run, images: int = 64) -> float:
         start = time.perf_counter()
         jax.block_until_ready(program.function(*arguments))
         times.append(time.perf_counter() - start)
-    return float(np.median(times)) / images / jax.device_count()
+    return float(np.median(times)) / images / sides(run) / jax.device_count()
 
 
 def duration(seconds: float) -> str:
