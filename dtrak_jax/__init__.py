@@ -5,6 +5,7 @@ from dtrak_jax.attribution import Scores, absolute, damping_path
 from dtrak_jax.diffusion import (
     Schedule,
     cosine_schedule,
+    flow_schedule,
     linear_schedule,
     scaled_linear_schedule,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "damping_path",
     "distortion",
     "featurize",
+    "flow_schedule",
     "layer",
     "linear_schedule",
     "merge",

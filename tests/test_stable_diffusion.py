@@ -107,7 +107,9 @@ def test_guided_sampling_equals_diffusers(golden, folder, one_device):
     apply = diffusion.guided(apply_fn(parts.unet), 3.0)
     step = sampling.step_function(apply, sampler, parallel.mesh(jax.local_devices()))
     x, cond = nhwc(golden["latents"]), (context, negative)
-    timesteps = diffusion.sampling_timesteps(sampler)
+    timesteps = diffusion.sampling_timesteps(
+        sampler.schedule, sampler.steps, sampler.offset
+    )
     assert timesteps.tolist() == [501, 1]
     for t, s in zip(timesteps, [1, -1], strict=True):
         x, _ = step(params["unet"], x, np.zeros(2, np.uint32), cond, t, s)

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from dtrak_jax.checks import check_fields, one_of
-from dtrak_jax.diffusion.schedule import (
-    DIFFUSERS_FILE,
-    Schedule,
-    scaled_linear_schedule,
-)
+from dtrak_jax.diffusion.schedule import Schedule, scaled_linear_schedule
+from dtrak_jax.diffusion.scheduler_config import DIFFUSERS_FILE
 from dtrak_jax.files import at, is_remote, read_json, write_json
 from dtrak_jax.models import clip_folder, convert
 from dtrak_jax.models.autoencoder import (
