@@ -205,8 +205,8 @@ def test_pictures_may_have_another_size(folder):
         ),
         (
             "scheduler/scheduler_config.json",
-            {"_class_name": "EulerDiscreteScheduler"},
-            ("'EulerDiscreteScheduler'", "'DDIMScheduler'"),
+            {"_class_name": "EDMEulerScheduler"},
+            ("'EDMEulerScheduler'", "'DDIMScheduler'"),
         ),
     ],
 )

@@ -12,6 +12,7 @@ from etils import epath
 
 from dtrak_jax.checks import at_least, one_of, positive
 from dtrak_jax.diffusion.scheduler_config import read_scheduler
+from dtrak_jax.network import Apply
 
 Prediction = Literal["epsilon", "v", "sample", "flow"]
 
@@ -187,6 +188,16 @@ class Schedule:
             return 1 - sigma, sigma
         alpha_bar = jnp.asarray(self.alpha_bar)[t].reshape(shape)
         return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+
+
+@functools.cache
+def in_own_time(apply: Apply, schedule: Schedule) -> Apply:
+    """Returns a network as a function of the schedule's timesteps t = 0 ... T-1."""
+
+    def apply_at(params, x, t, cond):
+        return apply(params, x, schedule.times(t), cond)
+
+    return apply_at
 
 
 def linear_schedule(
