@@ -1,7 +1,6 @@
 """The featurize stage: from images to gradient features."""
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, check_ids, check_images
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
-from dtrak_jax.features.dependence import differentiable_inputs
+from dtrak_jax.features.dependence import check_dependence
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
@@ -273,29 +272,7 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
             f"the network maps images {x.shape} to {shape}; a prediction must have the "
             f"shape of the images.{remedy if double else ''}"
         )
-    used, paths = (
-        differentiable_inputs(program.jaxpr, [True]),
-        list(named_leaves(params)),
-    )
-    chosen = gradients.chosen_leaves(task, params)
-    unused = [paths[i] or "params" for i in chosen if not used[i]]
-    if len(unused) == len(chosen):
-        raise ValueError(
-            "the network's prediction does not depend on any of its parameters, "
-            f"{_shortened(unused)}: every gradient would be 0. Does apply use its "
-            "argument params, and not parameters that it was made with?"
-        )
-    if unused:
-        warnings.warn(
-            f"the network's prediction does not depend on {len(unused)} of {len(chosen)} "
-            f"parameters, {_shortened(unused)}; their gradients are 0.",
-            stacklevel=3,
-        )
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """Returns names as text, or of many the first."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    check_dependence(task, params, program.jaxpr)
 
 
 def _check_finite(results: tuple, ids: Sequence[str], task: Task) -> None:
