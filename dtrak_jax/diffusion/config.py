@@ -1,10 +1,16 @@
 """The settings of the noise schedule and of sampling."""
 
+import warnings
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from dtrak_jax.checks import at_least, between, check_choices, free
 from dtrak_jax.diffusion.sampling import SamplerKind
-from dtrak_jax.diffusion.schedule import SCHEDULES, Prediction, Schedule, ScheduleName
+from dtrak_jax.diffusion.schedule import SCHEDULES, Schedule, ScheduleName
+from dtrak_jax.diffusion.scheduler_config import DIFFUSERS_FILE, find_scheduler
+from dtrak_jax.files import at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +22,8 @@ class DiffusionConfig:
     beta_start: float = 1e-4
     """The first beta of linear and scaled_linear; cosine has no such setting."""
     beta_end: float = 0.02
-    prediction: Prediction = "epsilon"
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    """epsilon, the noise; sample, the image; or v (Salimans & Ho 2022)."""
 
     def __post_init__(self):
         check_choices("diffusion", self)
@@ -65,3 +72,45 @@ def build_schedule(settings: DiffusionConfig) -> Schedule:
     return SCHEDULES[settings.schedule](
         settings.steps, settings.beta_start, settings.beta_end, settings.prediction
     )
+
+
+def given_schedule(settings: DiffusionConfig, folder: str) -> Schedule:
+    """Returns the noise schedule of a given network: that of its folder, if it has one.
+
+    Without a scheduler_config.json in the folder or beside it, `settings` describe it.
+    A warning says which of them it is, unless it is in the folder itself.
+
+    Raises:
+      ValueError: the folder's schedule is one of flow matching, or has no counterpart
+        here; or `settings` are not left as they are and describe another one.
+    """
+    path = find_scheduler(folder)
+    if path is None:
+        warnings.warn(
+            f"model.folder={folder!r} has no {DIFFUSERS_FILE}: its noise schedule and "
+            f"prediction are taken from `diffusion` ({settings.schedule}, "
+            f"{settings.steps} steps, {settings.prediction}).",
+            stacklevel=2,
+        )
+        return build_schedule(settings)
+    schedule = Schedule.from_diffusers(path.parent)
+    if schedule.prediction == "flow":
+        raise ValueError(
+            f"{path} is of flow matching, which runs do not know; from Python, "
+            "`featurize` takes such a network of yours with `dtrak.flow_schedule`."
+        )
+    if settings != DiffusionConfig():
+        described = build_schedule(settings)
+        equal = (
+            described.prediction == schedule.prediction
+            and described.steps == schedule.steps
+            and np.allclose(described.alpha_bar, schedule.alpha_bar, atol=1e-6)
+        )
+        if not equal:
+            raise ValueError(
+                f"{path} decides the noise schedule and the prediction, and `diffusion` "
+                f"describes another one ({settings}); leave it out."
+            )
+    if at(folder) not in path.parents:
+        warnings.warn(f"the noise schedule is that of {path}.", stacklevel=2)
+    return schedule

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion, models, training
-from dtrak_jax.diffusion.config import build_schedule
-from dtrak_jax.network import Apply, Network, Params, Shapes
+from dtrak_jax.diffusion.config import build_schedule, given_schedule
+from dtrak_jax.network import Apply, Network, Params, Shapes, mean_of
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -24,8 +24,22 @@ class Pixels:
 
     @functools.cached_property
     def model(self) -> models.UNet2D:
-        """The network, with the settings of the given model if there is one."""
-        return models.build(models.resolve(self.config.model))
+        """The network, with the settings of the given model if there is one.
+
+        Raises:
+          ValueError: it is not one of grey or RGB pictures, or predicts a variance that
+            is not to be ignored.
+        """
+        settings = models.resolve(self.config.model)
+        settings.check_variance()
+        source, channels = self.config.data.source, settings.in_channels
+        allowed = (1,) if source == "digits" else (1, 3)
+        if channels not in allowed:
+            raise ValueError(
+                f"model.in_channels is {channels}, but pictures of data.source="
+                f"{source!r} have {' or '.join(map(str, allowed))}."
+            )
+        return models.build(settings)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -36,10 +50,16 @@ class Pixels:
     @functools.cached_property
     def network(self) -> Network:
         """The network that is trained and differentiated."""
-        return Network(
-            models.init_fn(self.model),
+        apply, train_apply = (
             models.apply_fn(self.model),
             models.train_apply_fn(self.model),
+        )
+        if self.config.model.variance == "ignore":
+            apply, train_apply = mean_of(apply), mean_of(train_apply)
+        return Network(
+            models.init_fn(self.model),
+            apply,
+            train_apply,
             self.image_shape,
             training.mirror if self.config.data.flip else None,
             repr(self.model.config),
@@ -53,7 +73,8 @@ class Pixels:
     @functools.cached_property
     def schedule(self) -> diffusion.Schedule:
         """The noise schedule."""
-        return build_schedule(self.config.diffusion)
+        settings, folder = self.config.diffusion, self.config.model.folder
+        return given_schedule(settings, folder) if folder else build_schedule(settings)
 
     @property
     def sampler(self) -> diffusion.Sampler:

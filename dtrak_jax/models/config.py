@@ -23,11 +23,17 @@ class ModelConfig:
     """A UNet, in the field names of diffusers' `UNet2DModel`."""
 
     folder: str = ""
-    """The folder of a diffusers `UNet2DModel` that is taken instead of trained. It
-    decides all other fields, which must be left as they are; see `models.resolve`."""
+    """The folder of a diffusers `UNet2DModel`, or of a pipeline that has one in `unet`,
+    which is taken instead of trained. It decides all fields below, which must be left as
+    they are, and a scheduler_config.json in `scheduler`, there or beside it, decides
+    `diffusion`; see `models.resolve`."""
+    variance: Literal["refuse", "ignore"] = "refuse"
+    """A network with twice as many channels out as in also predicts a variance (Nichol &
+    Dhariwal 2021): refuse it, or ignore the variance and use the first half, the mean."""
     sample_size: int = 32
     in_channels: int = 3
     out_channels: int = 3
+    """As many as in; or twice as many, see `variance`."""
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
     layers_per_block: int = 2
     down_block_types: tuple[DownBlock, ...] = (
@@ -64,12 +70,19 @@ class ModelConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self) if self.folder else ():
             value = getattr(self, field.name)
-            if field.name != "folder" and value != field.default:
+            if field.name not in ("folder", "variance") and value != field.default:
                 raise ValueError(
                     f"model.{field.name} is {value!r}, but model.folder="
                     f"{self.folder!r} decides it; leave it at {field.default!r}."
                 )
         check_network("model", self)
+        channels = self.in_channels
+        if self.out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"model.out_channels is {self.out_channels}, but model.in_channels is "
+                f"{channels}; they must be equal, as noise has the channels of pictures, "
+                "or out twice in, where a variance is predicted beside the mean."
+            )
         at_least("model.sample_size", self.sample_size, 1)
         at_least("model.layers_per_block", self.layers_per_block, 1)
         levels = len(self.block_out_channels)
@@ -84,6 +97,15 @@ class ModelConfig:
             raise ValueError(
                 "model.mid_attention_norm is False, which diffusers has only for "
                 "model.resnet_time_scale_shift='scale_shift'; it must be True."
+            )
+
+    def check_variance(self):
+        """Raises a ValueError if a variance is predicted, unless it is to be ignored."""
+        if self.out_channels != self.in_channels and self.variance == "refuse":
+            raise ValueError(
+                f"model.out_channels is {self.out_channels}, twice model.in_channels="
+                f"{self.in_channels}: the network predicts a variance beside the mean. "
+                "Set model.variance='ignore' to use the mean alone, or make them equal."
             )
 
     def _check_heads(self):

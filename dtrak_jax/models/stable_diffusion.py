@@ -28,10 +28,9 @@ from dtrak_jax.models.conditional_unet import (
     conditional_config,
 )
 from dtrak_jax.models.convert import from_diffusers, to_diffusers
-from dtrak_jax.models.tensors import CONFIG, weight_names
+from dtrak_jax.models.tensors import CONFIG, INDEX, weight_names
 from dtrak_jax.models.tokenizer import Tokenizer
 
-INDEX = "model_index.json"
 LATENTS = "vae: latent_channels"
 
 CLASSES = {

@@ -47,7 +47,7 @@ def model_config(settings: Mapping, tensors: Collection[str]) -> ModelConfig:
       ValueError: this UNet does not have a field or its value.
     """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
-    names -= {"folder", "mid_attention_norm"}
+    names -= {"folder", "variance", "mid_attention_norm"}
     derived = ("time_embedding_dim", "attn_norm_num_groups")
     # The number of timesteps is for learned time embeddings.
     ignored = (*derived, "num_train_timesteps")
