@@ -167,6 +167,12 @@ class Config:
         self._check_methods()
         if not self.is_latent:
             self.model.check_variance()
+        takes_classes = self.model.folder or self.model.takes_classes
+        if self.sample.labels and (self.is_latent or not takes_classes):
+            raise ValueError(
+                f"sample.labels is {self.sample.labels}, but the model is not given "
+                "classes (model.num_class_embeds)."
+            )
         # A given model's folder may decide another number of timesteps.
         if not self.is_given and self.sample.steps > self.diffusion.steps:
             raise ValueError(

@@ -144,5 +144,10 @@ def _examples_digest(run: Run, name: str) -> str:
     """Returns the hash of all that the network is given of a set."""
     examples, base = run.examples(name), run.space.digest
     if not base:
-        return examples.digest
+        classes = run.space.cond(name)
+        return (
+            examples.digest
+            if classes is None
+            else digest(examples.digest, *map(str, classes))
+        )
     return digest(examples.digest, base, *map(str, examples.captions))

@@ -73,10 +73,10 @@ def objective(path, folder):
         jnp.asarray(golden[name].transpose(0, 2, 3, 1), jnp.float32)
         for name in ("x", "weights")
     )
-    t = jnp.asarray(golden["t"], jnp.int32)
+    t, classes = jnp.asarray(golden["t"], jnp.int32), golden.get("classes")
 
     def loss(params):
-        output = models.apply_fn(model)(params, x, t, None)
+        output = models.apply_fn(model)(params, x, t, classes)
         return (weights * output).mean(), output
 
     return golden, tensors, model, params, loss
@@ -285,8 +285,9 @@ def test_defaults_are_those_of_diffusers():
     ("field", "value", "allowed"),
     [
         ("_class_name", "UNet2DConditionModel", "'UNet2DModel'"),
-        ("class_embed_type", "timestep", "None"),
-        ("num_class_embeds", 10, "None"),
+        ("class_embed_type", "projection", "None, 'timestep', 'identity'"),
+        ("num_class_embeds", 0, "an integer >= 1"),
+        ("out_channels", 5, "model.in_channels is 3"),
         ("time_embedding_type", "fourier", "'positional'"),
         ("time_embedding_dim", 7, "None, 32"),
         ("attn_norm_num_groups", 4, "None, 2"),

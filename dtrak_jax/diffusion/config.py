@@ -49,6 +49,9 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
     """The prompts of text-to-image, each for an equal block of the images, one after
     the other. If there are none, the captions of the training images, sorted."""
+    labels: tuple[str, ...] = ()
+    """The labels of a model that is given classes, each for an equal block of the images,
+    one after the other. If there are none, those of the training images."""
     negative: str = ""
     """The prompt that guidance leads away from."""
     guidance: float = 7.5
@@ -63,6 +66,11 @@ class SampleConfig:
         between("sample.eta", self.eta, 0, 1)
         at_least("sample.batch_size", self.batch_size, 1)
         at_least("sample.seed", self.seed, 0)
+
+
+def blocks(count: int, kinds: int) -> np.ndarray:
+    """Returns the kind of each of `count` images, in equal blocks, int [count]."""
+    return np.arange(count) * kinds // max(count, 1)
 
 
 def build_schedule(settings: DiffusionConfig) -> Schedule:

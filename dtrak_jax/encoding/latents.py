@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import diffusion, files, models, parallel
+from dtrak_jax.diffusion.config import blocks
 from dtrak_jax.digests import digest, digest_tree
 from dtrak_jax.encoding import adapted, encode
 from dtrak_jax.models import lora
@@ -177,6 +178,11 @@ class Latents:
         )
 
     @property
+    def sampled_cond(self) -> tuple:
+        """The shapes of prompt and negative prompt of one picture that is sampled."""
+        return self.shapes.cond, self.shapes.cond
+
+    @property
     def sampled(self) -> Apply:
         """The network under guidance, which is sampled."""
         return diffusion.guided(self.network.apply, self.config.sample.guidance)
@@ -205,7 +211,12 @@ class Latents:
         """The prompt of every picture to generate, str [count]."""
         settings, captions = self.config.sample, self.run.splits.train.captions
         texts = np.array(settings.prompts or sorted(set(map(str, captions))))
-        return texts[np.arange(settings.count) * len(texts) // settings.count]
+        return texts[blocks(settings.count, len(texts))]
+
+    @property
+    def generated_columns(self) -> dict[str, np.ndarray]:
+        """The prompt of every picture to generate."""
+        return {"prompts": self.prompts}
 
     def prepare_prompts(self) -> None:
         """Embeds the prompts of the pictures to generate."""

@@ -1,13 +1,15 @@
 """Runs whose network sees pixels."""
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from dtrak_jax import diffusion, models, training
-from dtrak_jax.diffusion.config import build_schedule, given_schedule
+from dtrak_jax.diffusion.config import blocks, build_schedule, given_schedule
+from dtrak_jax.encoding.classes import classes_of, label_names_of
 from dtrak_jax.network import Apply, Network, Params, Shapes, mean_of
 
 if TYPE_CHECKING:
@@ -38,6 +40,16 @@ class Pixels:
             raise ValueError(
                 f"model.in_channels is {channels}, but pictures of data.source="
                 f"{source!r} have {' or '.join(map(str, allowed))}."
+            )
+        if settings.class_embed_type == "identity":
+            raise ValueError(
+                "model.class_embed_type is 'identity', for which a run has no embeddings "
+                "of classes; from Python, give them to `featurize` as cond."
+            )
+        if self.config.sample.labels and not settings.takes_classes:
+            raise ValueError(
+                f"sample.labels is {self.config.sample.labels}, but the model in "
+                f"{self.config.model.folder} is not given classes."
             )
         return models.build(settings)
 
@@ -87,8 +99,13 @@ class Pixels:
     @property
     def shapes(self) -> Shapes:
         """The shapes of what the network is given."""
-        x = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
-        return Shapes(x, None, None, x)
+        x, *_, classes = (*self.model.inputs(), None)[:3]
+        return Shapes(x, classes, None, x)
+
+    @property
+    def sampled_cond(self) -> jax.ShapeDtypeStruct | None:
+        """The shape of the condition of one image that is sampled."""
+        return self.shapes.cond
 
     @property
     def sampled(self) -> Apply:
@@ -99,8 +116,17 @@ class Pixels:
         """Returns what the network is given of a set, float32 [n, H, W, C]."""
         return self.run.examples(name).images
 
-    def cond(self, name: str) -> None:
-        """Returns the conditions of a set, a pytree of arrays of n rows or None."""
+    def cond(self, name: str) -> np.ndarray | None:
+        """Returns the classes of a set, int32 [n], or None."""
+        if not self.model.config.takes_classes:
+            return None
+        what = f"the {name} images"
+        return self._classes(label_names_of(self.run.examples(name), what), what)
+
+    def _classes(self, labels: Sequence[str], what: str) -> np.ndarray:
+        """Returns the classes of labels, see `classes_of`."""
+        names = self.run.splits.train.label_names
+        return classes_of(labels, names, self.model.config, what)
 
     @property
     def training_examples(self) -> np.ndarray:
@@ -117,13 +143,27 @@ class Pixels:
         """The hash of all that decides x and the conditions, beside pictures and captions."""
         return ""
 
-    prompts = None
+    @functools.cached_property
+    def generated_columns(self) -> dict[str, np.ndarray]:
+        """The label of every picture to generate, str [count], if the model takes one."""
+        if not self.model.config.takes_classes:
+            return {}
+        settings, train = self.config.sample, self.run.splits.train
+        in_use = label_names_of(train, "the training images")
+        ordered = [name for name in train.label_names if name in set(in_use)]
+        labels = np.array(settings.labels or ordered, str)
+        self._classes(labels, "the images of sample.labels")
+        return {"labels": labels[blocks(settings.count, len(labels))]}
 
     def generator(
         self, params: Params, seeds: np.ndarray
-    ) -> tuple[Apply, Params, None]:
+    ) -> tuple[Apply, Params, np.ndarray | None]:
         """Returns network, parameters and conditions with which to sample from seeds."""
-        return self.sampled, params, None
+        if not self.generated_columns:
+            return self.sampled, params, None
+        labels = self.generated_columns["labels"]
+        labels = labels[np.asarray(seeds) - self.run.seeds[0]]
+        return self.sampled, params, self._classes(labels, "the generated images")
 
     def prepare_prompts(self) -> None:
         """Makes what `generator` needs of the prompts."""

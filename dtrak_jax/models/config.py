@@ -66,6 +66,12 @@ class ModelConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-6
     dropout: float = 0.1
+    num_class_embeds: int | None = None
+    """The number of classes that the network is conditioned on, which are the labels of
+    the data; None is without. See `class_embed_type`."""
+    class_embed_type: Literal["timestep", "identity"] | None = None
+    """None: an embedding is learned for each class. timestep: a class is a number that
+    is embedded as a timestep is. identity: the condition is the embedding itself."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self) if self.folder else ():
@@ -93,11 +99,20 @@ class ModelConfig:
                 f"{levels - 1} times, so it must be a multiple of {factor}."
             )
         self._check_heads()
+        kinds = (None, "timestep", "identity")
+        one_of("model.class_embed_type", self.class_embed_type, kinds)
+        if self.num_class_embeds is not None:
+            at_least("model.num_class_embeds", self.num_class_embeds, 1)
         if not self.mid_attention_norm and self.resnet_time_scale_shift == "default":
             raise ValueError(
                 "model.mid_attention_norm is False, which diffusers has only for "
                 "model.resnet_time_scale_shift='scale_shift'; it must be True."
             )
+
+    @property
+    def takes_classes(self) -> bool:
+        """True if the network is conditioned on classes."""
+        return (self.class_embed_type or self.num_class_embeds) is not None
 
     def check_variance(self):
         """Raises a ValueError if a variance is predicted, unless it is to be ignored."""

@@ -98,7 +98,8 @@ def seconds_of_pass(run: Run, images: int = 64) -> float:
     devices = jax.local_devices()
     network = run.space.sampled, run.param_shapes, run.space.sampler, run.network.shape
     count = images * len(devices)
-    program, _ = diffusion.sample_program(*network, count, images, devices)
+    cond = run.space.sampled_cond
+    program, _ = diffusion.sample_program(*network, count, images, devices, cond)
     arguments = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), program.arguments
     )
