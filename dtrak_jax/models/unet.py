@@ -138,7 +138,9 @@ def class_embedding(
     is_embedding = config.class_embed_type == "identity"
     expected = (count, width) if is_embedding else (count,)
     is_whole = jnp.issubdtype(getattr(classes, "dtype", None), jnp.integer)
-    if jnp.shape(classes) != expected or not (is_whole or config.class_embed_type):
+    if getattr(classes, "shape", None) != expected or not (
+        is_whole or config.class_embed_type
+    ):
         described = "None" if classes is None else f"{classes.dtype} {classes.shape}"
         raise ValueError(
             f"cond is {described}; it must be the "
