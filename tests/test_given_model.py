@@ -55,7 +55,8 @@ def pipeline(tmp_path, params):
 
 def given(folder, tmp_path, diffusion=None, **model):
     """The run of a model that is given."""
-    config = Config(model=ModelConfig(folder=str(folder), **model), diffusion=diffusion)
+    model = ModelConfig(folder=str(folder), **model)
+    config = Config(model=model, diffusion=diffusion or DiffusionConfig())
     return Run(config, tmp_path / "run")
 
 
