@@ -46,6 +46,18 @@ def mean_of(apply: Callable) -> Callable:
     return mean_apply
 
 
+def check_prediction(prediction: jax.Array, x: jax.Array) -> None:
+    """Raises a ValueError unless a prediction has the shape of the images.
+
+    Arithmetic would accept some others, such as one channel for three.
+    """
+    if prediction.shape != x.shape:
+        raise ValueError(
+            f"the network maps images {x.shape} to {prediction.shape}; a prediction must "
+            "have the shape of the images."
+        )
+
+
 Example = tuple[Any, Any]
 """An example as it is kept, and its condition: both pytrees of arrays, or None."""
 

@@ -84,6 +84,8 @@ def test_the_loss_is_the_mean_square_and_0_for_a_perfect_network():
     np.testing.assert_array_equal(perfect, [0, 0])
     off = diffusion.denoising_loss(lambda x, t: noise + 0.5, schedule, batch, t, noise)
     np.testing.assert_allclose(off, [0.25, 0.25], rtol=1e-6)
+    with pytest.raises(ValueError, match="a prediction must have the shape"):
+        diffusion.denoising_loss(lambda x, t: x[..., :1], schedule, batch, t, noise)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

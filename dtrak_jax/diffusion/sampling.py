@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.network import Apply, Params, rows_of
+from dtrak_jax.network import Apply, Params, check_prediction, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.rng import fold_in, stream
 
@@ -205,6 +205,7 @@ def sampling_step(
     All images go from timestep t to s, which is negative at the end; z is standard
     normal noise [B, ...], or None if the step adds none.
     """
+    check_prediction(prediction, x_t)
     schedule = sampler.schedule
     x, eps = schedule.denoise(prediction, x_t, jnp.full(len(x_t), t))
     if sampler.clip:

@@ -131,7 +131,7 @@ class Schedule:
         """
         alpha_bar = self._exact_alpha_bar
         before = np.concatenate([[1.0], alpha_bar[:-1]])
-        alpha = alpha_bar / before
+        alpha = 1 - np.asarray(self.betas) if self.betas else alpha_bar / before
         if self.prediction == "epsilon":
             factor = 1 / alpha
         elif self.prediction == "v":
