@@ -218,7 +218,13 @@ def test_refuses_what_does_not_fit(file, fields, words, folder):
         assert word in str(error.value)
 
 
-def test_refuses_pickles_and_missing_parts(folder):
+def test_refuses_flow_matching_pickles_and_missing_parts(folder):
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    kept = scheduler.read_text()
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(ValueError, match="one of flow matching, which Stable Diff"):
+        resolve_stable_diffusion(folder)
+    scheduler.write_text(kept)
     weights = folder / "vae" / WEIGHTS["vae"]
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="vae has its weights in .*pickle"):

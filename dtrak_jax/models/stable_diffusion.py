@@ -119,6 +119,12 @@ def resolve_stable_diffusion(folder: epath.PathLike) -> StableDiffusion:
                 f"{folder}: {name} is {value}, but {fixed_by} is {expected}; they must "
                 "be equal."
             )
+    schedule = Schedule.from_diffusers(folder)
+    if schedule.prediction == "flow":
+        raise ValueError(
+            f"{folder}: the scheduler is one of flow matching, which Stable Diffusion 1 "
+            "and 2 are not trained with."
+        )
     return StableDiffusion(
         UNet2DCondition(unet),
         AutoencoderKL(vae),
@@ -126,7 +132,7 @@ def resolve_stable_diffusion(folder: epath.PathLike) -> StableDiffusion:
         Tokenizer.from_folder(
             folder / "tokenizer", text.max_position_embeddings, text.vocab_size
         ),
-        Schedule.from_diffusers(folder),
+        schedule,
         read_json(folder / "scheduler" / DIFFUSERS_FILE),
     )
 
