@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion, models, training
+from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion.config import blocks, build_schedule, given_schedule
 from dtrak_jax.encoding.classes import classes_of, label_names_of
 from dtrak_jax.network import Apply, Network, Params, Shapes, mean_of
@@ -120,8 +121,16 @@ class Pixels:
         """Returns the classes of a set, int32 [n], or None."""
         if not self.model.config.takes_classes:
             return None
+        return self.classes(self.run.examples(name), name)
+
+    def classes(self, examples: Dataset, name: str) -> np.ndarray:
+        """Returns the classes of examples that are called `name`, int32 [n].
+
+        Raises:
+          ValueError: they have no labels, or one that is no class of the network.
+        """
         what = f"the {name} images"
-        return self._classes(label_names_of(self.run.examples(name), what), what)
+        return self._classes(label_names_of(examples, what), what)
 
     def _classes(self, labels: Sequence[str], what: str) -> np.ndarray:
         """Returns the classes of labels, see `classes_of`."""
@@ -142,6 +151,8 @@ class Pixels:
     def digest(self) -> str:
         """The hash of all that decides x and the conditions, beside pictures and captions."""
         return ""
+
+    prompts = None
 
     @functools.cached_property
     def generated_columns(self) -> dict[str, np.ndarray]:
