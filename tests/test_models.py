@@ -345,6 +345,11 @@ def test_refuses_missing_and_damaged_files(small_golden, tmp_path):
         refused(ValueError, f"{convert.WEIGHTS} is damaged")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
     refused(ValueError, f"{convert.WEIGHTS} is a pointer of Git LFS.* lfs pull")
+    config = tmp_path / "config.json"
+    kept = config.rename(tmp_path / "kept.json")
+    config.write_bytes(weights.read_bytes())
+    refused(ValueError, "config.json is a pointer of Git LFS.* lfs pull")
+    kept.rename(config)
     for dtype, match in (
         ("I16", "type of x is 'I16'; .* 'F16', 'BF16'"),
         ("F32", "has not the size"),

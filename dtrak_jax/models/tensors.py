@@ -17,7 +17,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dtrak_jax.checks import one_of
-from dtrak_jax.files import at, read_json, write_bytes
+from dtrak_jax.files import at, check_fetched, read_json, write_bytes
 
 CONFIG = "config.json"
 INDEX = "model_index.json"
@@ -122,11 +122,7 @@ def read_header(path: epath.Path) -> tuple[dict, dict[str, str], int]:
         # By specification the header is no longer than that.
         header = file.read(min(length, 100_000_000))
         size = file.seek(0, 2)
-    if start == b"version ":
-        raise ValueError(
-            f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` "
-            "where the folder was cloned."
-        )
+    check_fetched(path, start)
     try:
         entries = json.loads(header)
         metadata = entries.pop("__metadata__", {})
