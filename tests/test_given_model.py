@@ -19,6 +19,7 @@ from dtrak_jax.config import (
     ModelConfig,
     SampleConfig,
 )
+from dtrak_jax.diffusion import sampling_timesteps
 from dtrak_jax.encoding.classes import classes_of
 from dtrak_jax.features.dependence import differentiable_inputs
 from dtrak_jax.run import Run
@@ -83,6 +84,19 @@ def test_a_given_models_scheduler_decides_noise_and_prediction(pipeline, tmp_pat
     )
     with pytest.raises(ValueError, match="is of flow matching, which runs do not"):
         _ = given(pipeline, tmp_path).schedule
+
+
+def test_a_given_models_scheduler_says_where_sampling_starts(pipeline, tmp_path):
+    """timestep_spacing="trailing", with which a zero terminal SNR is sampled, starts at
+    the last timestep: 999, 979, ..., 19 in 50 steps, as in diffusers."""
+    for settings, expected in (
+        ({"timestep_spacing": "trailing"}, [*range(999, 0, -20)]),
+        ({"steps_offset": 1}, [*range(981, 0, -20)]),
+    ):
+        write_scheduler(pipeline / "scheduler", **settings)
+        sampler = given(pipeline, tmp_path).space.sampler
+        timesteps = sampling_timesteps(sampler.schedule, sampler.steps, sampler.offset)
+        assert timesteps.tolist() == expected
 
 
 def test_other_pipelines_are_refused_by_name(pipeline, tmp_path):

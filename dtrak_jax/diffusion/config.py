@@ -1,13 +1,14 @@
 """The settings of the noise schedule and of sampling."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dtrak_jax.checks import at_least, between, check_choices, free
-from dtrak_jax.diffusion.sampling import SamplerKind
+from dtrak_jax.diffusion.sampling import Sampler, SamplerKind, sampling_timesteps
 from dtrak_jax.diffusion.schedule import SCHEDULES, Schedule, ScheduleName
 from dtrak_jax.diffusion.scheduler_config import DIFFUSERS_FILE, find_scheduler
 from dtrak_jax.files import at
@@ -79,6 +80,29 @@ def build_schedule(settings: DiffusionConfig) -> Schedule:
         return SCHEDULES["cosine"](settings.steps, settings.prediction)
     return SCHEDULES[settings.schedule](
         settings.steps, settings.beta_start, settings.beta_end, settings.prediction
+    )
+
+
+def build_sampler(
+    settings: SampleConfig, schedule: Schedule, scheduler: Mapping, clip: bool
+) -> Sampler:
+    """Returns the sampler that settings describe, with a scheduler's own timesteps.
+
+    Of a scheduler_config.json, or {}, it takes steps_offset, or the last timesteps where
+    timestep_spacing is "trailing", and set_alpha_to_one.
+    """
+    offset = scheduler.get("steps_offset", 0)
+    if scheduler.get("timestep_spacing") == "trailing":
+        first = sampling_timesteps(schedule, settings.steps)[0]
+        offset = max(0, schedule.steps - 1 - int(first))
+    return Sampler(
+        schedule,
+        settings.sampler,
+        settings.steps,
+        settings.eta,
+        clip,
+        offset=offset,
+        to_one=scheduler.get("set_alpha_to_one", True),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import diffusion, files, models, parallel
-from dtrak_jax.diffusion.config import blocks
+from dtrak_jax.diffusion.config import blocks, build_sampler
 from dtrak_jax.digests import digest, digest_tree
 from dtrak_jax.encoding import adapted, encode
 from dtrak_jax.models import lora
@@ -144,16 +144,8 @@ class Latents:
     @property
     def sampler(self) -> diffusion.Sampler:
         """The sampler of the queries, with what the folder says of sampling."""
-        settings, scheduler = self.config.sample, self.pipeline.scheduler
-        return diffusion.Sampler(
-            self.schedule,
-            settings.sampler,
-            settings.steps,
-            settings.eta,
-            clip=False,
-            offset=scheduler.get("steps_offset", 0),
-            to_one=scheduler.get("set_alpha_to_one", True),
-        )
+        scheduler = self.pipeline.scheduler
+        return build_sampler(self.config.sample, self.schedule, scheduler, clip=False)
 
     @property
     def shapes(self) -> Shapes:

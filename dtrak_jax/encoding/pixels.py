@@ -9,8 +9,15 @@ import numpy as np
 
 from dtrak_jax import diffusion, models, training
 from dtrak_jax.data import Dataset
-from dtrak_jax.diffusion.config import blocks, build_schedule, given_schedule
+from dtrak_jax.diffusion.config import (
+    blocks,
+    build_sampler,
+    build_schedule,
+    given_schedule,
+)
+from dtrak_jax.diffusion.scheduler_config import find_scheduler
 from dtrak_jax.encoding.classes import classes_of, label_names_of
+from dtrak_jax.files import read_json
 from dtrak_jax.network import Apply, Network, Params, Shapes, mean_of
 
 if TYPE_CHECKING:
@@ -91,11 +98,11 @@ class Pixels:
 
     @property
     def sampler(self) -> diffusion.Sampler:
-        """The sampler of the queries."""
-        settings = self.config.sample
-        return diffusion.Sampler(
-            self.schedule, settings.sampler, settings.steps, settings.eta, settings.clip
-        )
+        """The sampler of the queries, with what a given model's folder says of it."""
+        settings, folder = self.config.sample, self.config.model.folder
+        path = find_scheduler(folder) if folder else None
+        scheduler = read_json(path) if path else {}
+        return build_sampler(settings, self.schedule, scheduler, settings.clip)
 
     @property
     def shapes(self) -> Shapes:
