@@ -210,7 +210,7 @@ def test_labels_are_the_classes_of_a_conditional_model(tmp_path):
 def test_a_network_that_does_not_use_its_parameters_is_refused(images):
     """Nor may it use them by way of whole numbers alone; a part of them is warned of."""
     x, schedule = images[:2], dtrak.linear_schedule()
-    params = {"w": jnp.ones(()), "rest": jnp.ones(3)}
+    params = {"w": jnp.float32(1), "rest": jnp.ones(3, jnp.float32)}
 
     def featurize(apply):
         task = dtrak.Task(apply, schedule, timesteps=(3,))
@@ -220,7 +220,7 @@ def test_a_network_that_does_not_use_its_parameters_is_refused(images):
     for ignoring in (
         lambda p, x, t, cond: x * params["w"],
         lambda p, x, t, cond: x * stop(p["w"]),
-        jax.jit(lambda p, x, t, cond: x * p["w"].astype(int)),
+        jax.jit(lambda p, x, t, cond: x * p["w"].astype(int).astype(x.dtype)),
     ):
         with pytest.raises(ValueError, match="depend on any .*rest, w: every gradient"):
             featurize(ignoring)
