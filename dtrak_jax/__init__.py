@@ -8,6 +8,7 @@ from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
     cosine_schedule,
+    flow_schedule,
     linear_schedule,
     scaled_linear_schedule,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "damping_path",
     "distortion",
     "featurize",
+    "flow_schedule",
     "layer",
     "lds",
     "linear_schedule",

@@ -11,7 +11,6 @@ from dtrak_jax import feature_sets, locks
 from dtrak_jax.attribution.scoring import OUTPUTS
 from dtrak_jax.checks import seed
 from dtrak_jax.encoding.clip import Clip
-from dtrak_jax.encoding.encode import check_captions
 from dtrak_jax.evaluation import ablations, counterfactual
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
@@ -38,9 +37,9 @@ def data(run: Run) -> None:
         run.generated.digest  # noqa: B018
     if run.config.clip.folder:
         Clip.from_folder(run.config.clip.folder)
-    for name, images in given.items() if run.config.is_latent else ():
+    for name, images in given.items():
         if len(images):
-            check_captions(name, images)
+            run.space.check_conditions(images, name)
 
 
 def has_network(run: Run) -> bool:

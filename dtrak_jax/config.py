@@ -173,7 +173,16 @@ class Config:
     def __post_init__(self):
         self._check_base()
         self._check_methods()
-        if self.sample.steps > self.diffusion.steps:
+        if not self.is_latent:
+            self.model.check_variance()
+        takes_classes = self.model.folder or self.model.takes_classes
+        if self.sample.labels and (self.is_latent or not takes_classes):
+            raise ValueError(
+                f"sample.labels is {self.sample.labels}, but the model is not given "
+                "classes (model.num_class_embeds)."
+            )
+        # A given model's folder may decide another number of timesteps.
+        if not self.is_given and self.sample.steps > self.diffusion.steps:
             raise ValueError(
                 f"sample.steps is {self.sample.steps}; it must be at most "
                 f"diffusion.steps={self.diffusion.steps}."

@@ -103,7 +103,10 @@ def _journey(run: "Run") -> FeatureSet:
     timesteps are kept apart, it is at each of the task's timesteps, of the image that was
     predicted at the sampling timestep closest to it: so it meets its kernel.
     """
-    through = diffusion.sampling_timesteps(run.space.sampler)
+    sampler = run.space.sampler
+    through = diffusion.sampling_timesteps(
+        sampler.schedule, sampler.steps, sampler.offset
+    )
     task = run.task(measurement=("loss",))
     if not task.per_timestep:
         task = run.task(measurement=("loss",), timesteps=tuple(map(int, through)))

@@ -100,12 +100,24 @@ def write_json(path: epath.PathLike, value: object) -> None:
 
 def read_json(path: epath.PathLike) -> dict:
     """Returns the value in a JSON file, or raises a ValueError if it is not valid."""
+    text = at(path).read_text()
+    check_fetched(path, text.encode())
     try:
-        return json.loads(at(path).read_text())
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it and rerun."
         ) from error
+
+
+def check_fetched(path: epath.PathLike, content: bytes) -> None:
+    """Raises a ValueError if a file's content, or its first 8 bytes, is a pointer of Git
+    LFS, which stands for a file that was not fetched."""
+    if content.startswith(b"version "):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` "
+            "where the folder was cloned."
+        )
 
 
 def write_json_lines(path: epath.PathLike, rows: Iterable[dict]) -> None:

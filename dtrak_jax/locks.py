@@ -81,20 +81,25 @@ def data_settings(config: Config) -> dict[str, object]:
 def examples_digest(run: "Run", name: str) -> str:
     """Returns the hash of all that the network is given of "train" or of queries."""
     examples, base = run.examples(name), run.space.digest
-    if not base:
-        return examples.digest
-    return digest(examples.digest, base, *map(str, examples.captions))
+    if base:
+        return digest(examples.digest, base, *map(str, examples.captions))
+    classes = run.space.cond(name)
+    return (
+        examples.digest
+        if classes is None
+        else digest(examples.digest, *map(str, classes))
+    )
 
 
 def samples_made_from(run: "Run") -> dict[str, np.ndarray]:
     """Returns all that decides the generated images, as their file has it."""
-    prompts = run.space.prompts
+    columns = run.space.generated_columns
     described = {
         "settings": deciding(run.config, ("sample",)),
         "network": run.network.settings,
         "schedule": schedule_digest(run.schedule),
         "base": run.space.digest,
-        "prompts": None if prompts is None else prompts.tolist(),
+        **{name: column.tolist() for name, column in columns.items()},
     }
     model = np.array(run.params_digest())
     return {"made_from": np.array(json.dumps(described)), "model": model}

@@ -1,5 +1,6 @@
 """A network as the project sees it: pure functions and a pytree of parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,34 @@ TrainApply = Callable[[Params, jax.Array, jax.Array, Any, jax.Array], jax.Array]
 def network_params(params: Params, frozen: Params | None) -> Params:
     """Returns what a network is called with: params, or (params, frozen)."""
     return params if frozen is None else (params, frozen)
+
+
+@functools.cache
+def mean_of(apply: Callable) -> Callable:
+    """Returns a network without the variance that it predicts beside the mean, if it does.
+
+    Its prediction has the channels of x; of twice as many the first half is the mean
+    (Nichol and Dhariwal 2021, arXiv 2102.09672). It is an `Apply` or a `TrainApply`.
+    """
+
+    def mean_apply(params, x, *others):
+        prediction, channels = apply(params, x, *others), x.shape[-1]
+        is_double = prediction.shape[-1] == 2 * channels
+        return prediction[..., :channels] if is_double else prediction
+
+    return mean_apply
+
+
+def check_prediction(prediction: jax.Array, x: jax.Array) -> None:
+    """Raises a ValueError unless a prediction has the shape of the images.
+
+    Arithmetic would accept some others, such as one channel for three.
+    """
+    if prediction.shape != x.shape:
+        raise ValueError(
+            f"the network maps images {x.shape} to {prediction.shape}; a prediction must "
+            "have the shape of the images."
+        )
 
 
 Example = tuple[Any, Any]

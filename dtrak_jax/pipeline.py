@@ -122,8 +122,7 @@ def sample(run: Run) -> None:
     if parallel.is_main_process():
         ids = np.array([f"generated-{i:05d}" for i in range(count)])
         saved = {"images": pixels, "ids": ids, "seeds": run.seeds} | made_from
-        if run.space.prompts is not None:
-            saved["prompts"] = run.space.prompts
+        saved |= run.space.generated_columns
         files.write_npz(run.samples, **saved)
         # There may have been more of them before.
         for path in run.samples.parent.glob("*.png"):

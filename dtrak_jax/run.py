@@ -198,7 +198,11 @@ class Run:
             )
         saved = files.read_npz(self.samples)
         images = data.Dataset.of(data.from_pixels(saved["images"]), saved["ids"])
-        return dataclasses.replace(images, captions=saved.get("prompts"))
+        columns = {"captions": saved.get("prompts")}
+        if "labels" in saved:
+            names, columns["labels"] = np.unique(saved["labels"], return_inverse=True)
+            columns["label_names"] = tuple(map(str, names))
+        return dataclasses.replace(images, **columns)
 
     # Models
 

@@ -12,6 +12,7 @@ from dtrak_jax import diffusion
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.diffusion.config import DiffusionConfig, build_schedule
 from dtrak_jax.diffusion.sampling import batch_of, sampling_step, step_function
+from dtrak_jax.features.measurements import elbo
 
 GOLDEN = np.load(Path(__file__).parent / "goldens" / "diffusion.npz")
 X, EPS = (GOLDEN[name].astype(np.float32) for name in ("x", "eps"))
@@ -51,10 +52,23 @@ def test_the_papers_elbo_weights():
     )
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
 def test_a_perfect_prediction_is_inverted(prediction):
-    schedule = diffusion.linear_schedule(prediction=prediction)
+    """And an error in it counts in the bound by the error in the noise that it makes."""
+    schedule = diffusion.linear_schedule()
+    if prediction == "flow":
+        schedule = diffusion.flow_schedule(shift=3.0)
+    else:
+        schedule = diffusion.linear_schedule(prediction=prediction)
     t = np.array([300])
+    alpha_bar = schedule.alpha_bar.astype(float)
+    alpha = alpha_bar[300] / alpha_bar[299]
+    target = schedule.target(X, EPS, t)
+    off = schedule.denoise(target + 0.1, schedule.add_noise(X, EPS, t), t)[1] - EPS
+    weight = (1 - alpha) / (2 * alpha * (1 - alpha_bar[300]))
+    np.testing.assert_allclose(
+        elbo(target + 0.1, target, 300, schedule), weight * (off**2).mean(), rtol=2e-3
+    )
     x_t = schedule.add_noise(X, EPS, t)
     x, eps = schedule.denoise(schedule.target(X, EPS, t), x_t, t)
     np.testing.assert_allclose(x, X, atol=1e-5)
@@ -70,6 +84,8 @@ def test_the_loss_is_the_mean_square_and_0_for_a_perfect_network():
     np.testing.assert_array_equal(perfect, [0, 0])
     off = diffusion.denoising_loss(lambda x, t: noise + 0.5, schedule, batch, t, noise)
     np.testing.assert_allclose(off, [0.25, 0.25], rtol=1e-6)
+    with pytest.raises(ValueError, match="a prediction must have the shape"):
+        diffusion.denoising_loss(lambda x, t: x[..., :1], schedule, batch, t, noise)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
@@ -147,9 +163,9 @@ def test_a_trajectory_ends_in_the_image():
     np.testing.assert_allclose(predicted[:, -1], images, atol=1e-6)
     assert np.abs(predicted).max() <= 1
     assert np.abs(predicted[:, 0] - images).max() > 0.01
-    assert diffusion.sampling_timesteps(
-        diffusion.Sampler(schedule, steps=5)
-    ).tolist() == [800, 600, 400, 200, 0]
+    assert diffusion.sampling_timesteps(schedule, 5).tolist() == [
+        *(800, 600, 400, 200, 0)
+    ]
 
 
 def test_no_seeds_make_no_images():
@@ -193,8 +209,18 @@ def test_the_planned_program_is_the_one_that_runs(monkeypatch):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="betas must be"):
+    for betas in ((), (0.1, 1.5), (1.0, 0.1), (0.0,)):
+        with pytest.raises(ValueError, match="betas must be"):
+            diffusion.Schedule(betas)
+    with pytest.raises(ValueError, match="prediction is 'epsilon'.*'v' or 'sample'"):
         diffusion.Schedule((0.1, 1.0))
+    for sigmas in ((), (0.5, 0.5), (0.5, 1.1), (0.0, 0.5)):
+        with pytest.raises(ValueError, match="sigmas of flow matching must be"):
+            diffusion.Schedule((), "flow", sigmas)
+    with pytest.raises(ValueError, match="sigmas are for prediction='flow'"):
+        diffusion.Schedule((0.1,), "v", (0.5,))
+    with pytest.raises(ValueError, match="one of flow matching, which these samplers"):
+        diffusion.Sampler(diffusion.flow_schedule())
     with pytest.raises(ValueError, match="'epsilon', 'v'"):
         diffusion.linear_schedule(prediction="x0")
     schedule = diffusion.linear_schedule(10)
@@ -254,14 +280,108 @@ def test_every_kind_of_schedule_is_read(tmp_path):
         assert schedule.prediction == "v"
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear"}
+STABLE_DIFFUSION |= {"beta_start": 0.00085, "beta_end": 0.012}
+TRAINED = {"trained_betas": [0.1, 0.2, 0.05, 0.3], "prediction_type": "sample"}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "t", "alpha_bar", "noised", "velocity"),
+    [
+        (
+            ZERO_SNR | STABLE_DIFFUSION,
+            [0, 123, 999],
+            [0.99914998, 0.85526067, 0.0],
+            [-0.47646334, -0.15804454, 0.8],
+            [0.81423749, 0.93006555, 0.5],
+        ),
+        (
+            ZERO_SNR | COSINE | {"_class_name": "EulerDiscreteScheduler"},
+            [0, 123, 999],
+            [0.99995887, 0.95842832, 0.0],
+            [-0.49485928, -0.32638369, 0.8],
+            [0.80319007, 0.88514049, 0.5],
+        ),
+        (
+            TRAINED | {"_class_name": "DPMSolverMultistepScheduler"},
+            [0, 1, 3],
+            [0.9, 0.72, 0.4788],
+            [-0.2213594, -0.00094383, 0.2315766],
+            [0.91706053, 0.9433976, 0.91453391],
+        ),
+        (
+            {"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True},
+            [0, 123, 999],
+            [0.99914998, 0.82640409, 0.00157896],
+            *(None, None),
+        ),
+    ],
+)
+def test_noise_and_velocity_equal_diffusers(
+    settings, t, alpha_bar, noised, velocity, tmp_path
+):
+    """alphas_cumprod, add_noise and get_velocity of x = -0.5 and eps = 0.8 in torch
+    diffusers 0.42.1, the latter two of its DDPMScheduler with these betas."""
+    schedule = diffusion.Schedule.from_diffusers(write_scheduler(tmp_path, **settings))
+    np.testing.assert_allclose(schedule.alpha_bar[t], alpha_bar, atol=5e-7)
+    assert np.isfinite(schedule.elbo_weights).all()
+    if noised:
+        x, eps = np.full((2, 3, 1), [[[-0.5]], [[0.8]]], np.float32)
+        t = np.array(t)
+        found = schedule.add_noise(x, eps, t).ravel()
+        np.testing.assert_allclose(found, noised, atol=2e-5)
+        in_v = diffusion.Schedule(schedule.betas, "v")
+        found = in_v.target(x, eps, t).ravel()
+        np.testing.assert_allclose(found, velocity, atol=2e-5)
+
+
+def test_flow_matching_equals_diffusers(tmp_path):
+    """timesteps and scale_noise of FlowMatchEulerDiscreteScheduler(shift=3.0), torch
+    diffusers 0.42.1, whose timesteps fall; the network is given them, and eps - x is
+    what it predicts."""
+    settings = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    folder = write_scheduler(tmp_path, "scheduler/scheduler_config.json", **settings)
+    schedule = diffusion.Schedule.from_diffusers(folder)
+    assert schedule == diffusion.flow_schedule(1000, shift=3.0)
+    t, x, eps = np.array([0, 499, 999]), np.full((3, 1), -0.5), np.full((3, 1), 0.8)
+    times = [2.9940121173858643, 750.0, 1000.0]
+    np.testing.assert_allclose(schedule.times(t), times, rtol=1e-6)
+    noised = [-0.4961077842, 0.475, 0.8]
+    found = schedule.add_noise(x, eps, t).ravel()
+    np.testing.assert_allclose(found, noised, atol=1e-6)
+    np.testing.assert_allclose(schedule.target(x, eps, t), 1.3, rtol=1e-6)
+    seen = []
+    diffusion.denoising_loss(
+        lambda x, t: seen.append(t) or x, schedule, x, t, np.float32(eps)
+    )
+    np.testing.assert_allclose(seen[0], times, rtol=1e-6)
+    assert diffusion.flow_schedule(10).times(np.arange(10)).tolist() == [*range(1, 11)]
+    dynamic = write_scheduler(tmp_path, use_dynamic_shifting=True, **settings)
+    (dynamic / "scheduler" / "scheduler_config.json").unlink()
+    assert diffusion.Schedule.from_diffusers(dynamic) == diffusion.flow_schedule()
+
+
+def test_a_schedule_beside_a_network_is_found(tmp_path):
+    """So from_diffusers of a pipeline's `unet` folder has the pipeline's schedule."""
+    write_scheduler(tmp_path, "scheduler/scheduler_config.json", **STABLE_DIFFUSION)
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(FileNotFoundError, match="folder `scheduler` beside it"):
+        diffusion.Schedule.from_diffusers(tmp_path / "unet")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    found = diffusion.Schedule.from_diffusers(tmp_path / "unet")
+    assert found == diffusion.scaled_linear_schedule()
+
+
 def test_other_schedulers_are_refused(tmp_path):
     for field, value, allowed in [
-        ("_class_name", "EulerDiscreteScheduler", "'DDPMScheduler', 'DDIM"),
+        ("_class_name", "EDMEulerScheduler", "'DDPMScheduler', 'DDIM"),
         ("beta_schedule", "sigmoid", "'linear', 'scaled_linear', 'squaredcos_cap_v2'"),
-        ("prediction_type", "sample", "'epsilon', 'v_prediction'"),
-        ("trained_betas", [0.1, 0.2], "None"),
-        ("rescale_betas_zero_snr", True, "False"),
-        ("sigma_min", 0.1, "this field is unknown"),
+        ("prediction_type", "flow_prediction", "'epsilon', 'v_prediction', 'sample'"),
+        ("use_flow_sigmas", True, "False"),
+        ("sigma_min", 0.1, "None"),
+        ("snr_shift_scale", 3.0, "this field is unknown"),
         ("num_train_timesteps", "10", "an integer >= 1"),
         ("beta_start", -0.1, "a finite number"),
         ("beta_end", 0.0, "a finite number"),

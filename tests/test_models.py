@@ -73,10 +73,10 @@ def objective(path, folder):
         jnp.asarray(golden[name].transpose(0, 2, 3, 1), jnp.float32)
         for name in ("x", "weights")
     )
-    t = jnp.asarray(golden["t"], jnp.int32)
+    t, classes = jnp.asarray(golden["t"], jnp.int32), golden.get("classes")
 
     def loss(params):
-        output = models.apply_fn(model)(params, x, t, None)
+        output = models.apply_fn(model)(params, x, t, classes)
         return (weights * output).mean(), output
 
     return golden, tensors, model, params, loss
@@ -285,8 +285,9 @@ def test_defaults_are_those_of_diffusers():
     ("field", "value", "allowed"),
     [
         ("_class_name", "UNet2DConditionModel", "'UNet2DModel'"),
-        ("class_embed_type", "timestep", "None"),
-        ("num_class_embeds", 10, "None"),
+        ("class_embed_type", "projection", "None, 'timestep', 'identity'"),
+        ("num_class_embeds", 0, "an integer >= 1"),
+        ("out_channels", 5, "model.in_channels is 3"),
         ("time_embedding_type", "fourier", "'positional'"),
         ("time_embedding_dim", 7, "None, 32"),
         ("attn_norm_num_groups", 4, "None, 2"),
@@ -344,6 +345,11 @@ def test_refuses_missing_and_damaged_files(small_golden, tmp_path):
         refused(ValueError, f"{convert.WEIGHTS} is damaged")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
     refused(ValueError, f"{convert.WEIGHTS} is a pointer of Git LFS.* lfs pull")
+    config = tmp_path / "config.json"
+    kept = config.rename(tmp_path / "kept.json")
+    config.write_bytes(weights.read_bytes())
+    refused(ValueError, "config.json is a pointer of Git LFS.* lfs pull")
+    kept.rename(config)
     for dtype, match in (
         ("I16", "type of x is 'I16'; .* 'F16', 'BF16'"),
         ("F32", "has not the size"),

@@ -74,7 +74,9 @@ def test_scripts_of_the_folders(tmp_path, monkeypatch):
     (unet,) = (code for code in package if "to_diffusers" in code)
     model = models.build(TINY)
     params = models.init(model, jax.random.key(0))
-    models.to_diffusers(model, params, tmp_path / "path" / "to" / "unet")
+    pipeline = tmp_path / "path" / "to" / "pipeline"
+    models.to_diffusers(model, params, pipeline / "unet")
+    (pipeline / "scheduler_config.json").write_text("{}")
     run(unet, tmp_path, dtrak=dtrak)
     assert (tmp_path / "elsewhere" / "config.json").exists()
 

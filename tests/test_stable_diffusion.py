@@ -107,7 +107,9 @@ def test_guided_sampling_equals_diffusers(golden, folder, one_device):
     apply = diffusion.guided(apply_fn(parts.unet), 3.0)
     step = sampling.step_function(apply, sampler, parallel.mesh(jax.local_devices()))
     x, cond = nhwc(golden["latents"]), (context, negative)
-    timesteps = diffusion.sampling_timesteps(sampler)
+    timesteps = diffusion.sampling_timesteps(
+        sampler.schedule, sampler.steps, sampler.offset
+    )
     assert timesteps.tolist() == [501, 1]
     for t, s in zip(timesteps, [1, -1], strict=True):
         x, _ = step(params["unet"], x, np.zeros(2, np.uint32), cond, t, s)
@@ -203,8 +205,8 @@ def test_pictures_may_have_another_size(folder):
         ),
         (
             "scheduler/scheduler_config.json",
-            {"_class_name": "EulerDiscreteScheduler"},
-            ("'EulerDiscreteScheduler'", "'DDIMScheduler'"),
+            {"_class_name": "EDMEulerScheduler"},
+            ("'EDMEulerScheduler'", "'DDIMScheduler'"),
         ),
     ],
 )
@@ -216,7 +218,13 @@ def test_refuses_what_does_not_fit(file, fields, words, folder):
         assert word in str(error.value)
 
 
-def test_refuses_pickles_and_missing_parts(folder):
+def test_refuses_flow_matching_pickles_and_missing_parts(folder):
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    kept = scheduler.read_text()
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(ValueError, match="one of flow matching, which Stable Diff"):
+        resolve_stable_diffusion(folder)
+    scheduler.write_text(kept)
     weights = folder / "vae" / WEIGHTS["vae"]
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="vae has its weights in .*pickle"):

@@ -11,6 +11,7 @@ from dtrak_jax.diffusion.sampling import (
 from dtrak_jax.diffusion.schedule import (
     Schedule,
     cosine_schedule,
+    flow_schedule,
     linear_schedule,
     scaled_linear_schedule,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Schedule",
     "cosine_schedule",
     "denoising_loss",
+    "flow_schedule",
     "guided",
     "linear_schedule",
     "sample",

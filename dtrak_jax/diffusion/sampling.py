@@ -13,7 +13,7 @@ import numpy as np
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
-from dtrak_jax.network import Apply, Params, rows_of
+from dtrak_jax.network import Apply, Params, check_prediction, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.progress import progress
 from dtrak_jax.rng import fold_in, stream
@@ -23,9 +23,9 @@ SamplerKind = Literal["ddim", "ancestral"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """The settings of sampling, which goes from t to s = t - T // steps in each step.
+    """The settings of sampling, which goes down through `sampling_timesteps`.
 
-    With alpha_bar_s = 1 for s < 0 (Song et al. 2021, eq. 12 and 16):
+    A step goes from t to the next s, and at the end to s < 0. With alpha_bar_s = 1 for s < 0 (Song et al. 2021, eq. 12 and 16):
 
       x_s = sqrt(alpha_bar_s) x + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
       sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -58,14 +58,23 @@ class Sampler:
                 f"{self.schedule.steps}, the number of timesteps of the schedule."
             )
         between("sampler.eta", self.eta, 0, 1)
-        first = (self.steps - 1) * (self.schedule.steps // self.steps)
+        if self.schedule.prediction == "flow":
+            raise ValueError(
+                "sampler.schedule is one of flow matching, which these samplers do not "
+                "know; generate with the network's own sampler, and give the images as "
+                "queries."
+            )
+        first = sampling_timesteps(self.schedule, self.steps)[0]
         between("sampler.offset", self.offset, 0, self.schedule.steps - 1 - first)
 
 
-def sampling_timesteps(sampler: Sampler) -> np.ndarray:
-    """Returns the timesteps that sampling goes through, descending, [steps]."""
-    stride = sampler.schedule.steps // sampler.steps
-    return np.arange(sampler.steps)[::-1] * stride + sampler.offset
+def sampling_timesteps(schedule: Schedule, steps: int, offset: int = 0) -> np.ndarray:
+    """Returns the timesteps that sampling goes through, descending, [steps].
+
+    They are floor(i T / steps) + offset, i = steps-1 ... 0: those of diffusers with
+    timestep_spacing="leading" where the number of steps divides T.
+    """
+    return np.arange(steps)[::-1] * schedule.steps // steps + offset
 
 
 @functools.cache
@@ -125,7 +134,7 @@ def sample(
         lambda leaf: parallel.pad(np.asarray(leaf), padded),
         (np.asarray(seeds, np.uint32), cond),
     )
-    timesteps = sampling_timesteps(sampler)
+    timesteps = sampling_timesteps(sampler.schedule, sampler.steps, sampler.offset)
     moves = list(zip(timesteps, np.append(timesteps[1:], -1), strict=True))
     images = np.zeros((padded, *shape), np.float32)
     predicted = np.zeros((padded, len(moves) * trajectory, *shape), np.float32)
@@ -196,6 +205,7 @@ def sampling_step(
     All images go from timestep t to s, which is negative at the end; z is standard
     normal noise [B, ...], or None if the step adds none.
     """
+    check_prediction(prediction, x_t)
     schedule = sampler.schedule
     x, eps = schedule.denoise(prediction, x_t, jnp.full(len(x_t), t))
     if sampler.clip:

@@ -10,6 +10,8 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import diffusion, files, models, parallel
+from dtrak_jax.data import Dataset
+from dtrak_jax.diffusion.config import blocks, build_sampler
 from dtrak_jax.digests import digest, digest_tree
 from dtrak_jax.encoding import adapted, encode
 from dtrak_jax.models import lora
@@ -157,16 +159,8 @@ class Latents:
     @property
     def sampler(self) -> diffusion.Sampler:
         """The sampler of the queries, with what the folder says of sampling."""
-        settings, scheduler = self.config.sample, self.pipeline.scheduler
-        return diffusion.Sampler(
-            self.schedule,
-            settings.sampler,
-            settings.steps,
-            settings.eta,
-            clip=False,
-            offset=scheduler.get("steps_offset", 0),
-            to_one=scheduler.get("set_alpha_to_one", True),
-        )
+        scheduler = self.pipeline.scheduler
+        return build_sampler(self.config.sample, self.schedule, scheduler, clip=False)
 
     @property
     def shapes(self) -> Shapes:
@@ -184,6 +178,11 @@ class Latents:
         )
 
     @property
+    def sampled_cond(self) -> tuple:
+        """The shapes of prompt and negative prompt of one picture that is sampled."""
+        return self.shapes.cond, self.shapes.cond
+
+    @property
     def sampled(self) -> Apply:
         """The network under guidance, which is sampled."""
         return diffusion.guided(self.network.apply, self.config.sample.guidance)
@@ -196,6 +195,10 @@ class Latents:
         """Returns the text embeddings of a set's captions, [n, S, D]."""
         captions = self.run.examples(name).captions
         return encode.load_contexts(self.run, name, captions)
+
+    def check_conditions(self, examples: Dataset, name: str) -> None:
+        """Raises a ValueError unless there is a caption for each example."""
+        encode.check_captions(name, examples)
 
     @property
     def training_examples(self) -> dict[str, np.ndarray]:
@@ -212,7 +215,12 @@ class Latents:
         """The prompt of every picture to generate, str [count]."""
         settings, captions = self.config.sample, self.run.splits.train.captions
         texts = np.array(settings.prompts or sorted(set(map(str, captions))))
-        return texts[np.arange(settings.count) * len(texts) // settings.count]
+        return texts[blocks(settings.count, len(texts))]
+
+    @property
+    def generated_columns(self) -> dict[str, np.ndarray]:
+        """The prompt of every picture to generate."""
+        return {"prompts": self.prompts}
 
     def prepare_prompts(self) -> None:
         """Embeds the prompts of the pictures to generate."""

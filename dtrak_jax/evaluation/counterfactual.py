@@ -170,7 +170,8 @@ def compare(
     else:
         network = run.space.model, params, run.schedule
         cosines["pixels"] = flattened
-        cosines["bottleneck"] = bottleneck(*network, run.splits.train.images)
+        if run.space.sampled_cond is None:  # Pictures that are made have no class.
+            cosines["bottleneck"] = bottleneck(*network, run.splits.train.images)
     if run.config.clip.folder:
         cosines["clip"] = run.clip_network
     return {

@@ -76,7 +76,7 @@ def _layer_sizes(
         tags.weights.update({id(leaves[i]): i for i in chosen_leaves(task, params)})
         with collecting(tags):
             joined = network_params(treedef.unflatten(leaves), frozen)
-            return task.apply(joined, x, t, cond)
+            return task.network(joined, x, t, cond)
 
     program = jax.make_jaxpr(predict)(leaves, frozen, *inputs).jaxpr
     for i in sorted(tags.sizes):

@@ -12,6 +12,7 @@ from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, check_ids, check_images
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
+from dtrak_jax.features.dependence import check_dependence
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
@@ -259,8 +260,9 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
                 raise ValueError(f"{name}: {path} has entries that are not finite.")
     x, t, condition = network_inputs(images, cond, 2)
     network = network_params(params, frozen)
+    traced = jax.make_jaxpr(task.network, return_shape=True)
     try:
-        prediction = jax.eval_shape(task.apply, network, x, t, condition)
+        program, prediction = traced(network, x, t, condition)
     except Exception as error:
         raise ValueError(
             f"the network does not take images of shape {images.shape[-3:]} with these "
@@ -268,10 +270,15 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
         ) from error
     shape = getattr(prediction, "shape", None)
     if shape != x.shape:
+        double = shape == (*x.shape[:-1], 2 * x.shape[-1])
+        remedy = (
+            " If it is a mean and a variance, Task(variance='ignore') takes the mean."
+        )
         raise ValueError(
             f"the network maps images {x.shape} to {shape}; a prediction must have the "
-            "shape of the images."
+            f"shape of the images.{remedy if double else ''}"
         )
+    check_dependence(task, params, program.jaxpr)
 
 
 def _check_finite(results: tuple, ids: Sequence[str], task: Task) -> None:

@@ -66,7 +66,7 @@ def fingerprint(
         "dtrak_jax": metadata.version("dtrak-jax"),
         "jax": jax.__version__,
         "network": digests.digest_program(
-            task.apply, network_params(params, frozen), x, t, cond
+            task.network, network_params(params, frozen), x, t, cond
         ),
         "params": digests.digest_tree(params),
         "schedule": digests.digest(repr(task.schedule)),

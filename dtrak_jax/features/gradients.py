@@ -149,4 +149,4 @@ def _predict(task: Task, params, frozen, sketches: Sketches, inputs, values):
     leaves = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
     with collecting(Tags(weights, sketched)):
         joined = network_params(treedef.unflatten(leaves), frozen)
-        return task.apply(joined, *inputs)
+        return task.network(joined, *inputs)

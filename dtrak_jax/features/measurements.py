@@ -50,11 +50,9 @@ def linf(prediction, target, t, schedule):
 def elbo(prediction, target, t, schedule):
     """Returns (w_t/d) |eps_hat - eps|^2, w_t = beta_t / (2 alpha_t (1 - alpha_bar_t)).
 
-    A network that predicts v errs in eps by sqrt(alpha_bar_t) times its error in v.
+    eps_hat is the noise that the prediction implies, see `Schedule.elbo_weights`.
     """
     weight = jnp.asarray(schedule.elbo_weights)[t]
-    if schedule.prediction == "v":
-        weight *= jnp.asarray(schedule.alpha_bar)[t]
     return weight * jnp.mean((prediction - target) ** 2)
 
 

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from dtrak_jax.checks import at_least, between, one_of, pattern
-from dtrak_jax.diffusion.schedule import Schedule
+from dtrak_jax.diffusion.schedule import Schedule, in_own_time
 from dtrak_jax.features.measurements import Measurement, named
+from dtrak_jax.network import Apply, mean_of
 from dtrak_jax.rng import fold_in, stream
 
 Noise = Literal["common", "independent", "reference", "cyclic"]
 Strategy = Literal["uniform", "cumulative"]
+Variance = Literal["refuse", "ignore"]
 
 REFERENCE_SHARD = 1000
 """Examples in a shard of the paper's code, in each of which its batches begin anew."""
@@ -25,7 +27,7 @@ class Task:
     """The gradient feature of an image x, before projection:
 
       g_j(x) = grad_theta f(prediction of x_t, target, t),
-      x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) eps,
+      x_t = signal_t x + noise_t eps (see `Schedule`),
 
     for each pair j of a timestep t and a noise draw; or the mean of g_j over all
     pairs.
@@ -34,6 +36,7 @@ class Task:
       apply: the network, (params, x [B,H,W,C], t [B], cond) -> prediction [B,H,W,C];
         any pure function, params any pytree, or (params, frozen) where `featurize` is
         given both. `cond` is None, or these images' rows of what `featurize` is given.
+        In flow matching t is in the network's own unit, see `Schedule.times`.
       schedule: the noise schedule that the network was trained with.
       measurement: f: a name, a function (prediction, target, t, schedule) -> scalar of
         one image, or a tuple of them, whose gradients then share one forward pass.
@@ -55,6 +58,9 @@ class Task:
       parameters: a regular expression; only parameters whose path, such as
         "mid_block/conv/kernel", it finds somewhere are differentiated. Empty: all.
       seed: of the noise.
+      variance: of a network whose prediction has twice the channels of x, since it also
+        learned a variance (Nichol & Dhariwal 2021): "ignore" takes the first half, the
+        mean; "refuse" is an error.
     """
 
     apply: Callable
@@ -68,10 +74,12 @@ class Task:
     per_timestep: bool = True
     parameters: str = ""
     seed: int = 0
+    variance: Variance = "refuse"
 
     def __post_init__(self):
         one_of("strategy", self.strategy, get_args(Strategy))
         one_of("noise", self.noise, get_args(Noise))
+        one_of("variance", self.variance, get_args(Variance))
         at_least("noise_batch", self.noise_batch, 1)
         at_least("draws", self.draws, 1)
         at_least("seed", self.seed, 0)
@@ -96,6 +104,14 @@ class Task:
             )
         if not self.measurements:
             raise ValueError("measurement is empty; name one or more.")
+
+    @functools.cached_property
+    def network(self) -> Apply:
+        """The network as a function of the schedule's timesteps, without a variance."""
+        apply = self.apply
+        if self.schedule.sigmas:
+            apply = in_own_time(apply, self.schedule)
+        return mean_of(apply) if self.variance == "ignore" else apply
 
     @functools.cached_property
     def measurements(self) -> dict[str, Measurement]:

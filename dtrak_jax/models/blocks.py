@@ -253,12 +253,14 @@ def unet(
     t: jax.Array,
     keys: jax.Array | None,
     attends: tuple[list[Attend | None], Attend | None, list[Attend | None]],
+    added: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the prediction of a UNet, which is the calling module.
 
     Args:
       attends: the attention of each level on the way down, of the lowest level, and of
         each on the way up; None where a level has none.
+      added: what is added to the embedding of time [B, D], if anything.
 
     Raises:
       ValueError: x or t does not have the shape that the configuration calls for.
@@ -277,6 +279,7 @@ def unet(
         x = 2 * x - 1
     down, mid, up = attends
     temb = TimeEmbedding(config, dtype, name="time_embedding")(t)
+    temb = temb if added is None else temb + added
     x = nn.Conv(channels[0], (3, 3), name="conv_in")(x.astype(dtype))
     skips = [x]
     layers = per_level(config, "layers_per_block")

@@ -23,14 +23,19 @@ class ModelConfig:
     """A UNet, in the field names of diffusers' `UNet2DModel`."""
 
     folder: str = ""
-    """The folder of a diffusers `UNet2DModel` that is taken instead of trained. It
-    decides all other fields, which must be left as they are; see `models.resolve`."""
+    """The folder of a diffusers `UNet2DModel`, or of a pipeline that has one in `unet`,
+    which is taken instead of trained. It decides all fields below, which must be left as
+    they are, and a scheduler_config.json in `scheduler`, there or beside it, decides
+    `diffusion`; see `models.resolve`."""
+    variance: Literal["refuse", "ignore"] = "refuse"
+    """A network with twice as many channels out as in also predicts a variance (Nichol &
+    Dhariwal 2021): refuse it, or ignore the variance and use the first half, the mean."""
     sample_size: int = 32
     """Height and width of the pictures."""
     in_channels: int = 3
     """Channels of the pictures: 1 for grey ones, 3 for colours."""
     out_channels: int = 3
-    """Channels of the prediction; as many as the pictures have."""
+    """As many as in; or twice as many, see `variance`."""
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
     """Channels of each level; each level has half the height and width of the one
     before."""
@@ -75,16 +80,29 @@ class ModelConfig:
     """Added to the variance in normalisations."""
     dropout: float = 0.1
     """The share of activations that training drops in residual blocks."""
+    num_class_embeds: int | None = None
+    """The number of classes that the network is conditioned on, which are the labels of
+    the data; None is without. See `class_embed_type`."""
+    class_embed_type: Literal["timestep", "identity"] | None = None
+    """None: an embedding is learned for each class. timestep: a class is a number that
+    is embedded as a timestep is. identity: the condition is the embedding itself."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self) if self.folder else ():
             value = getattr(self, field.name)
-            if field.name != "folder" and value != field.default:
+            if field.name not in ("folder", "variance") and value != field.default:
                 raise ValueError(
                     f"model.{field.name} is {value!r}, but model.folder="
                     f"{self.folder!r} decides it; leave it at {field.default!r}."
                 )
         check_network("model", self)
+        channels = self.in_channels
+        if self.out_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"model.out_channels is {self.out_channels}, but model.in_channels is "
+                f"{channels}; they must be equal, as noise has the channels of pictures, "
+                "or out twice in, where a variance is predicted beside the mean."
+            )
         at_least("model.sample_size", self.sample_size, 1)
         at_least("model.layers_per_block", self.layers_per_block, 1)
         levels = len(self.block_out_channels)
@@ -95,10 +113,28 @@ class ModelConfig:
                 f"{levels - 1} times, so it must be a multiple of {factor}."
             )
         self._check_heads()
+        kinds = (None, "timestep", "identity")
+        one_of("model.class_embed_type", self.class_embed_type, kinds)
+        if self.num_class_embeds is not None:
+            at_least("model.num_class_embeds", self.num_class_embeds, 1)
         if not self.mid_attention_norm and self.resnet_time_scale_shift == "default":
             raise ValueError(
                 "model.mid_attention_norm is False, which diffusers has only for "
                 "model.resnet_time_scale_shift='scale_shift'; it must be True."
+            )
+
+    @property
+    def takes_classes(self) -> bool:
+        """True if the network is conditioned on classes."""
+        return (self.class_embed_type or self.num_class_embeds) is not None
+
+    def check_variance(self):
+        """Raises a ValueError if a variance is predicted, unless it is to be ignored."""
+        if self.out_channels != self.in_channels and self.variance == "refuse":
+            raise ValueError(
+                f"model.out_channels is {self.out_channels}, twice model.in_channels="
+                f"{self.in_channels}: the network predicts a variance beside the mean. "
+                "Set model.variance='ignore' to use the mean alone, or make them equal."
             )
 
     def _check_heads(self):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dtrak_jax.checks import one_of
 from dtrak_jax.files import at, read_json, write_json
 from dtrak_jax.models.autoencoder import AutoencoderKL, autoencoder_config
 from dtrak_jax.models.conditional_unet import UNet2DCondition, conditional_config
@@ -18,6 +19,7 @@ from dtrak_jax.models.config import ModelConfig
 from dtrak_jax.models.functions import parameter_shapes
 from dtrak_jax.models.tensors import (
     CONFIG,
+    INDEX,
     model_folder,
     read_weights,
     to_params,
@@ -77,13 +79,44 @@ def resolve(config: ModelConfig) -> ModelConfig:
     checked.
 
     Raises:
-      FileNotFoundError, ValueError: as `from_diffusers`.
+      FileNotFoundError, ValueError: as `from_diffusers`; or the folder is of a pipeline
+        whose network is given something else than pictures.
     """
     if not config.folder:
         return config
     folder = model_folder(config.folder, "unet")
+    _check_pipeline(folder)
+    settings = _settings(folder, FORMATS[UNet2D])
     names = set(map(current_name, weight_names(folder, STEM)))
-    return model_config(read_json(folder / CONFIG), names)
+    return dataclasses.replace(model_config(settings, names), variance=config.variance)
+
+
+def _check_pipeline(folder: epath.Path) -> None:
+    """Raises a ValueError if a network is part of a pipeline with further networks."""
+    index = folder.parent / INDEX
+    if not index.is_file():
+        return
+    settings = read_json(index)
+    further = sorted(
+        name
+        for name, value in settings.items()
+        if isinstance(value, list) and any(value) and name not in ("unet", "scheduler")
+    )
+    if further:
+        raise ValueError(
+            f"{folder} is part of a {settings.get('_class_name')}, which has "
+            f"{', '.join(further)} beside its unet, so that it is not given pictures. "
+            "model.folder takes a `UNet2DModel` of pictures, alone or in a pipeline; "
+            "base.folder takes a StableDiffusionPipeline."
+        )
+
+
+def _settings(folder: epath.Path, form: Format) -> dict:
+    """Returns config.json, and a ValueError names its class if that is another."""
+    settings = read_json(folder / CONFIG)
+    name = settings.get("_class_name", form.class_name)
+    one_of(f"{folder / CONFIG}: _class_name", name, (form.class_name,))
+    return settings
 
 
 def from_diffusers(
@@ -109,7 +142,7 @@ def from_diffusers(
     """
     form = FORMATS[network]
     folder = model_folder(folder, form.part)
-    settings = read_json(folder / CONFIG)
+    settings = _settings(folder, form)
     tensors = current(read_weights(folder, STEM))
     model = network(form.config(settings, tensors))
     params = to_params(parameter_shapes(model), tensors, folder, dtype=dtype)
@@ -125,7 +158,7 @@ def to_diffusers(model: nn.Module, params: dict, folder: epath.PathLike) -> None
     form = FORMATS[type(model)]
     settings = {"_class_name": form.class_name, **dataclasses.asdict(model.config)}
     if isinstance(model, UNet2D):
-        del settings["folder"]
+        del settings["folder"], settings["variance"]
         normalize = settings.pop("mid_attention_norm")
         groups = model.config.norm_num_groups if normalize else None
         settings["attn_norm_num_groups"] = groups

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from dtrak_jax.checks import check_fields, one_of
-from dtrak_jax.diffusion.schedule import (
-    DIFFUSERS_FILE,
-    Schedule,
-    scaled_linear_schedule,
-)
+from dtrak_jax.diffusion.schedule import Schedule, scaled_linear_schedule
+from dtrak_jax.diffusion.scheduler_config import DIFFUSERS_FILE
 from dtrak_jax.files import at, is_remote, read_json, write_json
 from dtrak_jax.models import clip_folder, convert
 from dtrak_jax.models.autoencoder import (
@@ -31,10 +28,9 @@ from dtrak_jax.models.conditional_unet import (
     conditional_config,
 )
 from dtrak_jax.models.convert import from_diffusers, to_diffusers
-from dtrak_jax.models.tensors import CONFIG, weight_names
+from dtrak_jax.models.tensors import CONFIG, INDEX, weight_names
 from dtrak_jax.models.tokenizer import Tokenizer
 
-INDEX = "model_index.json"
 LATENTS = "vae: latent_channels"
 
 CLASSES = {
@@ -123,6 +119,12 @@ def resolve_stable_diffusion(folder: epath.PathLike) -> StableDiffusion:
                 f"{folder}: {name} is {value}, but {fixed_by} is {expected}; they must "
                 "be equal."
             )
+    schedule = Schedule.from_diffusers(folder)
+    if schedule.prediction == "flow":
+        raise ValueError(
+            f"{folder}: the scheduler is one of flow matching, which Stable Diffusion 1 "
+            "and 2 are not trained with."
+        )
     return StableDiffusion(
         UNet2DCondition(unet),
         AutoencoderKL(vae),
@@ -130,7 +132,7 @@ def resolve_stable_diffusion(folder: epath.PathLike) -> StableDiffusion:
         Tokenizer.from_folder(
             folder / "tokenizer", text.max_position_embeddings, text.vocab_size
         ),
-        Schedule.from_diffusers(folder),
+        schedule,
         read_json(folder / "scheduler" / DIFFUSERS_FILE),
     )
 

@@ -17,9 +17,10 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dtrak_jax.checks import one_of
-from dtrak_jax.files import at, read_json, write_bytes
+from dtrak_jax.files import at, check_fetched, read_json, write_bytes
 
 CONFIG = "config.json"
+INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
@@ -40,11 +41,18 @@ def model_folder(folder: epath.PathLike, part: str) -> epath.Path:
 
     Raises:
       FileNotFoundError: neither has a config.json.
+      ValueError: it is the folder of a pipeline without that part.
     """
     folder = at(folder)
     for candidate in (folder, folder / part):
         if (candidate / CONFIG).is_file():
             return candidate
+    if (folder / INDEX).is_file():
+        name = read_json(folder / INDEX).get("_class_name")
+        raise ValueError(
+            f"{folder} is that of a {name}, which has no {part}/{CONFIG}; it must be the "
+            f"folder of a pipeline whose network is in `{part}`."
+        )
     raise FileNotFoundError(
         f"{folder} has no {CONFIG}, nor has a folder `{part}` in it; it must be the "
         f"folder of a model, or of a pipeline with the model in `{part}`."
@@ -61,7 +69,7 @@ def weights_files(folder: epath.Path, stem: str) -> list[epath.Path]:
       FileNotFoundError: there are none, or a shard is missing.
       ValueError: there are pickles only.
     """
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp16", ".bf16"):
         path = folder / f"{stem}{variant}.safetensors"
         if path.is_file():
             return [path]
@@ -114,11 +122,7 @@ def read_header(path: epath.Path) -> tuple[dict, dict[str, str], int]:
         # By specification the header is no longer than that.
         header = file.read(min(length, 100_000_000))
         size = file.seek(0, 2)
-    if start == b"version ":
-        raise ValueError(
-            f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` "
-            "where the folder was cloned."
-        )
+    check_fetched(path, start)
     try:
         entries = json.loads(header)
         metadata = entries.pop("__metadata__", {})

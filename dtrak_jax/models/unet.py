@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dtrak_jax.checks import one_of
-from dtrak_jax.models.blocks import Attention, unet
+from dtrak_jax.models.blocks import Attention, TimeEmbedding, param_type, unet
 from dtrak_jax.models.config import ModelConfig, known_fields
 
 DEFAULTS = {
@@ -34,8 +34,6 @@ FIXED = {
     "mid_block_type": ("UNetMidBlock2D",),
     "downsample_type": ("conv",),
     "upsample_type": ("conv",),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
 }
 """Fields of diffusers that this UNet does not have, and the values that it implies."""
 
@@ -47,7 +45,7 @@ def model_config(settings: Mapping, tensors: Collection[str]) -> ModelConfig:
       ValueError: this UNet does not have a field or its value.
     """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
-    names -= {"folder", "mid_attention_norm"}
+    names -= {"folder", "variance", "mid_attention_norm"}
     derived = ("time_embedding_dim", "attn_norm_num_groups")
     # The number of timesteps is for learned time embeddings.
     ignored = (*derived, "num_train_timesteps")
@@ -74,7 +72,8 @@ class UNet2D(nn.Module):
 
     `module.apply({"params": params}, x, t)` takes images x [B, H, W, in_channels] in
     [-1, 1] and integer timesteps t [B], and returns the prediction
-    [B, H, W, out_channels], float32. There is no context. With random `keys` [B], one
+    [B, H, W, out_channels], float32. The context is None; or where the configuration
+    `takes_classes` the class of each image [B], or its embedding [B, D]. With random `keys` [B], one
     for each example, dropout is on. Parameters come from `models.init` or
     `from_diffusers`; those of flax's `module.init` have flax's distribution. Other
     shapes are a ValueError.
@@ -87,14 +86,10 @@ class UNet2D(nn.Module):
         self,
         x: jax.Array,
         t: jax.Array,
-        context: None = None,
+        context: jax.Array | None = None,
         keys: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
-        if context is not None:
-            raise ValueError(
-                "cond is given, but a UNet2D takes no condition: pass None."
-            )
 
         def attend(name, x):
             return Attention(config, name=name)(x)
@@ -108,10 +103,53 @@ class UNet2D(nn.Module):
             attend_mid if config.add_attention else None,
             [attend if "Attn" in kind else None for kind in config.up_block_types],
         )
-        return unet(self, x, t, keys, attends)
+        added = class_embedding(config, context, len(x), param_type(self))
+        return unet(self, x, t, keys, attends, added)
 
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Returns the shapes of (x, t) for one example."""
-        size, channels = self.config.sample_size, self.config.in_channels
-        x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-        return x, jax.ShapeDtypeStruct((1,), jnp.int32)
+        """Returns the shapes of (x, t) for one example, and of its class if it has one."""
+        config, shape = self.config, jax.ShapeDtypeStruct
+        x = shape((1, config.sample_size, config.sample_size, config.in_channels), "f4")
+        t = shape((1,), jnp.int32)
+        if not config.takes_classes:
+            return x, t
+        if config.class_embed_type == "identity":
+            return x, t, shape((1, 4 * config.block_out_channels[0]), jnp.float32)
+        return x, t, t
+
+
+def class_embedding(
+    config: ModelConfig, classes: jax.Array | None, count: int, dtype: jnp.dtype
+) -> jax.Array | None:
+    """Returns what classes add to the embedding of time, [B, D], if anything.
+
+    It makes a submodule of the calling module.
+
+    Raises:
+      ValueError: classes are not those of `count` images.
+    """
+    width = 4 * config.block_out_channels[0]
+    if not config.takes_classes:
+        if classes is not None:
+            raise ValueError(
+                "cond is given, but this UNet2D takes no condition: pass None."
+            )
+        return None
+    is_embedding = config.class_embed_type == "identity"
+    expected = (count, width) if is_embedding else (count,)
+    is_whole = jnp.issubdtype(getattr(classes, "dtype", None), jnp.integer)
+    if getattr(classes, "shape", None) != expected or not (
+        is_whole or config.class_embed_type
+    ):
+        described = "None" if classes is None else f"{classes.dtype} {classes.shape}"
+        raise ValueError(
+            f"cond is {described}; it must be the "
+            f"{'embedding of the class' if is_embedding else 'class'} of each image, "
+            f"{'numbers' if config.class_embed_type else 'integers'} of shape {expected}."
+        )
+    if is_embedding:
+        return classes.astype(dtype)
+    if config.class_embed_type == "timestep":
+        return TimeEmbedding(config, dtype, name="class_embedding")(classes)
+    embed = nn.Embed(config.num_class_embeds, width, name="class_embedding")
+    return embed(classes).astype(dtype)

@@ -102,7 +102,7 @@ def sample(run: Run, topology: Topology) -> list[Planned]:
     given = run.space.shapes
     params = network_params(run.param_shapes, given.frozen)
     network = run.space.sampled, params, run.space.sampler, run.network.shape
-    cond = given.cond and (given.cond, given.cond)
+    cond = run.space.sampled_cond
     call = diffusion.sample_program(*network, *images, devices, cond)
     step = f"{len(call[0].arguments[1]) // len(devices)} images on a device"
     # The files hold each picture, and all of them in one array.

@@ -121,7 +121,7 @@ def seconds_of_pass(run: Run) -> float:
     images = 4 if run.config.is_latent else 64
     params = network_params(run.param_shapes, given.frozen)
     network = run.space.sampled, params, run.space.sampler, run.network.shape
-    count, cond = images * len(devices), given.cond and (given.cond, given.cond)
+    count, cond = images * len(devices), run.space.sampled_cond
     program, _ = diffusion.sample_program(*network, count, images, devices, cond)
     arguments = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), program.arguments

@@ -56,9 +56,7 @@ def pixel_error(work: Workload, pipeline) -> float:
         return sampling_step(sampler, prediction, x, t, s, None)[0]
 
     x = jnp.asarray(peers.initial_noise(4, work.images.shape[1:]))
-    for t in diffusion.sampling_timesteps(
-        diffusion.Sampler(work.schedule, steps=steps)
-    ):
+    for t in diffusion.sampling_timesteps(work.schedule, steps):
         x = step(x, t, t - work.schedule.steps // steps)
     error = float(np.abs(np.clip(x / 2 + 0.5, 0, 1) - pipeline(4, steps)).max())
     assert error < 1e-3, f"the two sides' images differ by {error:.1e}"

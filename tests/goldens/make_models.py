@@ -1,9 +1,10 @@
 """Writes unet_*.npz: small diffusers UNets with their outputs and gradients.
 
-    python tests/goldens/make_models.py
+    python tests/goldens/make_models.py [NAME ...]
 
 Needs torch and diffusers (made with 2.13 and 0.42), which the tests do not. Each file
-holds `config` (JSON, as in a config.json), `x` and `t`, `weights` of the outputs,
+holds `config` (JSON, as in a config.json), `x` and `t`, perhaps `classes`, `weights` of
+the outputs,
 `output`, and for every parameter `param/NAME` and `grad/NAME`, the gradient of
 mean(weights * output). Arrays are in PyTorch's layout. Parameters and inputs are
 exact in float16; outputs and gradients are computed in float64, so that a comparison
@@ -11,6 +12,7 @@ shows the error of one side only.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,17 @@ ONE_LEVEL = {
     "norm_num_groups": 2,
     "resnet_time_scale_shift": "scale_shift",
 }
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [4],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "layers_per_block": 1,
+    "add_attention": False,
+    "norm_num_groups": 2,
+}
 # Images are not square, so that height and width cannot be confused.
 MODELS = {
     "cifar": (CIFAR, (16, 24)),
@@ -85,13 +98,20 @@ MODELS = {
     "attention_everywhere": (ATTENTION_EVERYWHERE, (8, 4)),
     "no_attention": (NO_ATTENTION, (6, 8)),
     "one_level": (ONE_LEVEL, (5, 8)),
+    "classes": (SMALL | {"num_class_embeds": 5}, (3, 4)),
+    "class_numbers": (SMALL | {"class_embed_type": "timestep"}, (3, 4)),
 }
 TIMESTEPS = (0, 417, 999)
+CLASSES = (4, 0, 2)
 
 
-def run(model, x, t, weights):
+def run(model, x, t, weights, classes):
     """The output, and the gradient of mean(weights * output)."""
-    output = model.double()(x.double(), t).sample
+    # What embeds time makes numbers of 32 bits; classes go the same way.
+    if model.config.class_embed_type:
+        # diffusers makes the type of time that of the network, but not that of classes.
+        model.class_embedding.register_forward_pre_hook(lambda _, x: x[0].double())
+    output = model.double()(x.double(), t, classes).sample
     (weights.double() * output).mean().backward()
     grads = {f"grad/{name}": p.grad for name, p in model.named_parameters()}
     tensors = {"output": output.detach(), **grads}
@@ -101,6 +121,8 @@ def run(model, x, t, weights):
 def main():
     logging.set_verbosity_error()
     for seed, (name, (config, size)) in enumerate(MODELS.items()):
+        if sys.argv[1:] and name not in sys.argv:
+            continue
         rng = np.random.default_rng(seed)
         model = UNet2DModel(**config).eval()
         inputs = {
@@ -120,7 +142,10 @@ def main():
         x, weights = (torch.from_numpy(inputs[key]) for key in ("x", "weights"))
         t = torch.tensor(TIMESTEPS)
 
-        results = run(model, x, t, weights)
+        classes = torch.tensor(CLASSES) if name.startswith("class") else None
+        results = run(model, x, t, weights, classes)
+        if classes is not None:
+            results["classes"] = classes.numpy()
         path = Path(__file__).with_name(f"unet_{name}.npz")
         np.savez_compressed(
             path, config=json.dumps(config), t=t.numpy(), **inputs, **results

@@ -1,0 +1,63 @@
+"""The classes that a conditional network of pictures is given, made of labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dtrak_jax.data import Dataset
+from dtrak_jax.models import ModelConfig
+
+
+def class_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Returns the class of each label: the number that it is, or its position.
+
+    A label is the number itself where all labels are numbers, and otherwise its position
+    in the list of the source's labels, which of a folder is sorted, as in torchvision.
+    """
+    if all(map(str.isdecimal, names)):
+        return {name: int(name) for name in names}
+    return {name: number for number, name in enumerate(names)}
+
+
+def classes_of(
+    labels: Sequence[str], names: Sequence[str], model: ModelConfig, what: str
+) -> np.ndarray:
+    """Returns the classes of labels, int32 [n].
+
+    Args:
+      labels: the label of each example.
+      names: all labels of the training images' source.
+      what: the examples' name in an error.
+
+    Raises:
+      ValueError: a label is not one of the training images', or its class none of the
+        network's.
+    """
+    numbers = class_numbers(names)
+    for label in sorted(set(labels)):
+        if label not in numbers:
+            raise ValueError(
+                f"{what} have the label {label!r}, which is none of the training "
+                f"images': {', '.join(numbers)}."
+            )
+        count = model.num_class_embeds
+        if model.class_embed_type is None and numbers[label] >= count:
+            raise ValueError(
+                f"{what} have the label {label!r}, which is class {numbers[label]}; the "
+                f"model has the classes 0 to {count - 1} (model.num_class_embeds)."
+            )
+    return np.array([numbers[label] for label in labels], np.int32)
+
+
+def label_names_of(examples: Dataset, what: str) -> list[str]:
+    """Returns the label of each example.
+
+    Raises:
+      ValueError: there are no labels.
+    """
+    if examples.labels is None:
+        raise ValueError(
+            f"the model is given classes, but {what} have no labels: name a CSV with a "
+            "column `label`."
+        )
+    return [examples.label_names[label] for label in examples.labels]
