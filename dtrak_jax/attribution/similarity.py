@@ -110,7 +110,7 @@ def random_scores(
 @jax.jit
 def _normals(key: jax.Array, train: np.ndarray, query: np.ndarray) -> jax.Array:
     def normal(query_key, words):
-        return jax.random.normal(rng.fold_in(query_key, *words))
+        return rng.normal(rng.fold_in(query_key, *words))
 
     def row(query_words):
         query_key = rng.fold_in(key, *query_words)

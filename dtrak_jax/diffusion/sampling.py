@@ -16,7 +16,7 @@ from dtrak_jax.checks import at_least, between, check_choices
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.network import Apply, Params, rows_of
 from dtrak_jax.parallel import P, Program
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import fold_in, normal, stream
 
 SamplerKind = Literal["ddim", "ancestral"]
 
@@ -180,7 +180,7 @@ def batch_of(count: int, batch_size: int, devices: int) -> int:
 def _initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns x_T of every seed, [n, *shape]."""
     keys = jax.vmap(lambda seed: stream(seed, "sample"))(seeds)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(lambda key: normal(key, shape))(keys)
 
 
 def sampling_step(
@@ -224,7 +224,7 @@ def step_function(apply: Apply, sampler: Sampler, mesh: jax.sharding.Mesh) -> Ca
     """
 
     def noise(seed, t, shape):
-        return jax.random.normal(fold_in(stream(seed, "sample-step"), t), shape)
+        return normal(fold_in(stream(seed, "sample-step"), t), shape)
 
     def sample_step(params, x_t, seeds, cond, t, s):
         z = None

@@ -11,7 +11,7 @@ from dtrak_jax.config import EnsembleConfig
 from dtrak_jax.diffusion import Schedule, denoising_loss
 from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
-from dtrak_jax.rng import fold_in, id_words, stream
+from dtrak_jax.rng import fold_in, id_words, normal, stream
 
 
 def timestep_grid(timesteps: int | tuple[int, ...], schedule: Schedule) -> np.ndarray:
@@ -98,7 +98,7 @@ def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
 
         def eps(word):
             key = fold_in(stream(seed, "outputs"), word[0], word[1], t, draw)
-            return jax.random.normal(key, x.shape[1:])
+            return normal(key, x.shape[1:])
 
         def predict(x_t, t):
             return apply(network, x_t, t, cond)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dtrak_jax.checks import at_least, between, one_of, pattern
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.features.measurements import Measurement, named
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import fold_in, normal, stream
 
 Noise = Literal["common", "independent", "reference", "cyclic"]
 Strategy = Literal["uniform", "cumulative"]
@@ -133,4 +133,4 @@ class Task:
             key = fold_in(key, words[0], words[1])
         if self.noise == "reference":
             key = fold_in(key, position % REFERENCE_SHARD % self.noise_batch)
-        return jax.random.normal(key, shape)
+        return normal(key, shape)

@@ -23,14 +23,14 @@ from dtrak_jax.network import (
     View,
     network_params,
 )
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import below, bernoulli, fold_in, normal, split, stream
 from dtrak_jax.training.config import TrainConfig
 
 
 def mirror(key: jax.Array, example: Example, frozen: Params) -> Example:
     """Returns an example whose image is mirrored, or not, each in half of the steps."""
     image, cond = example
-    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image), cond
+    return jnp.where(bernoulli(key), image[:, ::-1], image), cond
 
 
 class Recipe(NamedTuple):
@@ -67,12 +67,12 @@ class Recipe(NamedTuple):
         """Returns images, conditions, timesteps and noise, one draw a row."""
 
         def draw(index, *example):
-            t_key, eps_key, view_key = jax.random.split(fold_in(key, index), 3)
+            t_key, eps_key, view_key = split(fold_in(key, index), 3)
             image, cond = example
             if self.view:
                 image, cond = self.view(view_key, example, frozen)
-            t = jax.random.randint(t_key, (), 0, self.schedule.steps)
-            return image, cond, t, jax.random.normal(eps_key, image.shape)
+            t = below(t_key, self.schedule.steps)
+            return image, cond, t, normal(eps_key, image.shape)
 
         return jax.vmap(draw)(batch.index, batch.x, batch.cond)
 
