@@ -1,6 +1,7 @@
 """The features of a run: which ones its methods need, and whether they are there."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from dtrak_jax import diffusion, features, parallel
 from dtrak_jax.config import Config
-from dtrak_jax.digests import digest
+from dtrak_jax.digests import digest, settings_text
 from dtrak_jax.features import Features, Projection, Task
 from dtrak_jax.features.measurements import MEASUREMENTS
 from dtrak_jax.features.store import Store
@@ -101,7 +102,9 @@ def featurize(run: Run, feature_set: FeatureSet) -> dict[str, Features]:
             frozen=space.frozen,
             ids=run.examples(name).ids,
             cond=space.cond(name),
-            bounds=space.bounds,
+            role="train" if name == "train" else "query",
+            # Latents have no bounds.
+            bounds=space.bounds or (-math.inf, math.inf),
             store=path,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
@@ -125,12 +128,12 @@ def _made_from(run: Run, feature_set: FeatureSet) -> dict[str, str]:
     task = {
         field.name: getattr(feature_set.task, field.name)
         for field in dataclasses.fields(feature_set.task)
-        if field.name not in ("apply", "measurement")
+        if field.name not in ("apply", "measurement", "schedule")
     }
     return {
         "network": digest(run.network.settings),
         "params": run.params_digest(feature_set.model),
-        "task": digest(repr(task)),
+        "task": digest(repr(task), settings_text(feature_set.task.schedule)),
         "projection": repr(feature_set.projection),
         "examples": _examples_digest(run, feature_set.examples),
         "trajectory": repr(run.config.sample) if feature_set.images else "",

@@ -44,7 +44,7 @@ def check_features(train: Array, query: Array) -> None:
 
     They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
     nothing empty; and come from the same task, parameters and projection, but for the
-    noise of cyclic queries.
+    noise of cyclic queries. Independent noise that both may share is an error.
     """
     t, q = tuple(train.shape), tuple(query.shape)
     for name, shape in (("train", t), ("query", q)):
@@ -60,7 +60,15 @@ def check_features(train: Array, query: Array) -> None:
         )
     if not (isinstance(train, Features) and isinstance(query, Features)):
         return
-    free = dict.fromkeys(EXAMPLES)
+    free = dict.fromkeys((*EXAMPLES, "noise_of"))
+    roles = [features.fingerprint.get("noise_of") for features in (train, query)]
+    same = all(train.fingerprint[f] == query.fingerprint[f] for f in EXAMPLES)
+    if roles in (["train", "train"], ["query", "query"]) and not same:
+        raise ValueError(
+            f"training and query features were both made with role={roles[0]!r}, so that "
+            "examples of one id share their independent noise; query features need "
+            "role='query', and those of the training set role='train'."
+        )
     if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
         free["noise"] = None
     differing = files.differences(train.fingerprint | free, query.fingerprint | free)

@@ -23,7 +23,7 @@ from etils import epath
 from dtrak_jax import files, parallel
 from dtrak_jax.attribution.inputs import Array, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
-from dtrak_jax.checks import one_of, positive
+from dtrak_jax.checks import between, one_of, positive
 from dtrak_jax.digests import digest
 from dtrak_jax.features.store import Features
 
@@ -51,7 +51,8 @@ class Damping(NamedTuple):
     @classmethod
     def of(cls, damping: "float | Damping") -> "Damping":
         """Returns a damping that may be given as a number of mean eigenvalues."""
-        return damping if isinstance(damping, Damping) else cls(damping)
+        value, absolute = damping if isinstance(damping, Damping) else (damping, False)
+        return cls(between("damping", value, 0), absolute)
 
 
 def absolute(value: float) -> Damping:

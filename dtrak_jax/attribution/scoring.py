@@ -1,6 +1,7 @@
 """From the features of one model, or the artefacts of a run, to `Scores`."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,7 @@ from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
 from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.features import Features
 from dtrak_jax.training import kept_steps
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ def score(
         raise ValueError("query is {}; it must have one set of queries or more.")
     for query in queries.values():
         check_features(kernels.train, query)
+    if isinstance(query, Features) and query.fingerprint["noise"] == "reference":
+        warnings.warn(
+            "noise='reference' gives a query the noise of the training images in its own "
+            f"slot, that is of one in {query.fingerprint['noise_batch']} of them: at 10 "
+            "timesteps nine in ten of its top images are of that slot. "
+            "noise='common' favours none.",
+            stacklevel=3,
+        )
     query = joined(list(queries.values()))
     if method.damped:
         scores, fields = method.function(kernels, query, damping), {"damping": damping}

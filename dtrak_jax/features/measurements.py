@@ -70,6 +70,9 @@ MEASUREMENTS = {name: name for name in FUNCTIONS} | {
 """Every accepted name of a measurement, such as those of the D-TRAK paper's code, with
 the name it stands for."""
 
+RESERVED = (*FUNCTIONS, "losses")
+"""Names that functions of a user must not have: of measurements, and of what stores keep."""
+
 MeasurementName = Literal[tuple(MEASUREMENTS)]
 
 
@@ -77,14 +80,20 @@ def named(measurement: str | Measurement) -> tuple[str, Measurement]:
     """Returns a measurement's name and function, given either, or an alias.
 
     Raises:
-      ValueError: an unknown name (lists the known ones), or a function without one.
+      ValueError: an unknown name (lists the known ones), or a function without one or
+        with that of something else.
     """
     if callable(measurement):
         name = getattr(measurement, "__name__", "")
+        if name in RESERVED and measurement is not FUNCTIONS.get(name):
+            raise ValueError(
+                f"the measurement {measurement!r} is called {name!r}, which is known "
+                f"already. Its name must not be one of: {', '.join(RESERVED)}."
+            )
         if not name.isidentifier():
             raise ValueError(
                 f"the measurement {measurement!r} has no name to file its features "
-                "under; define it with `def`."
+                "under; define it with `def`, or set its __name__."
             )
         return name, measurement
     one_of("measurement", measurement, MEASUREMENTS)
