@@ -1,5 +1,7 @@
 """Data attribution for diffusion models in JAX."""
 
+from importlib import metadata
+
 from dtrak_jax import models
 from dtrak_jax.attribution import Scores, absolute, damping_path
 from dtrak_jax.diffusion import (
@@ -18,6 +20,8 @@ from dtrak_jax.features import (
 )
 from dtrak_jax.methods import attribute
 from dtrak_jax.models.tags import layer
+
+__version__ = metadata.version("dtrak-jax")
 
 __all__ = [
     "Features",

@@ -65,7 +65,7 @@ def at_least(name: str, value: object, low: int, high: float = math.inf) -> int:
     """
     integer = _plain(value, operator.index)
     if integer is None or not low <= integer <= high:
-        what = f"from {low} to {high}" if high < math.inf else f">= {low}"
+        what = f"between {low} and {high}" if high < math.inf else f">= {low}"
         raise ValueError(f"{name} is {value!r}; it must be an integer {what}.")
     return integer
 

@@ -164,6 +164,12 @@ class Kernels:
         """Returns the kernels of features; those that are given if they are kernels."""
         return train if isinstance(train, Kernels) else cls(train, solver=solver)
 
+    def __repr__(self) -> str:
+        train = self.train
+        if not isinstance(train, Features):
+            train = f"array of {' × '.join(map(str, train.shape))}"
+        return f"Kernels({train}, {self.solver})"
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, Kernel]]:
         """Yields each pair's features [n, k] and their kernel."""
         for pair, phi in enumerate(by_pair(self.train)):

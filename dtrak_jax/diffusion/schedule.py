@@ -129,6 +129,11 @@ class Schedule:
         alpha_bar = np.cumprod(1.0 - beta)
         return (beta / (2 * (1 - beta) * (1 - alpha_bar))).astype(np.float32)
 
+    def __repr__(self) -> str:
+        first, last = self.alpha_bar[[0, -1]]
+        shares = f"alpha_bar {first:.4g} … {last:.4g}"
+        return f"Schedule({self.steps} steps, {shares}, predicts {self.prediction})"
+
     def add_noise(self, x: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
         """Returns x_t of images x [B, ...] with noise eps [B, ...], timesteps t [B]."""
         signal, noise = self._scales(t, x.ndim)
