@@ -43,6 +43,7 @@ from dtrak_jax.attribution.scoring import (
 )
 from dtrak_jax.checks import one_of
 from dtrak_jax.features import Features
+from dtrak_jax.switches import standard
 
 if TYPE_CHECKING:
     from dtrak_jax.config import Config
@@ -217,6 +218,7 @@ MethodName = Literal[*METHODS]
 """The type of a setting that names a method."""
 
 
+@standard()
 def attribute(
     train: Array | Kernels,
     query: Array | dict[str, Array],

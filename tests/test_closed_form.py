@@ -64,7 +64,7 @@ def retrained():
     images, data = {}, {}
     for role, count in (("train", N), ("query", QUERIES)):
         images[role] = rng.uniform(-1, 1, (count, *SHAPE)).astype(np.float32)
-        words = id_words([f"{role}-{i}" for i in range(count)])
+        words = id_words([f"{role} {role}-{i}" for i in range(count)])
         data[role] = [np.asarray(a, np.float64) for a in noised(images[role], words)]
     (z, eps), (query_z, query_eps) = data.values()
     masks = rng.permuted(np.tile(np.arange(N) % 2 == 0, (SUBSETS, 1)), axis=1)
@@ -84,9 +84,9 @@ def trak(retrained):
     """TRAK's scores, of gradients that are not projected."""
     images, params, truth = retrained
     train, query = (
-        dtrak.featurize(TASK, params, x, dtrak.Projection("none"), ids=ids)
-        for x, ids in zip(
-            images.values(), (truth.train_ids, truth.query_ids), strict=True
+        dtrak.featurize(TASK, params, x, dtrak.Projection("none"), ids=ids, role=role)
+        for (role, x), ids in zip(
+            images.items(), (truth.train_ids, truth.query_ids), strict=True
         )
     )
     return dtrak.attribute(train, query, method="trak").scores

@@ -14,6 +14,7 @@ import numpy as np
 from dtrak_jax import rng
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.checks import check_images
+from dtrak_jax.switches import standard
 
 
 def gradient_dot(train: Array, query: Array) -> np.ndarray:
@@ -94,6 +95,7 @@ def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
     return embedding_dot(_unit_rows(train), _unit_rows(query))
 
 
+@standard()
 def random_scores(
     train_ids: Sequence[str], query_ids: Sequence[str], seed: int = 0
 ) -> np.ndarray:

@@ -17,6 +17,7 @@ from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.network import Apply, Params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.rng import fold_in, normal, stream
+from dtrak_jax.switches import standard
 
 SamplerKind = Literal["ddim", "ancestral"]
 
@@ -87,6 +88,7 @@ def guided(apply: Apply, scale: float) -> Apply:
     return guided_apply
 
 
+@standard()
 def sample(
     apply: Apply,
     params: Params,
