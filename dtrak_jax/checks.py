@@ -70,11 +70,6 @@ def at_least(name: str, value: object, low: int, high: float = math.inf) -> int:
     return integer
 
 
-def as_seed(name: str, value: object) -> int:
-    """Returns a seed as Python's integer, or raises a ValueError unless it has 32 bits."""
-    return at_least(name, value, 0, 2**32 - 1)
-
-
 def between(name: str, value: object, low: float, high: float = math.inf) -> float:
     """Returns a number as Python's, or raises a ValueError unless it is in [low, high].
 

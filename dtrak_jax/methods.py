@@ -275,7 +275,9 @@ def _choose(train: Array, method: str | None) -> Method:
             if row.kernel and row.measurement == measurement:
                 return row
         # A measurement of the user's own has a kernel like the others, and no name.
-        return METHODS["trak"]._replace(name=measurement or "kernel")
+        name = measurement or "kernel"
+        name = f"kernel-{name}" if name in METHODS else name
+        return METHODS["trak"]._replace(name=name)
     if method in METHODS and method not in rows:
         raise ValueError(
             f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
 
+LARGEST_SEED = 2**32 - 1
+
 
 def stream(seed: int | jax.Array, name: str) -> jax.Array:
-    """Returns the key of one named use of a seed below 2^32, such as "noise".
+    """Returns the key of one named use of a seed, such as "noise".
 
     It is Threefry's, whatever the platform's default generator: features that were
     computed on a TPU and on a CPU must have seen the same noise.

@@ -53,7 +53,7 @@ class Scores:
         if self.damping is not None:
             unit = "λ = " if self.damping.absolute else "damping "
             damping = f", {unit}{self.damping.value:g}"
-        shape = f"{queries} queries × {train} training examples"
+        shape = f"{queries} queries × {train} training images"
         return f"Scores({self.method}, {shape}{damping})"
 
     def __getitem__(self, query: str) -> Top:

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from dtrak_jax.checks import as_seed, at_least, one_of
-from dtrak_jax.rng import random_bits, stream, threefry
+from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.rng import LARGEST_SEED, random_bits, stream, threefry
 
 ProjectionKind = Literal["sketch", "rademacher", "gaussian", "factorized", "none"]
 
@@ -46,9 +46,10 @@ class Projection:
 
     def __post_init__(self):
         one_of("projection kind", self.kind, get_args(ProjectionKind))
-        dim, seed = at_least("projection dim", self.dim, 1), self.seed
+        dim = at_least("projection dim", self.dim, 1)
+        seed = at_least("projection seed", self.seed, 0, LARGEST_SEED)
         object.__setattr__(self, "dim", dim)
-        object.__setattr__(self, "seed", as_seed("projection seed", seed))
+        object.__setattr__(self, "seed", seed)
 
 
 def check_columns(kind: str, dim: int, devices: int) -> None:

@@ -37,16 +37,17 @@ class Features:
     """The store; None in memory."""
 
     def __repr__(self) -> str:
-        *_, n, k = self.shape
-        size = 4 * math.prod(self.shape) / 1e6
+        *pairs, n, k = self.shape
         parts = [f"{n} images"]
-        if len(self.shape) == 3:
+        for count in pairs:
             draws = self.fingerprint.get("draws", 1)
-            parts.append(f"{self.shape[0] // draws} timesteps")
+            steps = count // draws
+            parts.append(f"{steps} timestep{'s' * (steps > 1)}")
             parts += [f"{draws} draws"] if draws > 1 else []
         shape = " × ".join([*parts, str(k)])
         where = f"{self.folder}/" if self.folder else "in memory"
-        return f"Features({self.measurement}, {shape}, {where}, {size:.1f} MB)"
+        size = files.size_text(4 * math.prod(self.shape))
+        return f"Features({self.measurement}, {shape}, {where}, {size})"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax.checks import as_seed, at_least, one_of, pattern
+from dtrak_jax.checks import at_least, one_of, pattern
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.features.measurements import Measurement, named
-from dtrak_jax.rng import fold_in, normal, stream
+from dtrak_jax.rng import LARGEST_SEED, fold_in, normal, stream
 
 Noise = Literal["common", "independent", "reference", "cyclic"]
 Strategy = Literal["uniform", "cumulative"]
@@ -88,7 +88,7 @@ class Task:
             "timesteps": kept,
             "noise_batch": at_least("noise_batch", self.noise_batch, 1),
             "draws": at_least("draws", self.draws, 1),
-            "seed": as_seed("seed", self.seed),
+            "seed": at_least("seed", self.seed, 0, LARGEST_SEED),
         }
         if isinstance(self.measurement, list):
             settings["measurement"] = tuple(self.measurement)
@@ -116,7 +116,7 @@ class Task:
         means = "" if self.per_timestep else ", averaged"
         return (
             f"Task({', '.join(self.measurements)}, {grid}{draws}{means}, {self.noise} "
-            f"noise of seed {self.seed})"
+            f"noise, seed {self.seed})"
         )
 
     @functools.cached_property
