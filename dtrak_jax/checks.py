@@ -39,7 +39,9 @@ def check_choices(section: str, settings: object) -> None:
         kind, value = field.type, getattr(settings, field.name)
         if isinstance(value, np.generic):
             value = value.item()
-            object.__setattr__(settings, field.name, value)
+        if isinstance(value, tuple):
+            value = tuple(v.item() if isinstance(v, np.generic) else v for v in value)
+        object.__setattr__(settings, field.name, value)
         many = typing.get_origin(kind) is tuple
         if many:
             kind = typing.get_args(kind)[0]

@@ -144,7 +144,7 @@ def _pairs(
     A name of what needs kernels decomposed makes sure that they are.
     """
     kernels = Kernels.of(train)
-    check_features(kernels.train, query)
+    _, query = check_features(kernels.train, query)
     if needed_by:
         kernels.require_decomposed(needed_by)
     for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
@@ -181,7 +181,7 @@ def damping_path(
         them, at a fraction of the cost.
     """
     kernels, dampings = Kernels.of(train), list(map(Damping.of, dampings))
-    check_features(kernels.train, query)
+    _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a path over dampings")
     if pooled:
         (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]

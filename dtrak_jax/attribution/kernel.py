@@ -21,7 +21,7 @@ import scipy.linalg
 from etils import epath
 
 from dtrak_jax import files, parallel
-from dtrak_jax.attribution.inputs import Array, by_pair
+from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
 from dtrak_jax.checks import between, one_of, positive
 from dtrak_jax.digests import digest
@@ -162,7 +162,9 @@ class Kernels:
     @classmethod
     def of(cls, train: "Array | Kernels", solver: str = "eigh") -> "Kernels":
         """Returns the kernels of features; those that are given if they are kernels."""
-        return train if isinstance(train, Kernels) else cls(train, solver=solver)
+        if isinstance(train, Kernels):
+            return train
+        return cls(as_features(train), solver=solver)
 
     def __repr__(self) -> str:
         train = self.train
@@ -196,7 +198,7 @@ class Kernels:
         if not phi.any():
             raise ValueError(
                 f"all features of the training set are 0{self._describe(pair)}; nothing "
-                "to attribute."
+                "to attribute. Does the measurement depend on the network there?"
             )
         if self.solver == "cg":
             trace = np.einsum("nk,nk->", phi, phi, dtype=np.float64)

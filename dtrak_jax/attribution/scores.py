@@ -47,6 +47,16 @@ class Scores:
     made_from: str = ""
     """A hash of what the scores were made from; "" if nobody keeps it."""
 
+    def __post_init__(self):
+        for name in ("scores", "train_ids", "query_ids"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        shape = len(self.query_ids), len(self.train_ids)
+        if self.scores.shape != shape:
+            raise ValueError(
+                f"scores have shape {self.scores.shape}; for the ids of {shape[0]} "
+                f"queries and {shape[1]} training examples it must be {shape}."
+            )
+
     def __repr__(self) -> str:
         queries, train = self.scores.shape
         damping = ""
@@ -66,7 +76,8 @@ class Scores:
             known = ", ".join(map(repr, map(str, self.query_ids[:5])))
             more = ", ..." if len(self.query_ids) > 5 else ""
             raise KeyError(f"{query!r} is no query's id; they are {known}{more}")
-        alone = dataclasses.replace(self, scores=self.scores[rows])
+        ids = self.query_ids[rows]
+        alone = dataclasses.replace(self, scores=self.scores[rows], query_ids=ids)
         return Top(*(column[0] for column in alone.top(len(self.train_ids))))
 
     def to_pandas(self):

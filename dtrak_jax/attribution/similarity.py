@@ -78,6 +78,7 @@ def embedding_dot(train: np.ndarray, query: np.ndarray) -> np.ndarray:
     With the embeddings of CLIP's image encoder (arXiv 2103.00020), not normalised, it is
     the D-TRAK paper's "CLIP similarity (dot)".
     """
+    train, query = np.asarray(train), np.asarray(query)
     if train.ndim != 2 or query.ndim != 2 or train.shape[1] != query.shape[1]:
         raise ValueError(
             f"train embeddings have shape {train.shape} and query embeddings "
@@ -130,7 +131,7 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
 
 def _mean_over_pairs(score: Callable, train: Array, query: Array) -> np.ndarray:
     """Returns the mean of score(g [q, k], phi [n, k]); one pair is in memory at a time."""
-    check_features(train, query)
+    train, query = check_features(train, query)
     total = sum(
         score(g.astype(np.float64), phi.astype(np.float64))
         for g, phi in zip(by_pair(query), by_pair(train), strict=True)
@@ -159,8 +160,7 @@ def _mean_over_checkpoints(
 
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:
     """Returns both as float64 rows of pixels."""
-    check_images(train_images)
-    check_images(query_images)
+    train_images, query_images = check_images(train_images), check_images(query_images)
     if train_images.shape[1:] != query_images.shape[1:]:
         raise ValueError(
             f"train images have shape {train_images.shape} and query images "

@@ -118,7 +118,6 @@ def noise_words(hashes: Hashes, role: Role | None) -> np.ndarray:
 
 
 def _switches() -> dict[str, object]:
-    """Returns the switches of JAX that programs follow, where they are set."""
+    """Returns the switches of JAX that programs follow; None where they are not set."""
     names = "jax_default_matmul_precision", "jax_use_simplified_jaxpr_constants"
-    values = {name: getattr(jax.config, name, None) for name in names}
-    return {name: value for name, value in values.items() if value}
+    return {name: getattr(jax.config, name, None) or None for name in names}
