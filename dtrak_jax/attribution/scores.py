@@ -11,6 +11,7 @@ from etils import epath
 from dtrak_jax import files
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.kernel import Damping
+from dtrak_jax.checks import at_least
 
 if TYPE_CHECKING:
     from dtrak_jax.report.gallery import Gallery
@@ -107,11 +108,7 @@ class Scores:
 
     def top(self, count: int, opposing: bool = False) -> Top:
         """Returns every query's highest scores, or the lowest, the strongest first."""
-        if not 1 <= count <= self.scores.shape[1]:
-            raise ValueError(
-                f"count is {count}; it must be 1 to {self.scores.shape[1]}, the "
-                "number of training examples."
-            )
+        count = at_least("count", count, 1, self.scores.shape[1])
         order = self.scores if opposing else -self.scores
         # Stable, so that equal scores come in the order of the training set.
         index = np.argsort(order, axis=1, kind="stable")[:, :count]

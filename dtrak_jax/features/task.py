@@ -152,7 +152,7 @@ class Task:
     ) -> jax.Array:
         """Returns the noise of one image at one pair, an index into `pairs`.
 
-        The image is known by the words [2] of `featurize.noise_words` and by its
+        The image is known by the words [2] of `fingerprint.noise_words` and by its
         position in the data set.
         """
         if self.noise == "cyclic":

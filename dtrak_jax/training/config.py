@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtrak_jax.checks import at_least, between, free, positive
+from dtrak_jax.checks import at_least, between, check_choices, free, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class TrainConfig:
     seed: int = 42
 
     def __post_init__(self):
+        check_choices("train", self)
         for name in ("steps", "batch_size", "save_every", "log_every"):
             at_least(f"train.{name}", getattr(self, name), 1)
         positive("train.learning_rate", self.learning_rate)
