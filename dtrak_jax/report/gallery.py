@@ -17,7 +17,8 @@ SMALLEST = 64
 """The height at which smaller thumbnails are shown, in pixels."""
 
 FIGURE = Markup(
-    '<td style="text-align:center;vertical-align:top;padding:4px">'
+    '<td style="text-align:center;vertical-align:top;padding:4px;max-width:112px;'
+    'overflow-wrap:anywhere">'
     '<img src="{}" alt="{}" style="min-height:{}px;image-rendering:{}"><br>'
     "<small>{}</small></td>"
 )
@@ -58,7 +59,7 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
         rows.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
     table = Markup("<table>{}</table>").format(Markup("").join(rows))
     title = f"Gallery({len(rows)} queries × {strongest.ids.shape[1]} images)"
-    return Gallery(title, NOTE.format(scores.method) + table)
+    return Gallery(title, str(NOTE.format(scores.method) + table))
 
 
 def _pictures(name: str, images, ids: np.ndarray) -> np.ndarray:
