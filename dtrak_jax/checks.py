@@ -142,6 +142,8 @@ def check_images(
             f"{len(bad)} of {len(images)} images have pixels that are not finite; "
             f"the first one has index {bad[0]}."
         )
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds is {bounds}; it must be (least, largest).")
     if bounds is None:
         _warn_of_range(float(low), float(high))
     elif low < bounds[0] or high > bounds[1]:

@@ -117,6 +117,7 @@ def test_arrays_of_any_kind_give_the_same_features():
         ({"cond": {"y": [1] * 19}}, "cond: y has 19 rows and images 20"),
         ({"images": IMAGES > 0}, "images are bool; they must be float32"),
         ({"images": IMAGES + 1j}, "images are complex64; they must be float32"),
+        ({"bounds": (1, -1)}, r"bounds is \(1, -1\); it must be \(least, largest\)"),
         ({"role": "test"}, "role is 'test'; it must be one of: 'train', 'query'"),
     ],
 )
@@ -237,6 +238,15 @@ def test_no_independent_noise_is_shared_by_accident():
     # Other kinds of noise have no role.
     common = [features(role=role).fingerprint for role in ("train", "query")]
     assert common[0] == common[1]
+
+
+def test_scores_that_tell_nothing_apart_are_warned_of():
+    """A query without a gradient, and training images that are one."""
+    phi, query = np.eye(4), np.array([[1.0, 2, 3, 4], [0, 0, 0, 0]])
+    with pytest.warns(UserWarning, match="1 of 2 queries, such as '1', have the same"):
+        dtrak.attribute(phi.tolist(), query.tolist())
+    with pytest.warns(UserWarning, match="2 of 2 queries, such as '0', have the same"):
+        dtrak.attribute(np.ones((3, 4)), query + 1)
 
 
 def test_noise_of_a_slot_is_warned_of():

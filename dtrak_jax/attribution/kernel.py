@@ -157,14 +157,13 @@ class Kernels:
     """{pair: kernel} of all that were asked for, some without their eigenvectors."""
 
     def __post_init__(self):
+        object.__setattr__(self, "train", as_features(self.train))
         one_of("solver", self.solver, ("eigh", "cg"))
 
     @classmethod
     def of(cls, train: "Array | Kernels", solver: str = "eigh") -> "Kernels":
         """Returns the kernels of features; those that are given if they are kernels."""
-        if isinstance(train, Kernels):
-            return train
-        return cls(as_features(train), solver=solver)
+        return train if isinstance(train, Kernels) else cls(train, solver=solver)
 
     def __repr__(self) -> str:
         train = self.train

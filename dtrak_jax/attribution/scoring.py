@@ -75,7 +75,7 @@ def _warn_of_slots(train: Array) -> None:
             f"slot, one in {made_with['noise_batch']} of all, and favours them: at 10 "
             "timesteps nine in ten of its top images are of that slot. noise='common' "
             "favours none.",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -88,7 +88,7 @@ def _warn_of_equal(rows: np.ndarray, query_ids: np.ndarray) -> None:
             f"{str(query_ids[np.argmax(equal)])!r}, have the same score for every "
             "training image, so that their order means nothing: their features, or "
             "those of all training images, are the same or 0.",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
