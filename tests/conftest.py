@@ -69,7 +69,7 @@ UNET_APPLY_FN = models.apply_fn
 
 def init(key):
     """Parameters of a network that compiles fast."""
-    return {"w": 0.1 * normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
+    return {"w": 0.1 * normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1, jnp.float32)}
 
 
 def apply(params, x, t, cond):

@@ -115,6 +115,7 @@ def test_arrays_of_any_kind_give_the_same_features():
             "cond: y has integers that do not fit in int32",
         ),
         ({"cond": {"y": [1] * 19}}, "cond: y has 19 rows and images 20"),
+        ({"images": [[1, 2], [3]]}, "images are lists of unequal lengths"),
         ({"images": IMAGES > 0}, "images are bool; they must be float32"),
         ({"images": IMAGES + 1j}, "images are complex64; they must be float32"),
         ({"bounds": (1, -1)}, r"bounds is \(1, -1\); it must be \(least, largest\)"),
@@ -129,6 +130,11 @@ def test_what_is_no_array_is_refused(arguments, message):
 def test_numbers_are_no_ids():
     with pytest.raises(TypeError, match=r"ids\[0\] is 0; ids must be strings"):
         features(ids=range(20))
+    for ids in ("abcdefghijklmnopqrst", 20):
+        with pytest.raises(
+            TypeError, match="ids is .*; it must have a string for each"
+        ):
+            features(ids=ids)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The featurize stage: from images to gradient features."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, get_args
 
 import jax
@@ -85,8 +85,7 @@ def featurize(
     if role is not None:
         one_of("role", role, get_args(Role))
     images = _checked_images(task, images, bounds)
-    ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
-    check_ids(ids, len(images))
+    ids = _named(ids, len(images))
     params, frozen = as_arrays("params", params), as_arrays("frozen", frozen)
     cond = as_arrays("cond", cond)
     _check_conditions(cond, len(images))
@@ -248,7 +247,10 @@ def _finish(
 
 def _checked_images(task: Task, images, bounds) -> np.ndarray:
     """Returns images as float32, or raises a ValueError unless they fit the task."""
-    images = np.asarray(images)
+    try:
+        images = np.asarray(images)
+    except ValueError as error:
+        raise ValueError(f"images are lists of unequal lengths: {error}") from error
     apart, shape = images.ndim == 5, images.shape
     if apart and shape[1] != len(task.pairs):
         raise ValueError(
@@ -257,6 +259,17 @@ def _checked_images(task: Task, images, bounds) -> np.ndarray:
         )
     flat = images.reshape(-1, *shape[-3:]) if apart else images
     return check_images(flat, bounds).reshape(shape)
+
+
+def _named(ids: Sequence[str] | None, n: int) -> tuple[str, ...]:
+    """Returns n ids, which are numbers if None are given, or raises an error."""
+    if ids is None:
+        return tuple(map(str, range(n)))
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids is {ids!r}; it must have a string for each image.")
+    ids = tuple(ids)
+    check_ids(ids, n)
+    return ids
 
 
 def _check_conditions(cond, n: int) -> None:
