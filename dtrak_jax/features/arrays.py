@@ -1,10 +1,15 @@
-"""The parameters and conditions that a user gives, as pytrees of arrays that JAX has."""
+"""What a user hands to `featurize`, as arrays that JAX has, or an error."""
 
 import numbers
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dtrak_jax.checks import check_ids, check_images
+from dtrak_jax.digests import named_leaves
+from dtrak_jax.features.task import Task
 
 
 def as_arrays(name: str, tree):
@@ -51,3 +56,42 @@ def _as_array(name: str, leaf) -> np.ndarray | jax.Array:
     if np.issubdtype(dtype, np.integer) and (converted != array).any():
         raise ValueError(f"{name} has integers that do not fit in {dtype}.")
     return converted
+
+
+def images_of(task: Task, images, bounds) -> np.ndarray:
+    """Returns images as float32, or raises a ValueError unless they fit the task."""
+    try:
+        images = np.asarray(images)
+    except ValueError as error:
+        raise ValueError(f"images are lists of unequal lengths: {error}") from error
+    apart, shape = images.ndim == 5, images.shape
+    if apart and shape[1] != len(task.pairs):
+        raise ValueError(
+            f"images have shape {shape}: {shape[1]} for each example; the task has "
+            f"{len(task.pairs)} pairs of a timestep and a draw."
+        )
+    flat = images.reshape(-1, *shape[-3:]) if apart else images
+    return check_images(flat, bounds).reshape(shape)
+
+
+def ids_of(ids: Sequence[str] | None, n: int) -> tuple[str, ...]:
+    """Returns n ids, which are numbers if None are given, or raises an error."""
+    if ids is None:
+        return tuple(map(str, range(n)))
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids is {ids!r}; it must have a string for each image.")
+    ids = tuple(ids)
+    check_ids(ids, n)
+    return ids
+
+
+def check_rows(cond, n: int) -> None:
+    """Raises a ValueError unless every array of a pytree has a row for each image."""
+    for path, leaf in named_leaves(cond).items():
+        name = f"cond: {path}" if path else "cond"
+        if not leaf.ndim:
+            raise ValueError(f"{name} is {leaf!s}; it must be an array with rows.")
+        if len(leaf) != n:
+            raise ValueError(
+                f"{name} has {len(leaf)} rows and images {n}; give one each."
+            )

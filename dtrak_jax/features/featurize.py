@@ -1,20 +1,19 @@
 """The featurize stage: from images to gradient features."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, check_ids, check_images, one_of
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
-from dtrak_jax.features.arrays import as_arrays
+from dtrak_jax.features.arrays import as_arrays, check_rows, ids_of, images_of
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import (
     Role,
@@ -23,6 +22,7 @@ from dtrak_jax.features.fingerprint import (
     noise_words,
 )
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
+from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns
 from dtrak_jax.features.store import Features, Store
@@ -84,13 +84,13 @@ def featurize(
     """
     if role is not None:
         one_of("role", role, get_args(Role))
-    images = _checked_images(task, images, bounds)
-    ids = _named(ids, len(images))
+    images = images_of(task, images, bounds)
+    ids = ids_of(ids, len(images))
     params, frozen = as_arrays("params", params), as_arrays("frozen", frozen)
     cond = as_arrays("cond", cond)
-    _check_conditions(cond, len(images))
+    check_rows(cond, len(images))
     _check_network(task, params, frozen, images, cond)
-    _check_measurements(task, images.shape[-3:])
+    check_values(task.measurements, task.schedule, images.shape[-3:])
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
@@ -243,60 +243,6 @@ def _finish(
     phi, squared_norms = jax.tree.map(by_pair, *projected)
     losses = np.concatenate([np.concatenate(parts, axis=1) for parts in losses])
     return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
-
-
-def _checked_images(task: Task, images, bounds) -> np.ndarray:
-    """Returns images as float32, or raises a ValueError unless they fit the task."""
-    try:
-        images = np.asarray(images)
-    except ValueError as error:
-        raise ValueError(f"images are lists of unequal lengths: {error}") from error
-    apart, shape = images.ndim == 5, images.shape
-    if apart and shape[1] != len(task.pairs):
-        raise ValueError(
-            f"images have shape {shape}: {shape[1]} for each example; the task has "
-            f"{len(task.pairs)} pairs of a timestep and a draw."
-        )
-    flat = images.reshape(-1, *shape[-3:]) if apart else images
-    return check_images(flat, bounds).reshape(shape)
-
-
-def _named(ids: Sequence[str] | None, n: int) -> tuple[str, ...]:
-    """Returns n ids, which are numbers if None are given, or raises an error."""
-    if ids is None:
-        return tuple(map(str, range(n)))
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise TypeError(f"ids is {ids!r}; it must have a string for each image.")
-    ids = tuple(ids)
-    check_ids(ids, n)
-    return ids
-
-
-def _check_conditions(cond, n: int) -> None:
-    """Raises a ValueError unless every array of a pytree has a row for each image."""
-    for path, leaf in named_leaves(cond).items():
-        name = f"cond: {path}" if path else "cond"
-        if not leaf.ndim:
-            raise ValueError(f"{name} is {leaf!s}; it must be an array with rows.")
-        if len(leaf) != n:
-            raise ValueError(
-                f"{name} has {len(leaf)} rows and images {n}; give one each."
-            )
-
-
-def _check_measurements(task: Task, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless every measurement is a number of floating point."""
-    x = jax.ShapeDtypeStruct(shape, np.float32)
-    t = jax.ShapeDtypeStruct((), np.int32)
-    for name, f in task.measurements.items():
-        value = jax.eval_shape(lambda p, y, t, f=f: f(p, y, t, task.schedule), x, x, t)
-        dtype = getattr(value, "dtype", np.dtype(object))
-        scalar = getattr(value, "shape", None) == ()
-        if not (scalar and jnp.issubdtype(dtype, np.floating)):
-            raise ValueError(
-                f"the measurement {name!r} makes {value} of one image; it must make one "
-                "number of floating point, such as a mean."
-            )
 
 
 def _check_network(task: Task, params: Params, frozen, images, cond) -> None:

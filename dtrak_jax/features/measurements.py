@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.diffusion.schedule import Schedule
@@ -99,3 +100,20 @@ def named(measurement: str | Measurement) -> tuple[str, Measurement]:
     one_of("measurement", measurement, MEASUREMENTS)
     name = MEASUREMENTS[measurement]
     return name, FUNCTIONS[name]
+
+
+def check_values(
+    measurements: dict[str, Measurement], schedule: Schedule, shape: tuple[int, ...]
+) -> None:
+    """Raises a ValueError unless every measurement is a number of floating point."""
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    t = jax.ShapeDtypeStruct((), np.int32)
+    for name, f in measurements.items():
+        value = jax.eval_shape(lambda p, y, t, f=f: f(p, y, t, schedule), x, x, t)
+        dtype = getattr(value, "dtype", np.dtype(object))
+        scalar = getattr(value, "shape", None) == ()
+        if not (scalar and jnp.issubdtype(dtype, np.floating)):
+            raise ValueError(
+                f"the measurement {name!r} makes {value} of one image; it must make one "
+                "number of floating point, such as a mean."
+            )
