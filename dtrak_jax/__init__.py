@@ -1,5 +1,6 @@
 """Data attribution for diffusion models in JAX."""
 
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dtrak_jax import models
@@ -29,6 +30,8 @@ from dtrak_jax.models.tags import layer
 
 if TYPE_CHECKING:
     from dtrak_jax.report import write_report
+
+__version__ = metadata.version("dtrak-jax")
 
 __all__ = [
     "Features",

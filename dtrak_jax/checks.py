@@ -2,12 +2,20 @@
 
 import dataclasses
 import math
+import numbers
+import operator
 import re
 import typing
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
+
+from dtrak_jax.rng import LARGEST_SEED
+
+REMEDY = "uint8 pixels: divide by 127.5 and subtract 1"
 
 
 def one_of(name: str, value: object, allowed: Collection) -> None:
@@ -26,10 +34,16 @@ def check_choices(section: str, settings: object) -> None:
     """Raises a ValueError unless every `Literal` field holds one of its choices.
 
     Fields are those of a dataclass, of the type `Literal[...]` or
-    `tuple[Literal[...], ...]`; an error calls them "section.field".
+    `tuple[Literal[...], ...]`; an error calls them "section.field". Numbers of NumPy
+    become Python's, which files of settings can hold.
     """
     for field in dataclasses.fields(settings):
         kind, value = field.type, getattr(settings, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, tuple):
+            value = tuple(v.item() if isinstance(v, np.generic) else v for v in value)
+        object.__setattr__(settings, field.name, value)
         many = typing.get_origin(kind) is tuple
         if many:
             kind = typing.get_args(kind)[0]
@@ -48,32 +62,53 @@ def check_fields(name: str, settings: Mapping, known: Collection[str]) -> None:
             )
 
 
-def at_least(name: str, value: object, low: int) -> None:
-    """Raises a ValueError unless `value` is an integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be an integer >= {low}.")
+def at_least(name: str, value: object, low: int, high: float = math.inf) -> int:
+    """Returns an integer as Python's, or raises a ValueError unless it is in [low, high].
+
+    Integers of NumPy and of JAX are integers too.
+    """
+    integer = _plain(value, operator.index)
+    if integer is None or not low <= integer <= high:
+        what = f"between {low} and {high}" if high < math.inf else f">= {low}"
+        raise ValueError(f"{name} is {value!r}; it must be an integer {what}.")
+    return integer
 
 
-def seed(name: str, value: object, most: int = 2**32 - 1) -> None:
-    """Raises a ValueError unless `value` is a seed, an integer from 0 to `most`."""
-    at_least(name, value, 0)
-    if value > most:
-        raise ValueError(f"{name} is {value}; it must be an integer from 0 to {most}.")
+def seed(name: str, value: object, most: int = LARGEST_SEED) -> int:
+    """Returns a seed as Python's integer, or raises a ValueError unless it is in [0, most]."""
+    return at_least(name, value, 0, most)
 
 
-def between(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises a ValueError unless `value` is a number in [low, high]."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+def between(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """Returns a number as Python's, or raises a ValueError unless it is in [low, high].
+
+    Numbers of NumPy and of JAX are numbers too.
+    """
+    number = _plain(value, float)
+    if number is None or not math.isfinite(number) or not low <= number <= high:
         what = f"between {low} and {high}" if high < math.inf else f">= {low}"
         raise ValueError(f"{name} is {value!r}; it must be a finite number {what}.")
+    return number
 
 
-def positive(name: str, value: object) -> None:
-    """Raises a ValueError unless `value` is a finite number above zero."""
-    between(name, value, 0)
-    if value == 0:
+def positive(name: str, value: object) -> float:
+    """Returns a number as Python's, or raises a ValueError unless it is above zero."""
+    number = between(name, value, 0)
+    if number == 0:
         raise ValueError(f"{name} is 0; it must be a finite number above 0.")
+    return number
+
+
+def _plain(value: object, convert: Callable):
+    """Returns a number of any library as Python's, or None for all that is no number."""
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    number = kind and kind not in "bcmMOSU" or isinstance(value, numbers.Real)
+    if not number or isinstance(value, bool) or np.ndim(value):
+        return None
+    try:
+        return convert(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def pattern(name: str, value: str) -> None:
@@ -88,20 +123,25 @@ def pattern(name: str, value: str) -> None:
 
 def check_images(
     images: np.ndarray, bounds: tuple[float, float] | None = (-1.0, 1.0)
-) -> None:
-    """Raises a ValueError unless `images` are float32 [n, H, W, C] within bounds.
+) -> np.ndarray:
+    """Returns images as float32 [n, H, W, C], or raises a ValueError.
 
-    None of n, H, W and C may be 0, and every pixel must be finite. Arrays of NumPy
-    and of JAX are accepted.
+    None of n, H, W and C may be 0, and every pixel must be finite and within bounds.
+    Without bounds there is a warning where they are not those of a pixel model, [-1, 1].
+    Lists and arrays of any numbers are accepted, but uint8 only with bounds up to 255.
     """
-    images, remedy = np.asarray(images), "uint8 pixels: divide by 127.5 and subtract 1"
+    images = np.asarray(images)
     if images.ndim != 4:
         expected = "[n, height, width, channels]"
         raise ValueError(f"images have shape {images.shape}; they must be {expected}.")
     if images.size == 0:
         raise ValueError(f"images have shape {images.shape}: there are none.")
-    if images.dtype != np.float32:
-        raise ValueError(f"images are {images.dtype}; they must be float32 ({remedy}).")
+    real = any(jnp.issubdtype(images.dtype, kind) for kind in (np.floating, np.integer))
+    bytes_as_such = bounds is not None and bounds[1] >= 255
+    if not real or (images.dtype == np.uint8 and not bytes_as_such):
+        raise ValueError(f"images are {images.dtype}; they must be float32 ({REMEDY}).")
+    # What is float32 already is not copied.
+    images = images.astype(np.float32, copy=False)
     low, high = images.min(), images.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
@@ -109,12 +149,34 @@ def check_images(
             f"{len(bad)} of {len(images)} images have pixels that are not finite; "
             f"the first one has index {bad[0]}."
         )
-    if bounds and (low < bounds[0] or high > bounds[1]):
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds is {bounds}; it must be (least, largest).")
+    if bounds is None:
+        _warn_of_range(float(low), float(high))
+    elif low < bounds[0] or high > bounds[1]:
         least, most = bounds
         raise ValueError(
             f"pixels are between {low:g} and {high:g}; they must be in "
-            f"[{least:g}, {most:g}] ({remedy})."
+            f"[{least:g}, {most:g}] ({REMEDY})."
         )
+    return images
+
+
+def _warn_of_range(low: float, high: float) -> None:
+    """Warns of images without bounds that are not as most pixel models have them."""
+    if low >= 0 and 0 < high <= 1:
+        hint = "They look like pixels in [0, 1]; most models take 2 x - 1 of these."
+    elif low >= 0 and 16 < high <= 255:
+        hint = "They look like pixels in [0, 255]; most models take x / 127.5 - 1."
+    elif low < -1 or high > 1:
+        hint = "Most models of pixels take [-1, 1]; latents have no such range."
+    else:
+        return
+    warnings.warn(
+        f"images are between {low:g} and {high:g}. {hint} If it is right, say so: "
+        f"bounds=({math.floor(low)}, {math.ceil(high)}), outside of which is an error.",
+        stacklevel=6,
+    )
 
 
 def check_ids(ids: Sequence[str] | np.ndarray, n: int) -> None:

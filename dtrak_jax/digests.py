@@ -1,10 +1,12 @@
 """Short texts that differ where bytes, arrays, pytrees or programs differ."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.extend import core
 
 
 def named_leaves(tree) -> dict[str, jax.Array]:
@@ -52,4 +54,27 @@ def digest_tree(tree) -> str:
 
 def digest_program(function: Callable, *arguments) -> str:
     """Returns the hash of the StableHLO of a function at these shapes."""
-    return digest(jax.jit(function).lower(*arguments).as_text())
+    traced = jax.jit(function).trace(*arguments)
+    constants = map(digest_tree, _constants(traced.jaxpr.jaxpr))
+    return digest(traced.lower().as_text(), *constants)
+
+
+def _constants(jaxpr) -> Iterator[np.ndarray]:
+    """Yields the arrays that operations have in place of variables, as the switch
+    jax_use_simplified_jaxpr_constants makes them; the text of a program has others."""
+    for equation in jaxpr.eqns:
+        for atom in equation.invars:
+            if isinstance(atom, core.Literal) and np.ndim(atom.val):
+                yield np.asarray(atom.val)
+        for part in jax.tree.leaves(
+            equation.params, is_leaf=lambda node: hasattr(node, "eqns")
+        ):
+            if hasattr(part, "eqns"):
+                yield from _constants(getattr(part, "jaxpr", part))
+
+
+def settings_text(settings: object) -> str:
+    """Returns the fields of a dataclass with their values, whatever its `repr` shows."""
+    fields = ((f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings))
+    text = ", ".join(f"{name}={value!r}" for name, value in fields)
+    return f"{type(settings).__name__}({text})"

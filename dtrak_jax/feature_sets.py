@@ -6,6 +6,7 @@ pictures stay beside them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -138,7 +139,9 @@ def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
             frozen=space.frozen,
             ids=run.examples(name).ids,
             cond=space.cond(name),
-            bounds=space.bounds,
+            role="train" if name == "train" else "query",
+            # Latents have no bounds.
+            bounds=space.bounds or (-math.inf, math.inf),
             store=store,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,

@@ -170,6 +170,14 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         ) from error
 
 
+def size_text(count: float) -> str:
+    """Returns a number of bytes in words, such as "4.1 MB"."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B"
+
+
 def holds(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> bool:
     """Returns True if there is an .npz that has these arrays, and perhaps more."""
     if not at(path).exists():

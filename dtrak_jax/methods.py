@@ -43,6 +43,7 @@ from dtrak_jax.attribution.scoring import (
 )
 from dtrak_jax.checks import one_of
 from dtrak_jax.features import Features
+from dtrak_jax.switches import standard
 
 if TYPE_CHECKING:
     from dtrak_jax.config import Config
@@ -229,6 +230,7 @@ MethodName = Literal[*METHODS]
 """The type of a setting that names a method."""
 
 
+@standard()
 def attribute(
     train: Array | Kernels,
     query: Array | dict[str, Array],
@@ -285,7 +287,9 @@ def _choose(train: Array, method: str | None) -> Method:
             if row.kernel and row.measurement == measurement:
                 return row
         # A measurement of the user's own has a kernel like the others, and no name.
-        return METHODS["trak"]._replace(name=measurement or "kernel")
+        name = measurement or "kernel"
+        name = f"kernel-{name}" if name in METHODS else name
+        return METHODS["trak"]._replace(name=name)
     if method in METHODS and method not in rows:
         raise ValueError(
             f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "

@@ -11,6 +11,7 @@ directory; interrupted, it continues. A command makes what it needs first.
 
 import io
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -44,6 +45,7 @@ from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.report import of_run, page
 from dtrak_jax.run import Run
+from dtrak_jax.switches import standard
 
 DISTORTION_EXAMPLES = 8
 """Training images whose gradients are compared before and after the projection."""
@@ -179,7 +181,7 @@ def measure_distortion(run: Run) -> None:
         run.projection,
         frozen=space.frozen,
         cond=jax.tree.map(lambda column: column[first], space.cond("train")),
-        bounds=space.bounds,
+        bounds=space.bounds or (-math.inf, math.inf),
         ids=examples.ids[first],
         batch_size=settings.batch_size,
         proj_devices=settings.proj_devices,
@@ -248,6 +250,7 @@ def needed(command: str, config: Config) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in names]
 
 
+@standard()
 def run(command: str, config: Config, workdir: epath.PathLike) -> Run:
     """Runs a stage, once what it needs is there; "run" is everything up to the report.
 

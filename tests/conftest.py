@@ -41,6 +41,7 @@ from PIL import Image
 
 from dtrak_jax import cli, files, models
 from dtrak_jax.config import ModelConfig
+from dtrak_jax.rng import normal
 from dtrak_jax.run import Run
 
 TINY = ModelConfig(
@@ -70,7 +71,7 @@ UNET_APPLY_FN = models.apply_fn
 
 def init(key):
     """Parameters of a network that compiles fast."""
-    return {"w": 0.1 * jax.random.normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1)}
+    return {"w": 0.1 * normal(key, (3, 3, 1, 1)), "b": jnp.zeros(1, jnp.float32)}
 
 
 def apply(params, x, t, cond):

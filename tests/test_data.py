@@ -138,7 +138,7 @@ def test_images_are_checked():
             good.astype(np.uint8),
             "uint8; they must be float32 .*divide by 127.5 and subtract 1",
         ),
-        (good.astype(np.float64), "float64; they must be float32"),
+        (good.astype(bool), "bool; they must be float32"),
         (bad, "1 of 3 images .* not finite; the first one has index 2"),
         (infinite, "1 of 3 images .* not finite; the first one has index 1"),
         (good + 255, "between 255 and 255; they must be in .* divide by 127.5"),

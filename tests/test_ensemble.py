@@ -12,7 +12,7 @@ from conftest import apply, init, train_apply
 from dtrak_jax import diffusion, parallel, training
 from dtrak_jax.config import EnsembleConfig, TrainConfig
 from dtrak_jax.evaluation import outputs
-from dtrak_jax.rng import fold_in, id_words, stream
+from dtrak_jax.rng import fold_in, id_words, normal, stream
 from dtrak_jax.training import programs
 from dtrak_jax.training.ensemble import Member
 
@@ -205,7 +205,7 @@ def test_losses_are_means_over_timesteps_and_draws(images, trained):
     for t in (125, 375, 625, 875):
         for draw in range(2):
             key = fold_in(stream(0, "outputs"), *words, t, draw)
-            eps = jax.random.normal(key, (8, 8, 1))
+            eps = normal(key, (8, 8, 1))
             signal_share = SCHEDULE.alpha_bar[t]
             x_t = np.sqrt(signal_share) * images[7] + np.sqrt(1 - signal_share) * eps
             prediction = apply(params, x_t[None], np.array([t]), None)[0]

@@ -463,6 +463,8 @@ def test_gradients_are_of_the_trained_parameters_only(frozen, images):
 
 def test_frozen_parameters_are_no_constants_of_the_program(frozen, images):
     """As they are where the network's function holds them itself."""
+    if getattr(jax.config, "jax_use_simplified_jaxpr_constants", False):
+        pytest.skip("with this switch a program's text has no constants")
     apply, params, base = frozen
     mesh = dtrak.parallel.mesh(jax.local_devices())
 
@@ -543,7 +545,7 @@ def test_wrong_projections(arguments, message):
         (lambda x, ids: (x[:0], ()), "there are none"),
         (lambda x, ids: (x[..., 0], ids), r"\[n, height, width, channels\]"),
         (lambda x, ids: (change(x, np.nan), ids), "finite"),
-        (lambda x, ids: (change(x, 1.5), ids), r"\[-1, ?1\]"),
+        (lambda x, ids: ((x > 0), ids), "are bool; they must be float32"),
         (lambda x, ids: (((x + 1) * 127).astype(np.uint8), ids), "127.5"),
         (lambda x, ids: (x, (*ids[:-1], ids[0])), "image-0"),
         (lambda x, ids: (x, ids[:-1]), "11"),

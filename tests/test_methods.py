@@ -599,7 +599,7 @@ def test_ensembles_of_what_does_not_belong_together():
     reordered = np.array(["b", "a", "c"])
     for name, value in (
         ("train_ids", reordered),
-        ("query_ids", np.array(["q"])),
+        ("query_ids", np.array(["q", "p"])),
         ("method", "dtrak"),
     ):
         with pytest.raises(ValueError, match=rf"scores\[0\] differ in {name}"):

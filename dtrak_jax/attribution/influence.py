@@ -17,6 +17,7 @@ from dtrak_jax.attribution import iterative, linalg
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
 from dtrak_jax.features.store import chunks_of
+from dtrak_jax.switches import standard
 
 
 class Solution(NamedTuple):
@@ -73,6 +74,7 @@ def solution(
     return Solution(left, right, kernel)
 
 
+@standard()
 def influence(
     train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
 ) -> np.ndarray:
@@ -97,6 +99,7 @@ def influence(
     return total
 
 
+@standard()
 def relative_influence(
     train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
 ) -> np.ndarray:
@@ -116,6 +119,7 @@ def relative_influence(
     return total
 
 
+@standard()
 def renormalised_influence(
     train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
 ) -> np.ndarray:
@@ -140,7 +144,7 @@ def _pairs(
     A name of what needs kernels decomposed makes sure that they are.
     """
     kernels = Kernels.of(train)
-    check_features(kernels.train, query)
+    _, query = check_features(kernels.train, query)
     if needed_by:
         kernels.require_decomposed(needed_by)
     for (phi, kernel), g in zip(kernels, by_pair(query), strict=True):
@@ -152,6 +156,7 @@ def _inverses(sizes: np.ndarray) -> np.ndarray:
     return np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
 
 
+@standard()
 def damping_path(
     train: Array | Kernels,
     query: Array,
@@ -176,7 +181,7 @@ def damping_path(
         them, at a fraction of the cost.
     """
     kernels, dampings = Kernels.of(train), list(map(Damping.of, dampings))
-    check_features(kernels.train, query)
+    _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a path over dampings")
     if pooled:
         (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]

@@ -6,6 +6,7 @@ averaged.
 
 from collections.abc import Iterator, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import files
@@ -25,6 +26,16 @@ def by_pair(features: Array) -> Iterator[np.ndarray]:
     return iter(features if features.ndim == 3 else features[None])
 
 
+def as_features(features) -> Array:
+    """Returns features as they are, or an array of what else NumPy reads as one."""
+    if isinstance(features, Features):
+        return features
+    array = np.asarray(features)
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise ValueError(f"features are {array.dtype}; they must be numbers.")
+    return array
+
+
 def example_ids(features: Array) -> np.ndarray:
     """Returns the ids, str [n]; of an array "0", "1", ..."""
     if isinstance(features, Features):
@@ -39,13 +50,14 @@ def joined(sets: Sequence[Array]) -> Array:
     return np.concatenate([np.asarray(features) for features in sets], axis=-2)
 
 
-def check_features(train: Array, query: Array) -> None:
-    """Raises a ValueError unless scores can be made of these features.
+def check_features(train: Array, query: Array) -> tuple[Array, Array]:
+    """Returns both as features or arrays, or raises a ValueError unless they fit.
 
     They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
     nothing empty; and come from the same task, parameters and projection, but for the
-    noise of cyclic queries.
+    noise of cyclic queries. Independent noise that both may share is an error.
     """
+    train, query = as_features(train), as_features(query)
     t, q = tuple(train.shape), tuple(query.shape)
     for name, shape in (("train", t), ("query", q)):
         if len(shape) not in (2, 3) or 0 in shape:
@@ -59,8 +71,16 @@ def check_features(train: Array, query: Array) -> None:
             "in the number of examples only."
         )
     if not (isinstance(train, Features) and isinstance(query, Features)):
-        return
-    free = dict.fromkeys(EXAMPLES)
+        return train, query
+    free = dict.fromkeys((*EXAMPLES, "noise_of"))
+    roles = [features.fingerprint.get("noise_of") for features in (train, query)]
+    same = all(train.fingerprint.get(f) == query.fingerprint.get(f) for f in EXAMPLES)
+    if roles in (["train", "train"], ["query", "query"]) and not same:
+        raise ValueError(
+            f"training and query features were both made with role={roles[0]!r}, so that "
+            "examples of one id share their independent noise; query features need "
+            "role='query', and those of the training set role='train'."
+        )
     if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
         free["noise"] = None
     differing = files.differences(train.fingerprint | free, query.fingerprint | free)
@@ -69,3 +89,4 @@ def check_features(train: Array, query: Array) -> None:
             "training (there) and query (here) features do not belong together: "
             f"{differing[0]}."
         )
+    return train, query

@@ -21,9 +21,9 @@ import scipy.linalg
 from etils import epath
 
 from dtrak_jax import files, parallel
-from dtrak_jax.attribution.inputs import Array, by_pair
+from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
-from dtrak_jax.checks import one_of, positive
+from dtrak_jax.checks import between, one_of, positive
 from dtrak_jax.digests import digest
 from dtrak_jax.features.store import Features
 from dtrak_jax.progress import progress
@@ -52,7 +52,8 @@ class Damping(NamedTuple):
     @classmethod
     def of(cls, damping: "float | Damping") -> "Damping":
         """Returns a damping that may be given as a number of mean eigenvalues."""
-        return damping if isinstance(damping, Damping) else cls(damping)
+        value, absolute = damping if isinstance(damping, Damping) else (damping, False)
+        return cls(between("damping", value, 0), absolute)
 
 
 def absolute(value: float) -> Damping:
@@ -157,12 +158,19 @@ class Kernels:
     """{pair: kernel} of all that were asked for, some without their eigenvectors."""
 
     def __post_init__(self):
+        object.__setattr__(self, "train", as_features(self.train))
         one_of("solver", self.solver, ("eigh", "cg"))
 
     @classmethod
     def of(cls, train: "Array | Kernels", solver: str = "eigh") -> "Kernels":
         """Returns the kernels of features; those that are given if they are kernels."""
         return train if isinstance(train, Kernels) else cls(train, solver=solver)
+
+    def __repr__(self) -> str:
+        train = self.train
+        if not isinstance(train, Features):
+            train = f"array of {' × '.join(map(str, train.shape))}"
+        return f"Kernels({train}, {self.solver})"
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Kernel]]:
         """Yields each pair's features [n, k] and their kernel."""
@@ -193,7 +201,7 @@ class Kernels:
         if not phi.any():
             raise ValueError(
                 f"all features of the training set are 0{self._describe(pair)}; nothing "
-                "to attribute."
+                "to attribute. Does the measurement depend on the network there?"
             )
         if self.solver == "cg":
             trace = np.einsum("nk,nk->", phi, phi, dtype=np.float64)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -11,6 +11,10 @@ from etils import epath
 from dtrak_jax import files
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.kernel import Damping
+from dtrak_jax.checks import at_least
+
+if TYPE_CHECKING:
+    from dtrak_jax.report.gallery import Gallery
 
 SIGN = "positive: training on the example lowered the query's loss"
 
@@ -44,13 +48,67 @@ class Scores:
     made_from: str = ""
     """A hash of what the scores were made from; "" if nobody keeps it."""
 
+    def __post_init__(self):
+        for name in ("scores", "train_ids", "query_ids"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        shape = len(self.query_ids), len(self.train_ids)
+        if self.scores.shape != shape:
+            raise ValueError(
+                f"scores have shape {self.scores.shape}; for the ids of {shape[0]} "
+                f"queries and {shape[1]} training examples it must be {shape}."
+            )
+
+    def __repr__(self) -> str:
+        queries, train = self.scores.shape
+        damping = ""
+        if self.damping is not None:
+            unit = "λ = " if self.damping.absolute else "damping "
+            damping = f", {unit}{self.damping.value:g}"
+        shape = f"{queries} queries × {train} training images"
+        return f"Scores({self.method}, {shape}{damping})"
+
+    def __getitem__(self, query: str) -> Top:
+        """Returns all training examples of the query with this id, the strongest first.
+
+        Its arrays are [train]. An unknown id is a KeyError.
+        """
+        rows = [row for row, name in enumerate(self.query_ids) if name == query]
+        if not rows:
+            known = ", ".join(map(repr, map(str, self.query_ids[:5])))
+            more = ", ..." if len(self.query_ids) > 5 else ""
+            raise KeyError(f"{query!r} is no query's id; they are {known}{more}")
+        ids = self.query_ids[rows]
+        alone = dataclasses.replace(self, scores=self.scores[rows], query_ids=ids)
+        return Top(*(column[0] for column in alone.top(len(self.train_ids))))
+
+    def to_pandas(self):
+        """Returns a `pandas.DataFrame` with a row for each query and a column for each
+        training example, named by their ids."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                'to_pandas needs pandas: pip install "dtrak-jax[pandas]"'
+            ) from error
+        columns = pandas.Index(self.train_ids, name="train")
+        index = pandas.Index(self.query_ids, name="query")
+        return pandas.DataFrame(self.scores, index, columns)
+
+    def show(self, images, queries, top: int = 5, count: int = 10) -> "Gallery":
+        """Returns a table of the first `count` queries, each with the pictures of its
+        `top` strongest training examples, which a notebook shows.
+
+        Images and queries are what was scored, in its order: pictures in [-1, 1] or of
+        uint8, [n, height, width, 1 or 3], or data sets. Else it is a ValueError.
+        """
+        # What draws takes a second to import.
+        from dtrak_jax.report.gallery import gallery
+
+        return gallery(self, images, queries, top, count)
+
     def top(self, count: int, opposing: bool = False) -> Top:
         """Returns every query's highest scores, or the lowest, the strongest first."""
-        if not 1 <= count <= self.scores.shape[1]:
-            raise ValueError(
-                f"count is {count}; it must be 1 to {self.scores.shape[1]}, the "
-                "number of training examples."
-            )
+        count = at_least("count", count, 1, self.scores.shape[1])
         order = self.scores if opposing else -self.scores
         # Stable, so that equal scores come in the order of the training set.
         index = np.argsort(order, axis=1, kind="stable")[:, :count]

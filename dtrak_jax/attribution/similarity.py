@@ -14,6 +14,7 @@ import numpy as np
 from dtrak_jax import rng
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.checks import check_images
+from dtrak_jax.switches import standard
 
 
 def gradient_dot(train: Array, query: Array) -> np.ndarray:
@@ -78,6 +79,7 @@ def embedding_dot(train: np.ndarray, query: np.ndarray) -> np.ndarray:
     With the embeddings of CLIP's image encoder (arXiv 2103.00020), not normalised, it is
     the D-TRAK paper's "CLIP similarity (dot)".
     """
+    train, query = np.asarray(train), np.asarray(query)
     if train.ndim != 2 or query.ndim != 2 or train.shape[1] != query.shape[1]:
         raise ValueError(
             f"train embeddings have shape {train.shape} and query embeddings "
@@ -95,6 +97,7 @@ def embedding_cosine(train: np.ndarray, query: np.ndarray) -> np.ndarray:
     return embedding_dot(_unit_rows(train), _unit_rows(query))
 
 
+@standard()
 def random_scores(
     train_ids: Sequence[str], query_ids: Sequence[str], seed: int = 0
 ) -> np.ndarray:
@@ -111,7 +114,7 @@ def random_scores(
 @jax.jit
 def _normals(key: jax.Array, train: np.ndarray, query: np.ndarray) -> jax.Array:
     def normal(query_key, words):
-        return jax.random.normal(rng.fold_in(query_key, *words))
+        return rng.normal(rng.fold_in(query_key, *words))
 
     def row(query_words):
         query_key = rng.fold_in(key, *query_words)
@@ -129,7 +132,7 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
 
 def _mean_over_pairs(score: Callable, train: Array, query: Array) -> np.ndarray:
     """Returns the mean of score(g [q, k], phi [n, k]); one pair is in memory at a time."""
-    check_features(train, query)
+    train, query = check_features(train, query)
     total = sum(
         score(g.astype(np.float64), phi.astype(np.float64))
         for g, phi in zip(by_pair(query), by_pair(train), strict=True)
@@ -158,8 +161,10 @@ def _mean_over_checkpoints(
 
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:
     """Returns both as float64 rows of pixels."""
-    check_images(train_images, bounds=None)
-    check_images(query_images, bounds=None)
+    # The range is checked where images are read, and latents have none.
+    anything = -math.inf, math.inf
+    train_images = check_images(train_images, anything)
+    query_images = check_images(query_images, anything)
     if train_images.shape[1:] != query_images.shape[1:]:
         raise ValueError(
             f"train images have shape {train_images.shape} and query images "

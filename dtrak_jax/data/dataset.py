@@ -73,6 +73,14 @@ class Dataset:
             recorded=None if self.recorded is None else self.recorded[rows],
         )
 
+    def __repr__(self) -> str:
+        columns = {
+            name: getattr(self, name) for name in ("labels", "captions", "seeds")
+        }
+        present = [name for name, column in columns.items() if column is not None]
+        parts = [f"{len(self)} images", *present, *self.groups]
+        return f"Dataset({', '.join(parts)})"
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -16,7 +16,8 @@ from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.network import Apply, Params, check_prediction, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.progress import progress
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import LARGEST_SEED, fold_in, normal, stream
+from dtrak_jax.switches import standard
 
 SamplerKind = Literal["ddim", "ancestral"]
 
@@ -96,6 +97,7 @@ def guided(apply: Apply, scale: float) -> Apply:
     return guided_apply
 
 
+@standard()
 def sample(
     apply: Apply,
     params: Params,
@@ -123,6 +125,8 @@ def sample(
       images in the order of `sampling_timesteps`, float32 [n, steps, *shape].
     """
     count = len(seeds)
+    for seed in seeds:
+        at_least("a seed", seed, 0, LARGEST_SEED)
     for leaf in jax.tree.leaves(cond):
         if len(leaf) != count:
             raise ValueError(f"cond has {len(leaf)} rows; there are {count} seeds.")
@@ -189,7 +193,7 @@ def batch_of(count: int, batch_size: int, devices: int) -> int:
 def _initial_noise(seeds: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns x_T of every seed, [n, *shape]."""
     keys = jax.vmap(lambda seed: stream(seed, "sample"))(seeds)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(lambda key: normal(key, shape))(keys)
 
 
 def sampling_step(
@@ -234,7 +238,7 @@ def step_function(apply: Apply, sampler: Sampler, mesh: jax.sharding.Mesh) -> Ca
     """
 
     def noise(seed, t, shape):
-        return jax.random.normal(fold_in(stream(seed, "sample-step"), t), shape)
+        return normal(fold_in(stream(seed, "sample-step"), t), shape)
 
     def sample_step(params, x_t, seeds, cond, t, s):
         z = None

@@ -151,6 +151,11 @@ class Schedule:
         times = self.steps * np.asarray(self.sigmas)
         return jnp.asarray(times.astype(np.float32))[t]
 
+    def __repr__(self) -> str:
+        first, last = self.alpha_bar[[0, -1]]
+        shares = f"alpha_bar {first:.4g} … {last:.4g}"
+        return f"Schedule({self.steps} steps, {shares}, {self.prediction})"
+
     def add_noise(self, x: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
         """Returns x_t of images x [B, ...] with noise eps [B, ...], timesteps t [B]."""
         signal, noise = self._scales(t, x.ndim)

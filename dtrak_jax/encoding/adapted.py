@@ -2,12 +2,12 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from dtrak_jax.models import UNet2DCondition, lora
 from dtrak_jax.models.functions import parameter_shapes
 from dtrak_jax.network import Apply, Init, Network, TrainApply, View
+from dtrak_jax.rng import below, bernoulli, normal, split
 
 Sizes = tuple[tuple[str, tuple[int, int, int]], ...]
 """The (path, (in, rank, out)) of adapters."""
@@ -82,12 +82,12 @@ def posterior_view(caption_dropout: float) -> View:
 
     def view(key, example, frozen):
         moments, context = example
-        variant_key, noise_key, caption_key = jax.random.split(key, 3)
+        variant_key, noise_key, caption_key = split(key, 3)
         variants = len(moments["mean"])
-        variant = jax.random.randint(variant_key, (), 0, variants)
+        variant = below(variant_key, variants)
         mean, std = moments["mean"][variant], moments["std"][variant]
-        left_out = jax.random.bernoulli(caption_key, caption_dropout)
+        left_out = bernoulli(caption_key, caption_dropout)
         context = jnp.where(left_out, frozen["empty"], context)
-        return mean + std * jax.random.normal(noise_key, mean.shape), context
+        return mean + std * normal(noise_key, mean.shape), context
 
     return view

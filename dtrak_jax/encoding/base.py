@@ -21,7 +21,7 @@ from dtrak_jax.models.autoencoder import AutoencoderConfig
 from dtrak_jax.models.clip import CLIPTextConfig
 from dtrak_jax.models.conditional_unet import ConditionalConfig
 from dtrak_jax.network import Init, Params
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import fold_in, normal, stream
 from dtrak_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class AutoencoderRecipe(NamedTuple):
         mean, log_variance = self.vae.apply(variables, x, method="encode")
 
         def draw(index):
-            return jax.random.normal(fold_in(key, index), mean.shape[1:])
+            return normal(fold_in(key, index), mean.shape[1:])
 
         z = mean + jnp.exp(log_variance / 2) * jax.vmap(draw)(batch.index)
         errors = (self.vae.apply(variables, z, method="decode") - x) ** 2

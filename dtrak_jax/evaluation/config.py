@@ -35,6 +35,7 @@ class EnsembleConfig:
     """Decides the subsets and the noise of the measured losses."""
 
     def __post_init__(self):
+        check_choices("ensemble", self)
         for name in ("subsets", "seeds", "draws", "batch_size", "per_device"):
             at_least(f"ensemble.{name}", getattr(self, name), 1)
         at_least("ensemble.models", self.models, 0)

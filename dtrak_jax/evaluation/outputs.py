@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, between, check_images
+from dtrak_jax.checks import at_least, check_images, seed
 from dtrak_jax.diffusion import Schedule, denoising_loss
-from dtrak_jax.digests import digest, digest_rows, digest_tree, named_leaves
+from dtrak_jax.digests import digest, digest_rows, digest_tree
 from dtrak_jax.evaluation.config import EnsembleConfig
 from dtrak_jax.evaluation.truth import named
+from dtrak_jax.features.arrays import as_arrays, check_rows
 from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.progress import progress
-from dtrak_jax.rng import fold_in, id_words, stream
+from dtrak_jax.rng import fold_in, id_words, normal, stream
 
 
 def timestep_grid(
@@ -106,7 +107,7 @@ def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
 
         def eps(word):
             key = fold_in(stream(seed, "outputs"), word[0], word[1], t, draw)
-            return jax.random.normal(key, x.shape[1:])
+            return normal(key, x.shape[1:])
 
         def predict(x_t, t):
             return apply(network, x_t, t, cond)
@@ -180,21 +181,22 @@ class QueryLosses:
     """Noised queries at once; limits memory."""
 
     def __post_init__(self):
-        at_least("draws", self.draws, 1)
-        at_least("seed", self.seed, 0)
-        between("seed", self.seed, 0, 2**32 - 1)
-        at_least("batch_size", self.batch_size, 1)
         timestep_grid(self.timesteps, self.schedule, "timesteps")
-        images = np.asarray(self.images, np.float32)
-        check_images(images, self.bounds)
-        object.__setattr__(self, "images", images)
-        object.__setattr__(self, "ids", named(self.ids, len(images)))
-        for path, leaf in named_leaves(self.cond).items():
-            if np.ndim(leaf) == 0 or len(leaf) != len(images):
-                raise ValueError(
-                    f"cond: {path} has shape {np.shape(leaf)}; it must have "
-                    f"{len(images)} rows, one for each image."
-                )
+        images, cond = (
+            check_images(self.images, self.bounds),
+            as_arrays("cond", self.cond),
+        )
+        check_rows(cond, len(images))
+        settings = {
+            "images": images,
+            "ids": named(self.ids, len(images)),
+            "cond": cond,
+            "draws": at_least("draws", self.draws, 1),
+            "seed": seed("seed", self.seed),
+            "batch_size": at_least("batch_size", self.batch_size, 1),
+        }
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, params: Params) -> np.ndarray:
         """Returns the loss of every query under one model, float64 [queries]."""

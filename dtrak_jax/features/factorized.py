@@ -23,7 +23,7 @@ from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
 from dtrak_jax.models.tags import ChannelSketch, Size, Tags, collecting
 from dtrak_jax.network import Params
-from dtrak_jax.rng import stream
+from dtrak_jax.rng import bernoulli, stream
 
 TIMES = 8
 """The sketches of all weights are at most so many times as long as the features."""
@@ -55,7 +55,7 @@ def channel_sketches(
 
     def sketch(index: int, side: str, c: int, k: int) -> ChannelSketch:
         key = stream(projection.seed, f"{paths[index]} {side}")
-        signs = jax.random.rademacher(key, (c,), np.float32)
+        signs = 2 * bernoulli(key, 0.5, (c,)).astype(np.float32) - 1
         return ChannelSketch(np.asarray(signs), k)
 
     return {

@@ -2,20 +2,27 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
 from etils import epath
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, check_ids, check_images
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
+from dtrak_jax.features.arrays import as_arrays, check_rows, ids_of, images_of
 from dtrak_jax.features.dependence import check_dependence
 from dtrak_jax.features.factorized import channel_sketches
-from dtrak_jax.features.fingerprint import example_hashes, fingerprint
+from dtrak_jax.features.fingerprint import (
+    Role,
+    example_hashes,
+    fingerprint,
+    noise_words,
+)
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
+from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns
 from dtrak_jax.features.store import Features, Store
@@ -23,9 +30,10 @@ from dtrak_jax.features.task import Task
 from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
 from dtrak_jax.progress import progress
-from dtrak_jax.rng import id_words
+from dtrak_jax.switches import standard
 
 
+@standard()
 def featurize(
     task: Task,
     params: Params,
@@ -35,7 +43,8 @@ def featurize(
     frozen: Params | None = None,
     ids: Sequence[str] | None = None,
     cond: object = None,
-    bounds: tuple[float, float] | None = (-1.0, 1.0),
+    role: Role | None = None,
+    bounds: tuple[float, float] | None = None,
     store: epath.PathLike | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
@@ -47,15 +56,19 @@ def featurize(
     Args:
       task: what is differentiated, and with which noise.
       params: the parameters that are differentiated, any pytree.
-      images: [n, H, W, C] within `bounds`; any array that can be sliced by rows. Or
-        [n, pairs, H, W, C]: for every pair an image of its own.
+      images: [n, H, W, C], of any numbers: pixels, or latents. Or [n, pairs, H, W, C]:
+        for every pair an image of its own.
       projection: P.
       frozen: the network's other parameters, any pytree. If given, the network is
         called as apply((params, frozen), x, t, cond).
       ids: a stable, unique name for every image; "0", "1", ... if None.
-      cond: a pytree of arrays with n rows that are passed on to the network, or None.
-      bounds: the least and the largest value of a pixel; None where there is no such
-        bound, as of latents.
+      cond: a pytree of arrays with n rows that are passed on to the network, or None. A
+        list of numbers is an array.
+      role: "train" or "query". With noise "independent" an image has other noise in each
+        role; without one, noise follows the image's content instead of its id. Other
+        kinds of noise do not depend on it.
+      bounds: the least and the largest value that images may have. None warns of values
+        that are not in [-1, 1], or look like pixels in [0, 1].
       store: a folder to keep the features in; what it has already is not computed
         again. In memory if None.
       batch_size: noised images at once on each device; limits memory.
@@ -70,10 +83,16 @@ def featurize(
         holds other features. Says what is wrong and what would be right.
       FloatingPointError: a gradient is not finite; names the example.
     """
-    ids = tuple(map(str, range(len(images)))) if ids is None else tuple(ids)
-    _check_examples(task, images, ids, cond, bounds)
+    if role is not None:
+        one_of("role", role, get_args(Role))
+    images = images_of(task, images, bounds)
+    ids = ids_of(ids, len(images))
+    params, frozen = as_arrays("params", params), as_arrays("frozen", frozen)
+    cond = as_arrays("cond", cond)
+    check_rows(cond, len(images))
     _check_network(task, params, frozen, images, cond)
-    at_least("batch_size", batch_size, 1)
+    check_values(task.measurements, task.schedule, images.shape[-3:])
+    batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
     programs = step_programs(
@@ -82,13 +101,14 @@ def featurize(
     layout, network = programs.layout, (params, frozen, programs.sketches)
     hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
     metadata = {
-        "fingerprint": fingerprint(task, network, projection, inputs, hashes),
+        "fingerprint": fingerprint(task, network, projection, inputs, hashes, role),
         "shape": list(layout.shape(len(ids))),
         "pairs": layout.pairs,
         "rows_per_chunk": layout.rows_per_chunk,
     }
     target = Store.open_or_create(store, metadata | hashes)
-    examples = images, id_words(ids), np.arange(len(ids), dtype=np.int32), cond
+    words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)
+    examples = images, words, position, cond
     _write_missing(task, programs, parallel.put(network, mesh), target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
@@ -116,6 +136,7 @@ class StepPrograms(NamedTuple):
     plain: Program  # for comparison: a sum over as many noised images on each device
 
 
+@standard()
 def step_programs(
     task: Task,
     params: Params,
@@ -231,27 +252,6 @@ def _finish(
     return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
 
 
-def _check_examples(task: Task, images, ids: Sequence[str], cond, bounds) -> None:
-    """Raises a ValueError unless images, ids and conditions are right and as many."""
-    apart = images.ndim == 5
-    if apart and images.shape[1] != len(task.pairs):
-        raise ValueError(
-            f"images have shape {images.shape}: {images.shape[1]} for each example; "
-            f"the task has {len(task.pairs)} pairs of a timestep and a draw."
-        )
-    flat = np.reshape(images, (-1, *images.shape[-3:])) if apart else images
-    check_images(flat, bounds)
-    check_ids(ids, len(images))
-    for path, leaf in named_leaves(cond).items():
-        name = f"cond: {path}" if path else "cond"
-        if not np.ndim(leaf):
-            raise ValueError(f"{name} is {leaf!r}; it must be an array with rows.")
-        if len(leaf) != len(images):
-            raise ValueError(
-                f"{name} has {len(leaf)} rows and images {len(images)}; give one each."
-            )
-
-
 def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
     """Raises a ValueError if parameters or the network's output cannot be right."""
     for name, tree in (("params", params), ("frozen", frozen)):
@@ -268,7 +268,7 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
             f"the network does not take images of shape {images.shape[-3:]} with these "
             f"parameters: {error}"
         ) from error
-    shape = getattr(prediction, "shape", None)
+    shape = getattr(prediction, "shape", type(prediction).__name__)
     if shape != x.shape:
         double = shape == (*x.shape[:-1], 2 * x.shape[-1])
         remedy = (

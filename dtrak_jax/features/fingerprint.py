@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Literal
 
 import jax
 import numpy as np
@@ -11,9 +12,13 @@ from dtrak_jax.features.gradients import Sketches, network_params
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import REFERENCE_SHARD, Task
 from dtrak_jax.network import Params
+from dtrak_jax.rng import id_words
 
 FORMAT = 3
 """The number of the format, raised when the meaning of a stored number changes."""
+
+Role = Literal["train", "query"]
+"""The two sets of examples, which share no noise that is "independent"."""
 
 EXAMPLES = ("ids", "images", "cond")
 """The fields of a fingerprint that tell of the examples."""
@@ -52,6 +57,7 @@ def fingerprint(
     projection: Projection,
     inputs: tuple,
     hashes: Hashes,
+    role: Role | None = None,
 ) -> dict[str, object]:
     """Returns what features depend on, apart from rounding.
 
@@ -65,11 +71,12 @@ def fingerprint(
         "format": FORMAT,
         "dtrak_jax": metadata.version("dtrak-jax"),
         "jax": jax.__version__,
+        **_switches(),
         "network": digests.digest_program(
             task.network, network_params(params, frozen), x, t, cond
         ),
         "params": digests.digest_tree(params),
-        "schedule": digests.digest(repr(task.schedule)),
+        "schedule": digests.digest(digests.settings_text(task.schedule)),
         "measurements": {
             # The function's name, that of a lambda, is part of the program's text.
             name: digests.digest_program(
@@ -90,9 +97,27 @@ def fingerprint(
     }
     if frozen is not None:
         fields["frozen"] = digests.digest_tree(frozen)
+    if task.noise == "independent":
+        fields["noise_of"] = role or "picture"
     if reference:
         fields["noise_shard"] = REFERENCE_SHARD
     if sketches:
         # The program of the network does not tell which of its operations are layers.
         fields["layers"] = digests.digest_tree(sketches)
     return fields | examples_fingerprint(hashes)
+
+
+def noise_words(hashes: Hashes, role: Role | None) -> np.ndarray:
+    """Returns what "independent" noise knows each example by, uint32 [n, 2].
+
+    It is the id and the role, or the picture itself where no role is given: ids of
+    training images and queries may coincide, and their noise must not.
+    """
+    names = hashes["images"] if role is None else [f"{role} {i}" for i in hashes["ids"]]
+    return id_words(names)
+
+
+def _switches() -> dict[str, object]:
+    """Returns the switches of JAX that programs follow; None where they are not set."""
+    names = "jax_default_matmul_precision", "jax_use_simplified_jaxpr_constants"
+    return {name: getattr(jax.config, name, None) or None for name in names}

@@ -149,4 +149,5 @@ def _predict(task: Task, params, frozen, sketches: Sketches, inputs, values):
     leaves = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
     with collecting(Tags(weights, sketched)):
         joined = network_params(treedef.unflatten(leaves), frozen)
-        return task.network(joined, *inputs)
+        # Measurements of a network of half precision are made in float32.
+        return task.network(joined, *inputs).astype(jnp.float32)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.diffusion.schedule import Schedule
@@ -68,6 +69,9 @@ MEASUREMENTS = {name: name for name in FUNCTIONS} | {
 """Every accepted name of a measurement, such as those of the D-TRAK paper's code, with
 the name it stands for."""
 
+RESERVED = (*FUNCTIONS, "losses")
+"""Names that functions of a user must not have: of measurements, and of what stores keep."""
+
 MeasurementName = Literal[tuple(MEASUREMENTS)]
 
 
@@ -75,16 +79,39 @@ def named(measurement: str | Measurement) -> tuple[str, Measurement]:
     """Returns a measurement's name and function, given either, or an alias.
 
     Raises:
-      ValueError: an unknown name (lists the known ones), or a function without one.
+      ValueError: an unknown name (lists the known ones), or a function without one or
+        with that of something else.
     """
     if callable(measurement):
         name = getattr(measurement, "__name__", "")
+        if name in RESERVED and measurement is not FUNCTIONS.get(name):
+            raise ValueError(
+                f"the measurement {measurement!r} is called {name!r}, which is known "
+                f"already. Its name must not be one of: {', '.join(RESERVED)}."
+            )
         if not name.isidentifier():
             raise ValueError(
                 f"the measurement {measurement!r} has no name to file its features "
-                "under; define it with `def`."
+                "under; define it with `def`, or set its __name__."
             )
         return name, measurement
     one_of("measurement", measurement, MEASUREMENTS)
     name = MEASUREMENTS[measurement]
     return name, FUNCTIONS[name]
+
+
+def check_values(
+    measurements: dict[str, Measurement], schedule: Schedule, shape: tuple[int, ...]
+) -> None:
+    """Raises a ValueError unless every measurement is a number of floating point."""
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    t = jax.ShapeDtypeStruct((), np.int32)
+    for name, f in measurements.items():
+        value = jax.eval_shape(lambda p, y, t, f=f: f(p, y, t, schedule), x, x, t)
+        dtype = getattr(value, "dtype", np.dtype(object))
+        scalar = getattr(value, "shape", None) == ()
+        if not (scalar and jnp.issubdtype(dtype, np.floating)):
+            raise ValueError(
+                f"the measurement {name!r} makes {value} of one image; it must make one "
+                "number of floating point, such as a mean."
+            )

@@ -10,10 +10,9 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
 
-from dtrak_jax.checks import at_least, one_of
-from dtrak_jax.rng import stream
+from dtrak_jax.checks import at_least, one_of, seed
+from dtrak_jax.rng import random_bits, stream, threefry
 
 ProjectionKind = Literal["sketch", "rademacher", "gaussian", "factorized", "none"]
 
@@ -47,8 +46,10 @@ class Projection:
 
     def __post_init__(self):
         one_of("projection kind", self.kind, get_args(ProjectionKind))
-        at_least("projection dim", self.dim, 1)
-        at_least("projection seed", self.seed, 0)
+        dim = at_least("projection dim", self.dim, 1)
+        number = seed("projection seed", self.seed)
+        object.__setattr__(self, "dim", dim)
+        object.__setattr__(self, "seed", number)
 
 
 def check_columns(kind: str, dim: int, devices: int) -> None:
@@ -194,12 +195,12 @@ def _random_words(key: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Ar
     """
     rows, columns = rows.astype(jnp.uint32), columns.astype(jnp.uint32)
     counter = jnp.meshgrid(rows, columns, indexing="ij")
-    return threefry2x32_p.bind(*jax.random.key_data(key), *counter)[0]
+    return threefry(key, *counter)[0]
 
 
 def _signs(key: jax.Array, k: int) -> jax.Array:
     """Returns k signs, float32 +-1, from one random bit each."""
-    return _signs_of(jax.random.bits(key, (1, -(-k // 32)), jnp.uint32))[0, :k]
+    return _signs_of(random_bits(key, (1, -(-k // 32))))[0, :k]
 
 
 def _signs_of(words: jax.Array) -> jax.Array:

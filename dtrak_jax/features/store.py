@@ -1,6 +1,7 @@
 """Features in memory or on disk, written a chunk of rows at a time."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,21 @@ class Features:
     sqrt(d * losses), d the number of outputs."""
     fingerprint: dict
     """All that decides the values."""
+    folder: epath.Path | None = None
+    """The store; None in memory."""
+
+    def __repr__(self) -> str:
+        *pairs, n, k = self.shape
+        parts = [f"{n} images"]
+        for count in pairs:
+            draws = self.fingerprint.get("draws", 1)
+            steps = count // draws
+            parts.append(f"{steps} timestep{'s' * (steps > 1)}")
+            parts += [f"{draws} draws"] if draws > 1 else []
+        shape = " × ".join([*parts, str(k)])
+        where = f"{self.folder}/" if self.folder else "in memory"
+        size = files.size_text(4 * math.prod(self.shape))
+        return f"Features({self.measurement}, {shape}, {where}, {size})"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,6 +102,7 @@ def concatenated(parts: Sequence[Features]) -> Features:
         phi=ts.concat([part.phi for part in parts], axis=-2),
         squared_norms=np.concatenate([part.squared_norms for part in parts], axis=-1),
         losses=np.concatenate([part.losses for part in parts], axis=-1),
+        folder=None,
     )
 
 
@@ -223,7 +240,9 @@ class Store:
             norms = self.squared_norms[name].read().result()
             alone = {"measurements": {name: fingerprint["measurements"][name]}}
             return Features(
-                name, ids, self.phi[name], norms, losses, fingerprint | alone
+                *(name, ids, self.phi[name], norms, losses),
+                fingerprint | alone,
+                self.folder,
             )
 
         return {name: features(name) for name in measurements}

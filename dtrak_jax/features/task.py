@@ -7,12 +7,13 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dtrak_jax.checks import at_least, between, one_of, pattern
+from dtrak_jax.checks import at_least, one_of, pattern, seed
 from dtrak_jax.diffusion.schedule import Schedule, in_own_time
 from dtrak_jax.features.measurements import Measurement, named
 from dtrak_jax.network import Apply, mean_of
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import fold_in, normal, stream
 
 Noise = Literal["common", "independent", "reference", "cyclic"]
 Strategy = Literal["uniform", "cumulative"]
@@ -46,9 +47,13 @@ class Task:
         every floor(T / K)-th and divides their sum by K: for K = 3 give (0, 333, 666,
         999); the mean of these four is 3/4 of the paper's features.
       noise: "common", eps a function of (seed, t, draw), the same for every image;
-        "independent", also of the image's id; "reference", also of the image's slot
+        "independent", also of the image's id and role, see `featurize`, or else of its
+        own content, so that no training image has a query's noise by accident;
+        "reference", also of the image's slot
         in the paper's batches, (position mod 1000) mod `noise_batch`, which begin anew
-        in each shard of 1000 images (of 10,000 for CIFAR-10, which is not reproduced);
+        in each shard of 1000 images (of 10,000 for CIFAR-10, which is not reproduced):
+        a query shares its noise with the training images of its own slot, which come
+        first for that reason, nine times in ten at 10 timesteps;
         "cyclic", the common noise of the next pair: give it to the queries only, as a
         control that training images and queries no longer share their noise.
       noise_batch: the number of slots of "reference".
@@ -80,17 +85,23 @@ class Task:
         one_of("strategy", self.strategy, get_args(Strategy))
         one_of("noise", self.noise, get_args(Noise))
         one_of("variance", self.variance, get_args(Variance))
-        at_least("noise_batch", self.noise_batch, 1)
-        at_least("draws", self.draws, 1)
-        at_least("seed", self.seed, 0)
         pattern("parameters", self.parameters)
-        if isinstance(self.measurement, list):
-            object.__setattr__(self, "measurement", tuple(self.measurement))
-        steps = self.schedule.steps
-        if isinstance(self.timesteps, int):
-            between("timesteps", self.timesteps, 1, steps)
+        steps, timesteps = self.schedule.steps, self.timesteps
+        if np.ndim(timesteps):
+            kept = tuple(at_least("a timestep", t, 0) for t in timesteps)
         else:
-            object.__setattr__(self, "timesteps", tuple(map(int, self.timesteps)))
+            kept = at_least("timesteps", timesteps, 1, steps)
+        settings = {
+            "measurement": self.measurement,
+            "timesteps": kept,
+            "noise_batch": at_least("noise_batch", self.noise_batch, 1),
+            "draws": at_least("draws", self.draws, 1),
+            "seed": seed("seed", self.seed),
+        }
+        if isinstance(self.measurement, list):
+            settings["measurement"] = tuple(self.measurement)
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
         if not self.grid or not set(self.grid) <= set(range(steps)):
             raise ValueError(
                 f"timesteps is {self.grid}; it must name one or more of 0 to {steps - 1}."
@@ -105,6 +116,17 @@ class Task:
         if not self.measurements:
             raise ValueError("measurement is empty; name one or more.")
 
+    def __repr__(self) -> str:
+        grid = f"timestep {self.grid[0]}"
+        if len(self.grid) > 1:
+            grid = f"{len(self.grid)} timesteps {self.grid[0]} … {self.grid[-1]}"
+        draws = f" × {self.draws} draws" if self.draws > 1 else ""
+        means = "" if self.per_timestep else ", averaged"
+        return (
+            f"Task({', '.join(self.measurements)}, {grid}{draws}{means}, {self.noise} "
+            f"noise, seed {self.seed})"
+        )
+
     @functools.cached_property
     def network(self) -> Apply:
         """The network as a function of the schedule's timesteps, without a variance."""
@@ -117,7 +139,15 @@ class Task:
     def measurements(self) -> dict[str, Measurement]:
         """The measurements by name."""
         several = isinstance(self.measurement, tuple)
-        return dict(map(named, self.measurement if several else (self.measurement,)))
+        pairs = list(map(named, self.measurement if several else (self.measurement,)))
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"measurement has {names.count(name)} entries that are called "
+                    f"{name!r}; their features would be one. Give each another name."
+                )
+        return dict(pairs)
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
@@ -138,8 +168,8 @@ class Task:
     ) -> jax.Array:
         """Returns the noise of one image at one pair, an index into `pairs`.
 
-        The image is known by the `rng.id_words` of its id [2] and its position in the
-        data set.
+        The image is known by the words [2] of `fingerprint.noise_words` and by its
+        position in the data set.
         """
         if self.noise == "cyclic":
             pair = (pair + 1) % len(self.pairs)
@@ -149,4 +179,4 @@ class Task:
             key = fold_in(key, words[0], words[1])
         if self.noise == "reference":
             key = fold_in(key, position % REFERENCE_SHARD % self.noise_batch)
-        return jax.random.normal(key, shape)
+        return normal(key, shape)

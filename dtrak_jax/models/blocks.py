@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dtrak_jax.rng import bernoulli, fold_in
+
 Attend = Callable[[str, jax.Array], jax.Array]
 """A function (name, x) -> x that makes a submodule of attention and applies it."""
 
@@ -97,8 +99,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, name: str) -> jax
     keep_rate = 1 - rate
 
     def draw(key):
-        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        return jax.random.bernoulli(key, keep_rate, x.shape[1:])
+        key = fold_in(key, zlib.crc32(name.encode()))
+        return bernoulli(key, keep_rate, x.shape[1:])
 
     return jnp.where(jax.vmap(draw)(keys), x / keep_rate, 0.0)
 

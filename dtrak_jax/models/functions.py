@@ -13,6 +13,7 @@ from dtrak_jax.models.conditional_unet import UNet2DCondition
 from dtrak_jax.models.config import ModelConfig
 from dtrak_jax.models.unet import UNet2D
 from dtrak_jax.network import Apply, Init, TrainApply
+from dtrak_jax.rng import uniform
 
 UNet = UNet2D | UNet2DCondition
 
@@ -48,7 +49,7 @@ def init(model: nn.Module, key: jax.Array) -> dict:
     # There is one draw for all: one for each parameter takes 6 times as long to
     # compile, most of the start of a small run.
     size = parameter_count(shapes)
-    draws = jax.random.uniform(key, (size,), minval=-1, maxval=1)
+    draws = uniform(key, (size,), -1, 1)
     params, start = {}, 0
     for path, leaf in shapes.items():
         weight = shapes.get((*path[:-1], "kernel"))

@@ -21,6 +21,7 @@ from dtrak_jax.models import blocks
 from dtrak_jax.models.tags import layer
 from dtrak_jax.models.tensors import tensor_name
 from dtrak_jax.network import Apply, Params, TrainApply
+from dtrak_jax.rng import normal
 
 Adapters = Mapping[str, Mapping[str, jax.Array]]
 """{path of a layer: {"down": A [in, r], "up": B [r, out]}}, float32.
@@ -120,7 +121,7 @@ def init(config: LoRAConfig, base: Params, key: jax.Array) -> dict:
 
 def draw(sizes: Mapping[str, tuple[int, int, int]], key: jax.Array) -> dict:
     """Returns new adapters of these sizes, {path: (in, rank, out)}, as `init` does."""
-    draws = jax.random.normal(key, (sum(i * rank for i, rank, _ in sizes.values()),))
+    draws = normal(key, (sum(i * rank for i, rank, _ in sizes.values()),))
     adapters, start = {}, 0
     for path, (inputs, rank, outputs) in sizes.items():
         down = draws[start : start + inputs * rank].reshape(inputs, rank) / rank

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from dtrak_jax.files import size_text
 from dtrak_jax.planning.costs import Cost
 from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Chip, Topology
@@ -91,7 +92,7 @@ def as_text(rows: list[Row], topology: Topology) -> str:
     seconds = [row.seconds for row in rows]
     hours = None if None in seconds else sum(seconds) / 3600
     sizes = sum(row.written for row in rows), sum(row.stored for row in rows)
-    last = ("total", *[""] * 6, _number(hours), "", *map(_size, sizes), "")
+    last = ("total", *[""] * 6, _number(hours), "", *map(size_text, sizes), "")
     cells = [HEADS, *map(_cells, rows), last]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -104,7 +105,7 @@ def as_text(rows: list[Row], topology: Topology) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     collectives = ", ".join(
-        f"{count:.0f} {kind} ({_size(size)})"
+        f"{count:.0f} {kind} ({size_text(size)})"
         for kind, (count, size) in row.collectives.items()
     )
     return (
@@ -113,16 +114,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         *(_number(row.flops, 1e9), _number(row.bytes, 1e9), str(row.steps)),
         _number(row.seconds, 3600),
         "" if row.useful is None else f"{row.useful:.0%}",
-        *(_size(row.written), _size(row.stored), collectives or "none"),
+        *(size_text(row.written), size_text(row.stored), collectives or "none"),
     )
 
 
 def _number(value: float | None, unit: float = 1) -> str:
     return "?" if value is None else f"{value / unit:.3g}"
-
-
-def _size(count: float) -> str:
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} B"

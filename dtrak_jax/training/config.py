@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dtrak_jax.checks import at_least, between, free, positive, seed
+from dtrak_jax.checks import at_least, between, check_choices, free, positive, seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class TrainConfig:
     """Decides initialisation, batches, noise and dropout."""
 
     def __post_init__(self):
+        check_choices("train", self)
         for name in ("steps", "batch_size", "save_every", "log_every"):
             at_least(f"train.{name}", getattr(self, name), 1)
         positive("train.learning_rate", self.learning_rate)

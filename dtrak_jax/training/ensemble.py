@@ -12,6 +12,7 @@ from dtrak_jax import parallel
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import P
 from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
 from dtrak_jax.training import checkpoint, programs
 from dtrak_jax.training.config import regular_steps
 from dtrak_jax.training.step import (
@@ -34,6 +35,7 @@ class Member(NamedTuple):
     seed: int  # of its initialisation, batches, noise and dropout
 
 
+@standard()
 def train_members(
     recipe: Recipe,
     images: np.ndarray,

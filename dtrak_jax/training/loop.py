@@ -10,6 +10,7 @@ from dtrak_jax import parallel
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import P
 from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
 from dtrak_jax.training import checkpoint, programs
 from dtrak_jax.training.config import TrainConfig, kept_steps, saved_steps
 from dtrak_jax.training.metrics import Metrics
@@ -24,6 +25,7 @@ from dtrak_jax.training.step import (
 from dtrak_jax.training.stop import stop_requests
 
 
+@standard()
 def train(
     recipe: Recipe,
     images: np.ndarray,

@@ -23,14 +23,15 @@ from dtrak_jax.network import (
     View,
     network_params,
 )
-from dtrak_jax.rng import fold_in, stream
+from dtrak_jax.rng import below, bernoulli, fold_in, normal, split, stream
+from dtrak_jax.switches import standard
 from dtrak_jax.training.config import TrainConfig
 
 
 def mirror(key: jax.Array, example: Example, frozen: Params) -> Example:
     """Returns an example whose image is mirrored, or not, each in half of the steps."""
     image, cond = example
-    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image), cond
+    return jnp.where(bernoulli(key), image[:, ::-1], image), cond
 
 
 class Recipe(NamedTuple):
@@ -67,12 +68,12 @@ class Recipe(NamedTuple):
         """Returns images, conditions, timesteps and noise, one draw a row."""
 
         def draw(index, *example):
-            t_key, eps_key, view_key = jax.random.split(fold_in(key, index), 3)
+            t_key, eps_key, view_key = split(fold_in(key, index), 3)
             image, cond = example
             if self.view:
                 image, cond = self.view(view_key, example, frozen)
-            t = jax.random.randint(t_key, (), 0, self.schedule.steps)
-            return image, cond, t, jax.random.normal(eps_key, image.shape)
+            t = below(t_key, self.schedule.steps)
+            return image, cond, t, normal(eps_key, image.shape)
 
         return jax.vmap(draw)(batch.index, batch.x, batch.cond)
 
@@ -138,10 +139,10 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@standard()
 def first_state(init: Init, config: TrainConfig, seed: jax.Array) -> TrainState:
     """Returns the state before the first step of the model with this seed."""
-    with jax.threefry_partitionable(True):
-        params = init(stream(seed, "init"))
+    params = init(stream(seed, "init"))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -166,6 +167,7 @@ def trained(state: TrainState) -> Params:
     return state.ema if jax.tree.leaves(state.ema) else state.params
 
 
+@standard()
 def train_step(
     recipe: Recipe,
     state: TrainState,
@@ -182,15 +184,13 @@ def train_step(
     frozen parameters.
     """
     config = recipe.config
-    # The flag changes numbers, so the user's setting of it must not count.
-    with jax.threefry_partitionable(True):
-        key = fold_in(stream(seed, "train"), state.step)
+    key = fold_in(stream(seed, "train"), state.step)
 
-        def loss(params):
-            losses = recipe.losses(params, frozen, batch, key)
-            return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights)
+    def loss(params):
+        losses = recipe.losses(params, frozen, batch, key)
+        return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights)
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+    value, grads = jax.value_and_grad(loss)(state.params)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
