@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, check_images
@@ -13,19 +13,11 @@ from dtrak_jax.report.figures import data_uri
 LARGEST = 96
 """The largest height and width of a thumbnail, in pixels."""
 
-SMALLEST = 64
-"""The height at which smaller thumbnails are shown, in pixels."""
+PIXELATED = 64
+"""Smaller pictures are enlarged without smoothing."""
 
-FIGURE = Markup(
-    '<td style="text-align:center;vertical-align:top;padding:4px;max-width:112px;'
-    'overflow-wrap:anywhere">'
-    '<img src="{}" alt="{}" style="min-height:{}px;image-rendering:{}"><br>'
-    "<small>{}</small></td>"
-)
-
-NOTE = Markup(
-    "<p><small>{} scores; each query first, then its strongest training images. Scores "
-    "are comparable within a row only.</small></p>"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("dtrak_jax.report"), autoescape=True
 )
 
 
@@ -53,13 +45,13 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
     strongest = scores.top(min(at_least("top", top, 1), len(train)))
     rows = []
     for i in range(min(at_least("count", count, 1), len(asked))):
-        cells = [_figure(asked[i], scores.query_ids[i], "")]
+        row = [_figure(asked[i], scores.query_ids[i], "")]
         for name, score, index in zip(*(column[i] for column in strongest)):
-            cells.append(_figure(train[index], name, f"{score:.3g}"))
-        rows.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
-    table = Markup("<table>{}</table>").format(Markup("").join(rows))
+            row.append(_figure(train[index], name, f"{score:.3g}"))
+        rows.append(row)
     title = f"Gallery({len(rows)} queries × {strongest.ids.shape[1]} images)"
-    return Gallery(title, str(NOTE.format(scores.method) + table))
+    template = TEMPLATES.get_template("gallery.html")
+    return Gallery(title, template.render(method=scores.method, rows=rows))
 
 
 def _pictures(name: str, images, ids: np.ndarray) -> np.ndarray:
@@ -75,8 +67,6 @@ def _pictures(name: str, images, ids: np.ndarray) -> np.ndarray:
     return check_images(images)
 
 
-def _figure(image: np.ndarray, name: str, text: str) -> Markup:
-    """Returns a cell with a picture, its id and a text."""
-    scaling = "pixelated" if max(image.shape) < SMALLEST else "auto"
-    label = Markup("{}<br>{}").format(name, text)
-    return FIGURE.format(data_uri(image, LARGEST), name, SMALLEST, scaling, label)
+def _figure(image: np.ndarray, name: str, text: str) -> tuple[str, str, str, bool]:
+    """Returns the source of a picture, its id, a text, and whether to enlarge it."""
+    return data_uri(image, LARGEST), name, text, max(image.shape) < PIXELATED
