@@ -1,6 +1,7 @@
 """What the documents show runs, their links lead somewhere, their tables are the results."""
 
 import ast
+import dataclasses
 import json
 import re
 import runpy
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, png
 
 import dtrak_jax as dtrak
 from dtrak_jax import cli, models
@@ -52,18 +53,25 @@ def run(code, folder, **names):
 
 
 def test_scripts_of_the_readme(capsys, tmp_path, monkeypatch):
-    """A model of one's own, where every query finds itself first; then the example."""
+    """Every query finds itself first: of a diffusers model, and of one of one's own."""
     monkeypatch.chdir(tmp_path)
     example, own_model = blocks(ROOT / "README.md", "python")
-    names = run(own_model, tmp_path)
+    run(own_model, tmp_path)
     printed = re.findall(r"'(\d+)'", capsys.readouterr().out)
     assert printed[::3] == ["0", "1", "2"]
-    given = {name: names[name] for name in ("apply", "params", "images")}
-    ids = [f"image-{i}" for i in range(100)]
-    run(example, tmp_path, ids=ids, generated=names["images"][:3], **given)
-    saved = dtrak.Scores.load(tmp_path / "scores.npz")
-    assert list(saved.top(1).ids[:, 0]) == ["image-0", "image-1", "image-2"]
+    config = dataclasses.replace(TINY, in_channels=3, out_channels=3)
+    model = models.build(config)
+    models.to_diffusers(model, models.init(model, jax.random.key(0)), "pipeline/unet")
+    (tmp_path / "pipeline" / "scheduler_config.json").write_text("{}")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+    for folder, count in (("pictures", 10), ("generated", 2)):
+        (tmp_path / folder).mkdir()
+        for i, picture in enumerate(pixels[:count]):
+            (tmp_path / folder / f"{i}.png").write_bytes(png(picture))
+    scores = run(example, tmp_path)["scores"]
+    assert list(scores.top(1).ids[:, 0]) == ["0.png", "1.png"]
     assert (tmp_path / "features" / "metadata.json").exists()
+    assert "1.png" in (tmp_path / "report.html").read_text()
 
 
 def test_scripts_of_the_folders(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from dtrak_jax.network import Apply, Params, Shapes, network_params, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.progress import progress
 from dtrak_jax.rng import fold_in, id_words, normal, stream
+from dtrak_jax.switches import standard
 
 
 def timestep_grid(
@@ -198,8 +199,10 @@ class QueryLosses:
         for name, value in settings.items():
             object.__setattr__(self, name, value)
 
+    @standard()
     def __call__(self, params: Params) -> np.ndarray:
         """Returns the loss of every query under one model, float64 [queries]."""
+        params = as_arrays("params", params)
         self._check_network(params)
         stack = jax.tree.map(lambda leaf: np.asarray(leaf)[None], params)
         queries = self.images, self.ids, self, self.cond, self.frozen

@@ -26,10 +26,12 @@ from dtrak_jax.evaluation.truth import (
     subset_masks,
 )
 from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
 
 AnyScores = Scores | np.ndarray
 
 
+@standard()
 def retrain(
     train: Callable[[np.ndarray, int], Any],
     n: int,
@@ -200,6 +202,7 @@ class LDS:
         return f"LDS({', '.join(words)})"
 
 
+@standard()
 def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
     """Returns the linear datamodeling score (Park et al., arXiv 2303.14186, section 3).
 

@@ -31,6 +31,7 @@ from dtrak_jax.evaluation.removals import (
 from dtrak_jax.evaluation.trust import AnyScores, checked, kept
 from dtrak_jax.evaluation.truth import named
 from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -94,6 +95,7 @@ class Functions(NamedTuple):
         return made
 
 
+@standard()
 def counterfactual(
     scores: AnyScores | Mapping[str, AnyScores],
     train: Callable[[np.ndarray, int], Any],

@@ -10,6 +10,7 @@ from etils import epath
 
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
 from dtrak_jax.features.arrays import as_arrays, check_rows, ids_of, images_of
@@ -37,7 +38,7 @@ from dtrak_jax.switches import standard
 def featurize(
     task: Task,
     params: Params,
-    images: np.ndarray,
+    images: np.ndarray | Dataset,
     projection: Projection,
     *,
     frozen: Params | None = None,
@@ -57,7 +58,8 @@ def featurize(
       task: what is differentiated, and with which noise.
       params: the parameters that are differentiated, any pytree.
       images: [n, H, W, C], of any numbers: pixels, or latents. Or [n, pairs, H, W, C]:
-        for every pair an image of its own.
+        for every pair an image of its own. Or a `Dataset`, such as `load_images` returns,
+        which has ids as well.
       projection: P.
       frozen: the network's other parameters, any pytree. If given, the network is
         called as apply((params, frozen), x, t, cond).
@@ -85,6 +87,8 @@ def featurize(
     """
     if role is not None:
         one_of("role", role, get_args(Role))
+    if isinstance(images, Dataset):
+        images, ids = images.images, images.ids if ids is None else ids
     images = images_of(task, images, bounds)
     ids = ids_of(ids, len(images))
     params, frozen = as_arrays("params", params), as_arrays("frozen", frozen)
