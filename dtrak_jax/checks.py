@@ -137,7 +137,7 @@ def check_images(
     if images.size == 0:
         raise ValueError(f"images have shape {images.shape}: there are none.")
     real = any(jnp.issubdtype(images.dtype, kind) for kind in (np.floating, np.integer))
-    bytes_as_such = bounds is not None and bounds[1] >= 255
+    bytes_as_such = bounds is not None and 255 <= bounds[1] < math.inf
     if not real or (images.dtype == np.uint8 and not bytes_as_such):
         raise ValueError(f"images are {images.dtype}; they must be float32 ({REMEDY}).")
     # What is float32 already is not copied.

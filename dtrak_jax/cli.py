@@ -131,7 +131,7 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     keep_compilations()
     if command == "plan":
         names = options.stages.split(",") if options.stages else ()
-        topology = planning.find(options.topology)
+        topology = planning.find(options.topology or None)
         rows = planning.plan(pipeline.STAGES, config, topology, names)
         print(planning.as_text(rows, topology))
         if options.output:

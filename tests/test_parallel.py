@@ -219,6 +219,8 @@ def artefacts(workdir):
         found = run_arrays(Run(config, files.at(workdir)))
     for path in [*workdir.glob("*.json"), workdir / "features" / "distortion.json"]:
         found[path.name] = files.read_json(path)
+    # The minute in which a run began is its own.
+    del found["config.json"]["begun"]
     return found
 
 

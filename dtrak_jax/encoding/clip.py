@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import data, digests, files, models, parallel
+from dtrak_jax.batches import in_batches
 from dtrak_jax.diffusion.sampling import batch_of
 from dtrak_jax.models.clip_folder import STEM, vision_config
 from dtrak_jax.models.tensors import CONFIG, model_folder, weights_files
@@ -79,7 +80,7 @@ class Clip:
         size = batch_of(len(images), BATCH_SIZE, mesh.size)
         if not len(images):
             return np.zeros((0, self.model.config.projection_dim), np.float32)
-        return parallel.in_batches(embed, images, size, "CLIP")
+        return in_batches(embed, images, size, "CLIP")
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import files, parallel
+from dtrak_jax.batches import in_batches
 from dtrak_jax.data import Dataset
 from dtrak_jax.digests import digest
 from dtrak_jax.models import AutoencoderKL, CLIPText
@@ -243,7 +244,7 @@ def _in_batches(run: "Run", function_of, module, part: str, array: np.ndarray) -
         parallel.put(run.space.part(part), mesh),
     )
     size = run.config.base.batch_size * mesh.size
-    return parallel.in_batches(functools.partial(function, params), array, size, part)
+    return in_batches(functools.partial(function, params), array, size, part)
 
 
 def planned_batches(

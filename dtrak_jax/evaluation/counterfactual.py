@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import data, diffusion, files, models, parallel, results, training
+from dtrak_jax.batches import in_batches
 from dtrak_jax.encoding.encode import moments
 from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.outputs import measure
@@ -208,7 +209,7 @@ def bottleneck(
             return features(params, x, jnp.full(len(x), t))
 
         size = min(batch_size, len(images))
-        return parallel.in_batches(features_of, images, size, "compare")
+        return in_batches(features_of, images, size, "compare")
 
     mean = embed(images).mean(axis=0)
     return lambda images: embed(images) - mean
