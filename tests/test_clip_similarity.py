@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, png
 from test_clip import write_golden
 
-from dtrak_jax import data, files
+from dtrak_jax import ahead, data, files
 from dtrak_jax.config import (
     AttributionConfig,
     ClipConfig,
@@ -158,12 +158,12 @@ def test_refuses_a_config_without_a_folder(config):
     ],
 )
 def test_refuses_another_network(name, changes, words, config, tmp_path):
-    """As soon as a run is opened."""
+    """Before a command writes anything."""
     write_clip(tmp_path, **changes)
     write_golden(name, tmp_path)
     config = dataclasses.replace(config, clip=ClipConfig(folder=str(tmp_path)))
     with pytest.raises(ValueError) as error:
-        Run.open(config, tmp_path / "run")
+        ahead.data(Run.at(config, tmp_path / "run"))
     assert all(word in str(error.value) for word in words)
 
 
@@ -173,4 +173,4 @@ def test_refuses_an_incomplete_folder(config, tmp_path):
     for name in ("model.safetensors", "preprocessor_config.json", "config.json"):
         (tmp_path / "clip" / name).unlink()
         with pytest.raises(FileNotFoundError, match=name):
-            Run.open(config, tmp_path / "run")
+            ahead.data(Run.at(config, tmp_path / "run"))
