@@ -141,11 +141,11 @@ def flag(name: str) -> str:
 def sentences(kind: type) -> dict[str, str]:
     """Returns the docstring of every field of a dataclass, "" where there is none."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    found = {field.name: "" for field in dataclasses.fields(kind)}
+    texts = {field.name: "" for field in dataclasses.fields(kind)}
     for node, following in zip(tree.body, tree.body[1:]):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            found[node.target.id] = ast.literal_eval(following.value)
-    return found
+            texts[node.target.id] = ast.literal_eval(following.value)
+    return texts
 
 
 def form(kind: object) -> str:

@@ -50,8 +50,10 @@ def check(run: "Run", folder: str, pixels: bool = True) -> None:
     other = [p for p in OTHER if p in saved and saved[p] != current.get(p, saved[p])]
     if other and not differing:
         differing = files.differences(saved["data"], current["data"])
-        if not differing and (run.workdir / "splits.npz").exists():
-            run.splits  # noqa: B018 - It raises an error that names an image.
+        splits = run.workdir / "splits.npz"
+        if not differing and splits.exists():
+            # It names an image. A process may be alone here, so `run.splits` must wait.
+            run.chosen.recorded_in(files.read_npz(splits))
         differing = differing or [OTHER[other[0]]]
     if differing:
         raise ValueError(
@@ -111,6 +113,8 @@ def schedule_digest(schedule) -> str:
 
 
 def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
+    """Returns what models of a folder are trained with; with `pixels` also the hash of
+    the images, which are decoded for it."""
     settings = {"settings": deciding(run.config, TRAINED[folder])}
     if folder == BASE:
         return settings

@@ -1113,7 +1113,8 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
     assert not Outline(html).open
     made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
-    made |= {"noise": "common", "projection": "sketch", "params": "par4ms"}
+    made |= {"noise": "common", "projection": "sketch"}
+    made |= {"network": "n3t", "params": "par4ms"}
     features = SimpleNamespace(fingerprint=made, losses=np.ones((2, 20)))
     given = {"features": features, "schedule": linear_schedule()}
     path = dtrak.write_report(path, scores, train.images, pictures, **given)

@@ -92,9 +92,9 @@ class AblationConfig:
     """Which choices `dtrak-jax ablate` compares; the rest is as in `features`."""
 
     studies: tuple[Study, ...] = free(get_args(Study))
-    """The comparisons."""
+    """The comparisons to make."""
     timesteps: tuple[int, ...] = free((100, 200, 300, 400, 500))
-    """At which gradients are taken."""
+    """The timesteps at which gradients are taken."""
     draws: int = free(2)
     """Noise draws per timestep where noises and kernels are compared."""
     noise_seeds: int = free(2)

@@ -149,8 +149,8 @@ def counterfactual(
     at_least("queries", number, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
-    left = kept_rows(ranked, names, first.train_ids, count, seed)
-    models = removals(left, names, n, train_seed)
+    kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed)
+    models = removals(kept_by_choice, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
     for model in progress(models, "counterfactual", unit="model"):

@@ -183,9 +183,8 @@ def _features(run: "Run") -> Features | None:
 
 def digests_of(features: Features) -> dict[str, str]:
     """Returns the digests of the model that features were made with."""
-    known = features.fingerprint
     names = {"network": "network", "params": "parameters"}
-    return {text: known[name] for name, text in names.items() if name in known}
+    return {text: features.fingerprint[name] for name, text in names.items()}
 
 
 def similarities(train: Dataset, queries: Mapping[str, Dataset]) -> dict[str, Scores]:

@@ -61,8 +61,8 @@ def write_report(
       ValueError: scores, images and queries that do not belong together; says which.
     """
     by_method, sets = _sets(scores, queries)
-    some = next(iter(next(iter(by_method.values())).values()))
-    train = _dataset("images", images, some.train_ids)
+    first = next(iter(next(iter(by_method.values())).values()))
+    train = _dataset("images", images, first.train_ids)
     datasets = {}
     for name, of_set in by_method.items():
         query_ids = next(iter(of_set.values())).query_ids
@@ -74,20 +74,20 @@ def write_report(
         train = dataclasses.replace(
             train, groups=train.groups | _columns(groups, train)
         )
-    known = {
+    fields = {
         "pixels": similarities(train, datasets),
-        "damping": some.damping,
+        "damping": first.damping,
         "provenance": {"training images": train.digest},
     }
     if isinstance(features, Mapping):
         features = next(iter(features.values()))
     if features is not None:
-        known["recipe"] = _recipe(features.fingerprint)
-        known["provenance"] |= digests_of(features)
+        fields["recipe"] = _recipe(features.fingerprint)
+        fields["provenance"] |= digests_of(features)
     metrics = options.get("metrics", ())
-    known["learning"] = learning(metrics, features, schedule, train.images)
-    known |= {"train": train, "queries": datasets, "scores": by_method}
-    record = Record(**known | options)
+    fields["learning"] = learning(metrics, features, schedule, train.images)
+    fields |= {"train": train, "queries": datasets, "scores": by_method}
+    record = Record(**fields | options)
     files.write_bytes(path, page(record).encode())
     return files.at(path)
 
