@@ -92,12 +92,12 @@ def content(workdir):
         ("lds", {"ensemble": {"subsets": 7}}, "subsets is 7; the LDS needs at least 8"),
         ("ablate", {"ensemble": {"subsets": 7}}, "an ablation needs at least 8"),
         (
-            "lds",
+            "attribute",
             {
                 "attribution": {"methods": ("datamodels",)},
-                "ensemble": {"subsets": 15},
+                "ensemble": {"subsets": 7},
             },
-            "'datamodels' needs at least 16",
+            "method 'datamodels' needs at least 8",
         ),
         ("retrain", {"ensemble": {"timesteps": 1001}}, "ensemble.timesteps is 1001"),
         ("retrain", {"ensemble": {"fraction": 0.01}}, "a subset would have 0"),
@@ -162,7 +162,7 @@ def test_what_later_stages_would_refuse_is_a_warning(
 )
 def test_seeds_have_32_bits(make, name):
     make(2**32 - 2000)
-    with pytest.raises(ValueError, match=f"{name} is .* an integer from 0 to 4294"):
+    with pytest.raises(ValueError, match=f"{name} is .* an integer between 0 and 4294"):
         make(2**32)
 
 
