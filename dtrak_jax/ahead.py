@@ -1,4 +1,4 @@
-"""What is checked of each stage before a command writes anything.
+"""The checks of each stage before a command writes anything.
 
 Every function takes the run and raises the error that the stage itself would raise later,
 from settings, names of files and shapes alone: no training image is decoded.

@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are raised."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises the message as a ValueError."""
         raise ValueError(message)
 
 
@@ -195,7 +196,10 @@ def load_config(path: str) -> Config:
     if not Path(path).is_file():
         hint = ""
         if Path(path).is_dir():
-            hint = "; that is a folder: a model's goes behind --model, pictures' behind --images"
+            hint = (
+                "; that is a folder: a model's goes behind --model, pictures' behind "
+                "--images"
+            )
         raise FileNotFoundError(f"there is no config file {path}{hint}.")
     module = runpy.run_path(path)
     config = module["get_config"]() if "get_config" in module else None

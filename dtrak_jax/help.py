@@ -61,7 +61,7 @@ INPUTS = {
     "command continues there.",
     "--profile DIR": "Writes a trace of the JAX profiler there.",
 }
-"""What a command is given, beside settings."""
+"""The arguments of a command beside settings."""
 
 PLANNED = {
     "--topology NAME": "The devices to plan for, such as v5e:4x4; those at hand if it is "
@@ -69,7 +69,7 @@ PLANNED = {
     "--stages NAMES": "The stages to plan, such as train,featurize; all if it is left out.",
     "--output FILE": "Where to write the plan as JSON.",
 }
-"""What `plan` is given besides."""
+"""The further arguments of `plan`."""
 
 
 def overview(commands: Mapping[str, str]) -> str:

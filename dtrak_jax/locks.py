@@ -1,4 +1,4 @@
-"""What artefacts are made from; and trained models, which belong to it.
+"""Locks: trained models belong to what they were trained with.
 
 Training is what costs, so no command takes a model of other settings or pictures for its
 own, or throws it away. Everything else in a run directory is made again where what it is

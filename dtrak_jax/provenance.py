@@ -1,4 +1,4 @@
-"""What a result was made with: the packages, the date and the command."""
+"""Provenance: the packages, the date and the command that a result was made with."""
 
 import contextlib
 import datetime

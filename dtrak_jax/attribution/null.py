@@ -14,10 +14,10 @@ import numpy as np
 from dtrak_jax.attribution.groups import group_scores
 
 LEAST_QUERIES = 8
-"""With fewer queries, nothing is said."""
+"""The fewest queries of which anything is said."""
 
 LEAST_IMAGES = 12
-"""With fewer training images, nothing is said."""
+"""The fewest training images of which anything is said."""
 
 GAPS = 10
 """Gaps behind the first ones of each query, from which their size is learnt."""

@@ -23,7 +23,8 @@ class EnsembleConfig:
     fraction: float = 0.5
     """Share of the training images, and of `train.steps`, that a member gets."""
     timesteps: int | tuple[int, ...] = free(1000)
-    """At which the loss of a query is measured; how many, evenly spaced, or which."""
+    """The timesteps at which the loss of a query is measured: their number, evenly
+    spaced, or themselves."""
     draws: int = free(3)
     """Noise draws at each of them, the same for all members."""
     batch_size: int = free(256)

@@ -171,7 +171,8 @@ class QueryLosses:
     frozen: Params | None = None
     """The network's other parameters, or None."""
     timesteps: int | Sequence[int] = 100
-    """The timesteps at which losses are measured: their number, or themselves."""
+    """The timesteps at which losses are measured: their number, evenly spaced, or
+    themselves."""
     draws: int = 3
     """The noise draws at each timestep."""
     seed: int = 0

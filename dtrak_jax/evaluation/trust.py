@@ -160,7 +160,7 @@ def _check_differing(first: np.ndarray, second: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LDS:
-    """How well scores predict what retraining does: the linear datamodeling score."""
+    """The linear datamodeling score: do scores predict what retraining does?"""
 
     value: float
     """The mean over queries of Spearman's correlation over subsets, in [-1, 1]."""

@@ -36,7 +36,7 @@ from dtrak_jax.switches import standard
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Counterfactual:
-    """What became of pictures without the training examples that scores rank first."""
+    """The pictures without the training examples that scores rank first, and metrics."""
 
     settings: dict[str, Any]
     rows: list[dict]
@@ -69,7 +69,7 @@ class Counterfactual:
 
 
 class Functions(NamedTuple):
-    """What a user hands over to make pictures without some examples."""
+    """The functions of a user that make pictures without some examples."""
 
     train: Callable[[np.ndarray, int], Any]
     generate: Callable[[Any, np.ndarray], np.ndarray]
@@ -77,7 +77,7 @@ class Functions(NamedTuple):
 
     @property
     def measured(self) -> str:
-        """What is known of the losses; "" if none are measured."""
+        """The hash of what the losses are of, as far as it is known; "" without losses."""
         return getattr(self.losses, "made_from", "losses") if self.losses else ""
 
     def make(

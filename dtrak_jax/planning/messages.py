@@ -1,4 +1,4 @@
-"""What a command says of its stages, before and after, on standard error.
+"""The messages of a command on its stages, before and after, on standard error.
 
 Standard output is for results.
 """
@@ -25,7 +25,7 @@ AFTER = {
     "ablate": ("ablations.json", "report"),
     "report": ("", "lds"),
 }
-"""Where in the run directory a stage's artefacts are, and the command that follows."""
+"""The place of a stage's artefacts in the run directory, and the command that follows."""
 
 
 def before(command: str, run: Run, stages: Sequence[str], taken: Footprint) -> None:
