@@ -98,6 +98,11 @@ def sample(run: Run) -> None:
             f"sample.prompts is {settings.prompts}, but the model takes no prompts: "
             "base.folder is empty and base.pictures 0. Leave the prompts out."
         )
+    if has_network(run):
+        run.space.sampler  # noqa: B018
+        if not run.config.is_latent:
+            # Its labels must be classes of the model.
+            run.space.generated_columns  # noqa: B018
 
 
 def featurize(run: Run) -> None:
