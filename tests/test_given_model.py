@@ -218,7 +218,11 @@ def test_wrong_settings_of_sampling_are_refused_ahead(pipeline, tmp_path):
         ),
         (CLASSES, {"labels": ("3", "4", "5")}, "has 3 labels and sample.count is 2"),
     ):
-        config = Config(model=model, sample=SampleConfig(count=2, **sample))
+        sample, data = (
+            SampleConfig(count=2, **sample),
+            DataConfig(train=9, validation=1),
+        )
+        config = Config(model=model, sample=sample, data=data)
         with pytest.raises(ValueError, match=message):
             ahead.sample(Run(config, tmp_path))
 
