@@ -237,7 +237,9 @@ def test_a_run_says_once_what_it_did_to_pictures(folder, tmp_path_factory):
             validation=0,
             validation_folder=str(queries),
         ),
-        model=dataclasses.replace(NO_ATTENTION, sample_size=32, in_channels=3),
+        model=dataclasses.replace(
+            NO_ATTENTION, sample_size=32, in_channels=3, out_channels=3
+        ),
         queries=QueriesConfig(folder=str(queries), csv="list.csv"),
     )
     run = Run.open(config, workdir)

@@ -197,7 +197,7 @@ def test_losses_of_queries_share_their_noise(images):
             dtrak.QueryLosses(apply, schedule, images[:4], **options | changes)
     small = dtrak.QueryLosses(lambda p, x, t, cond: x[:, :1], schedule, images)
     with pytest.raises(ValueError, match="a prediction must have the shape"):
-        small({})
+        small({"w": 0.3})
 
 
 def generate(model, rows):
