@@ -1122,6 +1122,14 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     html = path.read_text()
     assert "9 random subsets, each with\n50% of" in html and "noise draws" not in html
     assert "D-TRAK, query images: the LDS is 1" in html
+    removed = dtrak.counterfactual(
+        *(more, lambda rows, seed: seed / 10),
+        *(lambda model, rows: pictures[rows] * (0.5 + model), pictures),
+        count=3, queries=2, embeddings={"hue": lambda x: x.reshape(len(x), -1)},
+    )  # fmt: skip
+    shown = {"counterfactual": removed.record(), "removed": removed.images}
+    dtrak.write_report(path, scores, train.images, pictures, **shown)
+    assert "cosine of hue" in path.read_text().lower()
     with pytest.raises(ValueError, match="truth is of the sets .*'x'"):
         dtrak.write_report(path, scores, train.images, pictures, truth={"x": truth})
     features = SimpleNamespace(fingerprint=made, losses=np.ones((2, 20)))

@@ -57,7 +57,8 @@ def write_report(
       truth: of `retrain`, for the LDS; or {set: truth}.
       **options: further fields of `report.Record`, such as `shown` (the queries of a set
         that are shown), `top` (their images on each side), `metrics` (lines of step, loss
-        and learning_rate), `settings` or `provenance`.
+        and learning_rate), `counterfactual` and `removed` (the `record()` and the
+        `images` of `dtrak.counterfactual`), `settings` or `provenance`.
 
     Returns:
       The path.
