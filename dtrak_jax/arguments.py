@@ -43,7 +43,7 @@ SHORT = {
 }
 """Short flags, and those of the settings that they stand for."""
 
-OTHERS = ("--workdir", "--profile", "--topology", "--stages", "--output", "--help")
+OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
 """Flags of no setting."""
 
 
@@ -119,7 +119,7 @@ def split_config(words: Sequence[str]) -> tuple[str, list[str]]:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of everything but settings."""
     options = Parser(allow_abbrev=False, add_help=False)
-    for flag in (*SHORT, *OTHERS[:-1]):
+    for flag in (*SHORT, *OPTIONS):
         options.add_argument(flag, default="")
     return options
 
@@ -137,7 +137,7 @@ def check_flags(words: Sequence[str]) -> None:
         if word.startswith("--")
     ]
     for flag in given:
-        known(flag, (*SHORT, *OTHERS, *settings), "option")
+        known(flag, (*SHORT, *OPTIONS, "--help", *settings), "option")
         if given.count(flag) > 1:
             text = f"{flag} is there {given.count(flag)} times; the last one counts."
             warnings.warn(text, stacklevel=2)
