@@ -223,17 +223,17 @@ def fits(run: Run, stages: Sequence[str]) -> Footprint:
         return Footprint()
     taken, config = footprint.models(run, stages), run.config
     if "featurize" in stages:
-        wanted = feature_sets.wanted(run)
+        stores = feature_sets.wanted(run)
         # Where all stages before are done, stores are known that are there already.
         besides_made = stages[0] == "featurize"
-        taken = taken.beside(footprint.features(run, wanted, besides_made))
+        taken = taken.beside(footprint.features(run, stores, besides_made))
     if "attribute" in stages:
         taken = taken.beside(footprint.kernels(run))
     if "ablate" in stages:
         specs = {arm.spec for arm in arms(config)}
         names = ("train", *config.query_sets)
-        wanted = [ablations.store(run, spec, name) for spec in specs for name in names]
-        taken = taken.beside(footprint.features(run, wanted, stages[0] == "ablate"))
+        stores = [ablations.store(run, spec, name) for spec in specs for name in names]
+        taken = taken.beside(footprint.features(run, stores, stages[0] == "ablate"))
     memory, disk = footprint.memory(), footprint.free_disk(run.workdir)
     what = (
         f"models, features and kernels of {len(run.chosen.train)} training images with "

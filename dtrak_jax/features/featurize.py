@@ -72,8 +72,7 @@ def featurize(
         that are not in [-1, 1], or look like pixels in [0, 1].
       store: a folder that keeps the features, and is continued; in memory if None.
       batch_size: noised images at once on each device; limits memory.
-      proj_devices: the number of devices of a process that share the columns of a dense
-        projection, whose entries each of them would make otherwise.
+      proj_devices: devices of a process that share the columns of a dense projection.
 
     Returns:
       The features; or {measurement: features} if the task has a tuple of them.

@@ -52,12 +52,12 @@ def models(run: Run, stages: Iterable[str]) -> Footprint:
     return Footprint(disk)
 
 
-def features(run: Run, wanted: Iterable[FeatureSet], besides_made: bool) -> Footprint:
+def features(run: Run, stores: Iterable[FeatureSet], besides_made: bool) -> Footprint:
     """Returns the footprint of stores of features, n J k 4 bytes for a measurement; or of
     those that are not there yet."""
     counts = {"train": len(run.chosen.train), **run.query_counts}
     total = Footprint()
-    for feature_set in wanted:
+    for feature_set in stores:
         if besides_made and feature_sets.is_made(run, feature_set):
             continue
         layout, count = layout_of(run, feature_set), counts[feature_set.examples]
@@ -88,13 +88,15 @@ def kernels(run: Run) -> Footprint:
     return total
 
 
-def layout_of(run: Run, wanted: FeatureSet) -> Layout:
+def layout_of(run: Run, feature_set: FeatureSet) -> Layout:
     """Returns the sizes of a set of features."""
     p, settings = 0, run.config.features
     if settings.projection == "none":
-        p = sum(leaf.size for leaf in variables(wanted.task, run.param_shapes, {}))
+        p = sum(leaf.size for leaf in variables(feature_set.task, run.param_shapes, {}))
     devices = len(jax.local_devices())
-    return Layout.of(wanted.task, wanted.projection, p, settings.batch_size, devices)
+    return Layout.of(
+        feature_set.task, feature_set.projection, p, settings.batch_size, devices
+    )
 
 
 def memory() -> int:
