@@ -1,4 +1,4 @@
-"""What is checked of each stage before a command writes anything.
+"""The checks of each stage before a command writes anything.
 
 Every function takes the run and raises the error that the stage itself would raise later,
 from settings, names of files and shapes alone: no training image is decoded.
@@ -14,14 +14,15 @@ from dtrak_jax.encoding.clip import Clip
 from dtrak_jax.evaluation import ablations, counterfactual
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
-from dtrak_jax.evaluation.truth import MIN_SUBSETS
+from dtrak_jax.evaluation.truth import MIN_SUBSETS, check_fraction
 from dtrak_jax.features.gradients import variables
+from dtrak_jax.files import size_text
 from dtrak_jax.methods import METHODS
 from dtrak_jax.models import INDEX
 from dtrak_jax.models.functions import parameter_shapes
 from dtrak_jax.models.lora import targets
-from dtrak_jax.planning import space
-from dtrak_jax.planning.space import Space, in_words
+from dtrak_jax.planning import footprint
+from dtrak_jax.planning.footprint import Footprint
 from dtrak_jax.run import Run
 from dtrak_jax.training import checkpoint
 from dtrak_jax.training.step import learning_rate
@@ -85,16 +86,23 @@ def sample(run: Run) -> None:
     settings = run.config.sample
     if not run.is_sampled:
         return
-    if len(settings.prompts) > settings.count:
-        raise ValueError(
-            f"sample.prompts has {len(settings.prompts)} prompts and sample.count is "
-            f"{settings.count}; there must be an image or more for each prompt."
-        )
+    for name in ("prompts", "labels"):
+        number = len(getattr(settings, name))
+        if number > settings.count:
+            raise ValueError(
+                f"sample.{name} has {number} {name} and sample.count is "
+                f"{settings.count}; there must be an image or more for each of them."
+            )
     if settings.prompts and not run.config.is_latent:
         raise ValueError(
             f"sample.prompts is {settings.prompts}, but the model takes no prompts: "
             "base.folder is empty and base.pictures 0. Leave the prompts out."
         )
+    if has_network(run):
+        run.space.sampler  # noqa: B018
+        if not run.config.is_latent:
+            # Its labels must be classes of the model.
+            run.space.generated_columns  # noqa: B018
 
 
 def featurize(run: Run) -> None:
@@ -132,11 +140,10 @@ def check_kept(run: Run, step: int) -> None:
 
 
 def attribute(run: Run) -> None:
-    """Checks that kernels fit memory, and that there are enough retrained models."""
-    config = run.config
-    learnt = [name for name in config.methods if METHODS[name].inputs is OUTPUTS]
+    """Checks that there are as many subsets as a method that learns from them needs."""
+    learnt = [name for name in run.config.methods if METHODS[name].inputs is OUTPUTS]
     if learnt:
-        check_subsets(run, MIN_SUBSETS, f"method {learnt[0]!r}")
+        check_subsets(run, f"method {learnt[0]!r}")
 
 
 def retrain(run: Run) -> None:
@@ -145,24 +152,20 @@ def retrain(run: Run) -> None:
     if has_network(run):
         timestep_grid(settings.timesteps, run.schedule)
     locks.check(run, "ensemble", pixels=False)
-    if not 1 <= round(settings.fraction * n) < n:
-        raise ValueError(
-            f"ensemble.fraction is {settings.fraction}: of {n} training images a subset "
-            f"would have {round(settings.fraction * n)}; it must have 1 to {n - 1}."
-        )
+    check_fraction("ensemble.fraction", settings.fraction, n)
 
 
 def lds(run: Run) -> None:
     """Checks that there are as many subsets as an interval needs."""
-    check_subsets(run, MIN_SUBSETS, "the LDS")
+    check_subsets(run, "the LDS")
 
 
-def check_subsets(run: Run, least: int, what: str) -> None:
-    """Raises a ValueError unless there are at least so many subsets."""
+def check_subsets(run: Run, what: str) -> None:
+    """Raises a ValueError unless there are as many subsets as an interval needs."""
     subsets = run.config.ensemble.subsets
-    if subsets < least:
+    if subsets < MIN_SUBSETS:
         raise ValueError(
-            f"ensemble.subsets is {subsets}; {what} needs at least {least}."
+            f"ensemble.subsets is {subsets}; {what} needs at least {MIN_SUBSETS}."
         )
 
 
@@ -174,7 +177,7 @@ def removal(run: Run) -> None:
 
 def ablate(run: Run) -> None:
     """Checks the timesteps and seeds of all arms."""
-    check_subsets(run, MIN_SUBSETS, "an ablation")
+    check_subsets(run, "an ablation")
     if run.config.is_given and "checkpoint" in run.config.ablation.studies:
         raise ValueError(
             "ablation.studies has 'checkpoint', but the model is given and has no "
@@ -209,7 +212,7 @@ def check(run: Run, stage: str) -> None:
         CHECKS[stage](run)
 
 
-def fits(run: Run, stages: Sequence[str]) -> Space:
+def fits(run: Run, stages: Sequence[str]) -> Footprint:
     """Returns the disk and memory that models, features and kernels of stages take.
 
     Raises:
@@ -217,21 +220,21 @@ def fits(run: Run, stages: Sequence[str]) -> Space:
       OSError: they do not fit the disk of the run directory.
     """
     if not has_network(run):
-        return Space()
-    taken, config = space.models(run, stages), run.config
+        return Footprint()
+    taken, config = footprint.models(run, stages), run.config
     if "featurize" in stages:
-        wanted = feature_sets.wanted(run)
+        stores = feature_sets.wanted(run)
         # Where all stages before are done, stores are known that are there already.
         besides_made = stages[0] == "featurize"
-        taken = taken.beside(space.features(run, wanted, besides_made))
+        taken = taken.beside(footprint.features(run, stores, besides_made))
     if "attribute" in stages:
-        taken = taken.beside(space.kernels(run))
+        taken = taken.beside(footprint.kernels(run))
     if "ablate" in stages:
         specs = {arm.spec for arm in arms(config)}
         names = ("train", *config.query_sets)
-        wanted = [ablations.store(run, spec, name) for spec in specs for name in names]
-        taken = taken.beside(space.features(run, wanted, stages[0] == "ablate"))
-    memory, disk = space.memory(), space.free_disk(run.workdir)
+        stores = [ablations.store(run, spec, name) for spec in specs for name in names]
+        taken = taken.beside(footprint.features(run, stores, stages[0] == "ablate"))
+    memory, disk = footprint.memory(), footprint.free_disk(run.workdir)
     what = (
         f"models, features and kernels of {len(run.chosen.train)} training images with "
         f"features.timesteps={config.features.timesteps}, features.dim="
@@ -239,13 +242,13 @@ def fits(run: Run, stages: Sequence[str]) -> Space:
     )
     if taken.memory > memory:
         raise MemoryError(
-            f"{what} about {in_words(taken.memory)} of memory; this host has "
-            f"{in_words(memory)}. Take fewer or smaller ones."
+            f"{what} about {size_text(taken.memory)} of memory; this host has "
+            f"{size_text(memory)}. Take fewer or smaller ones."
         )
     if disk is not None and taken.disk > disk:
         raise OSError(
-            f"{what} {in_words(taken.disk)} on the disk of {run.workdir}, where "
-            f"{in_words(disk)} are free. Take fewer or smaller ones, or name a --workdir "
+            f"{what} {size_text(taken.disk)} on the disk of {run.workdir}, where "
+            f"{size_text(disk)} are free. Take fewer or smaller ones, or name a --workdir "
             "on another disk."
         )
     return taken

@@ -43,7 +43,7 @@ SHORT = {
 }
 """Short flags, and those of the settings that they stand for."""
 
-OTHERS = ("--workdir", "--profile", "--topology", "--stages", "--output", "--help")
+OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
 """Flags of no setting."""
 
 
@@ -51,6 +51,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are raised."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises the message as a ValueError."""
         raise ValueError(message)
 
 
@@ -118,7 +119,7 @@ def split_config(words: Sequence[str]) -> tuple[str, list[str]]:
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of everything but settings."""
     options = Parser(allow_abbrev=False, add_help=False)
-    for flag in (*SHORT, *OTHERS[:-1]):
+    for flag in (*SHORT, *OPTIONS):
         options.add_argument(flag, default="")
     return options
 
@@ -136,7 +137,7 @@ def check_flags(words: Sequence[str]) -> None:
         if word.startswith("--")
     ]
     for flag in given:
-        known(flag, (*SHORT, *OTHERS, *settings), "option")
+        known(flag, (*SHORT, *OPTIONS, "--help", *settings), "option")
         if given.count(flag) > 1:
             text = f"{flag} is there {given.count(flag)} times; the last one counts."
             warnings.warn(text, stacklevel=2)
@@ -195,7 +196,10 @@ def load_config(path: str) -> Config:
     if not Path(path).is_file():
         hint = ""
         if Path(path).is_dir():
-            hint = "; that is a folder: a model's goes behind --model, pictures' behind --images"
+            hint = (
+                "; that is a folder: a model's goes behind --model, pictures' behind "
+                "--images"
+            )
         raise FileNotFoundError(f"there is no config file {path}{hint}.")
     module = runpy.run_path(path)
     config = module["get_config"]() if "get_config" in module else None

@@ -6,12 +6,11 @@ setting, except for the features, whose defaults are this project's own
 `get_config()` returns a `Config`.
 
 Every setting may change within a run directory. What is trained belongs to the settings
-that decide it, `TRAINED`, and is refused under others; everything else is made again,
+that decide it, `locks.TRAINED`, and is refused under others; everything else is made again,
 or beside what is there.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -294,38 +293,4 @@ def flatten(config: Config) -> dict[str, object]:
         f"{section}.{name}": list(value) if isinstance(value, tuple) else value
         for section, fields in dataclasses.asdict(config).items()
         for name, value in fields.items()
-    }
-
-
-PLACES = ("data.name", "data.csv", "model.folder", "base.folder", "lora.file")
-"""Settings that say where something is: its contents decide, wherever they are."""
-
-TRAINING = ("model", "base", "lora", "diffusion", "train", "data.flip")
-"""Sections and settings that decide how a model is trained."""
-
-TRAINED = {
-    "base_training": ("base",),
-    "checkpoints": TRAINING,
-    "ensemble": (*TRAINING, "ensemble.fraction", "ensemble.seed"),
-    "counterfactual": TRAINING,
-}
-"""The folders of trained models, and what decides these beside the training images."""
-
-
-def deciding(config: Config, names: Sequence[str]) -> dict[str, object]:
-    """Returns the settings of some sections, or with these names, that decide contents.
-
-    Free ones, which do not, and `PLACES` are left out.
-    """
-    free_names = {
-        f"{section.name}.{setting.name}"
-        for section in dataclasses.fields(Config)
-        for setting in dataclasses.fields(section.type)
-        if setting.metadata.get("free")
-    }
-    return {
-        name: value
-        for name, value in flatten(config).items()
-        if {name, name.partition(".")[0]} & set(names)
-        and name not in free_names | set(PLACES)
     }

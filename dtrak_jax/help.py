@@ -61,7 +61,7 @@ INPUTS = {
     "command continues there.",
     "--profile DIR": "Writes a trace of the JAX profiler there.",
 }
-"""What a command is given, beside settings."""
+"""The arguments of a command beside settings."""
 
 PLANNED = {
     "--topology NAME": "The devices to plan for, such as v5e:4x4; those at hand if it is "
@@ -69,7 +69,7 @@ PLANNED = {
     "--stages NAMES": "The stages to plan, such as train,featurize; all if it is left out.",
     "--output FILE": "Where to write the plan as JSON.",
 }
-"""What `plan` is given besides."""
+"""The further arguments of `plan`."""
 
 
 def overview(commands: Mapping[str, str]) -> str:
@@ -141,11 +141,11 @@ def flag(name: str) -> str:
 def sentences(kind: type) -> dict[str, str]:
     """Returns the docstring of every field of a dataclass, "" where there is none."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    found = {field.name: "" for field in dataclasses.fields(kind)}
+    texts = {field.name: "" for field in dataclasses.fields(kind)}
     for node, following in zip(tree.body, tree.body[1:]):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            found[node.target.id] = ast.literal_eval(following.value)
-    return found
+            texts[node.target.id] = ast.literal_eval(following.value)
+    return texts
 
 
 def form(kind: object) -> str:

@@ -1,4 +1,4 @@
-"""What artefacts are made from; and trained models, which belong to it.
+"""Locks: trained models belong to what they were trained with.
 
 Training is what costs, so no command takes a model of other settings or pictures for its
 own, or throws it away. Everything else in a run directory is made again where what it is
@@ -7,27 +7,45 @@ made from has changed.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from dtrak_jax import files, parallel, training
-from dtrak_jax.config import TRAINED, Config, deciding, flatten
+from dtrak_jax.config import Config, flatten
 from dtrak_jax.digests import digest, digest_tree
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
+BASE = "base_training"
+"""The folder of models that are trained on other pictures than the run's."""
+
+PLACES = ("data.name", "data.csv", "model.folder", "base.folder", "lora.file")
+"""Settings that say where something is: its contents decide, wherever they are."""
+
+TRAINING = ("model", "base", "lora", "diffusion", "train", "data.flip")
+"""Sections and settings that decide how a model is trained."""
+
+TRAINED = {
+    BASE: ("base",),
+    "checkpoints": TRAINING,
+    "ensemble": (*TRAINING, "ensemble.fraction", "ensemble.seed"),
+    "counterfactual": TRAINING,
+}
+"""The folders of trained models, and what decides these beside the training images."""
+
 RECORD = "made_from.json"
+"""The file that says what the models of a folder were trained with."""
+
 OTHER = {
     "ids": "there are other training images there",
     "images": "the training images have other pixels or captions there",
     "network": "the network is another there",
     "schedule": "the noise schedule is another there",
 }
-BASE = "base_training"
-"""The folder of models that are trained on other pictures than the run's."""
 
 
 def check(run: "Run", folder: str, pixels: bool = True) -> None:
@@ -50,8 +68,10 @@ def check(run: "Run", folder: str, pixels: bool = True) -> None:
     other = [p for p in OTHER if p in saved and saved[p] != current.get(p, saved[p])]
     if other and not differing:
         differing = files.differences(saved["data"], current["data"])
-        if not differing and (run.workdir / "splits.npz").exists():
-            run.splits  # noqa: B018 - It raises an error that names an image.
+        splits = run.workdir / "splits.npz"
+        if not differing and splits.exists():
+            # It names an image. A process may be alone here, so `run.splits` must wait.
+            run.chosen.recorded_in(files.read_npz(splits))
         differing = differing or [OTHER[other[0]]]
     if differing:
         raise ValueError(
@@ -70,6 +90,25 @@ def claim(run: "Run", folder: str) -> None:
     if parallel.is_main_process() and _recorded(run, folder) is None:
         files.write_json(path, made_from)
     parallel.barrier(f"write {path}")
+
+
+def deciding(config: Config, names: Sequence[str]) -> dict[str, object]:
+    """Returns the settings of some sections, or with these names, that decide contents.
+
+    Free ones, which do not, and `PLACES` are left out.
+    """
+    free_names = {
+        f"{section.name}.{setting.name}"
+        for section in dataclasses.fields(Config)
+        for setting in dataclasses.fields(section.type)
+        if setting.metadata.get("free")
+    }
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if {name, name.partition(".")[0]} & set(names)
+        and name not in free_names | set(PLACES)
+    }
 
 
 def data_settings(config: Config) -> dict[str, object]:
@@ -111,6 +150,8 @@ def schedule_digest(schedule) -> str:
 
 
 def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
+    """Returns what models of a folder are trained with; with `pixels` also the hash of
+    the images, which are decoded for it."""
     settings = {"settings": deciding(run.config, TRAINED[folder])}
     if folder == BASE:
         return settings

@@ -50,7 +50,6 @@ from dtrak_jax.switches import standard
 DISTORTION_EXAMPLES = 8
 """Training images whose gradients are compared before and after the projection."""
 
-
 DISTORTION = "features/distortion"
 """The file of what comes of that, without its suffix."""
 
@@ -304,7 +303,7 @@ def missing(opened: Run, stages: Sequence[Stage]) -> list[Stage]:
     incomplete: list[Stage] = []
     for stage in stages:
         stale = {s.name for s in incomplete} & set(stage.needs(opened.config))
-        always = stage.is_done is None
-        if stale or always or not parallel.agreed(stage.is_done(opened)):
+        is_last = stage.is_done is None
+        if stale or is_last or not parallel.agreed(stage.is_done(opened)):
             incomplete.append(stage)
     return incomplete

@@ -108,7 +108,7 @@ class Lines:
         self.closed.set()
         seconds = time.monotonic() - self.start
         if seconds >= EVERY:
-            self._print(f"took {duration(seconds)}")
+            self._print(f"took {clock(seconds)}")
 
     def set_postfix_str(self, text: str) -> None:
         """Sets what the next lines end with."""
@@ -132,7 +132,7 @@ class Lines:
         per = f"{seconds:.1f} s/{self.unit}"
         facts = [f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else per]
         if self.total is not None:
-            facts.append(f"{duration(seconds * (self.total - self.n))} left")
+            facts.append(f"{clock(seconds * (self.total - self.n))} left")
         return facts
 
     def _print(self, *facts: str) -> None:
@@ -144,6 +144,6 @@ class Lines:
             sys.stderr.write(f"{self.desc}: {', '.join(filter(None, parts))}\n")
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Returns seconds as minutes:seconds, or with hours before them."""
     return auto.tqdm.format_interval(seconds)

@@ -1,4 +1,4 @@
-"""What a result was made with: the packages, the date and the command."""
+"""Provenance: the packages, the date and the command that a result was made with."""
 
 import contextlib
 import datetime
@@ -9,8 +9,24 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from etils import epath
+
+from dtrak_jax import files
+
 PACKAGES = ("dtrak-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 """The packages that a run directory names."""
+
+
+def record(path: epath.Path, settings: dict[str, object]) -> None:
+    """Writes config.json: the settings and packages of the last command, and when and by
+    which command the run began."""
+    saved = files.read_json(path) if path.exists() else {}
+    described = {
+        "config": settings,
+        "versions": environment(),
+        "begun": saved.get("begun") or beginning(),
+    }
+    files.write_json(path, described)
 
 
 def environment() -> dict[str, str]:

@@ -87,14 +87,7 @@ class Run:
     def record(self) -> None:
         """Writes config.json: the settings of the last command, and the packages."""
         if parallel.is_main_process():
-            path = self.workdir / "config.json"
-            saved = files.read_json(path) if path.exists() else {}
-            described = {
-                "config": flatten(self.config),
-                "versions": provenance.environment(),
-                "begun": saved.get("begun") or provenance.beginning(),
-            }
-            files.write_json(path, described)
+            provenance.record(self.workdir / "config.json", flatten(self.config))
 
     # Data
 
@@ -185,24 +178,17 @@ class Run:
     @functools.cached_property
     def generated(self) -> data.Dataset:
         """The generated images, from their 8-bit pixels or from `queries.folder`."""
-        given = self.config.queries
-        if given.folder:
+        folder, csv = dataclasses.astuple(self.config.queries)
+        if folder:
             size, _, channels = self.space.image_shape
-            groups = self.config.data.groups
-            more = given.csv, groups, self.config.data.background
-            return data.load_queries(given.folder, size, channels, *more)
+            groups, background = self.config.data.groups, self.config.data.background
+            return data.load_queries(folder, size, channels, csv, groups, background)
         if not self.samples.exists():
             raise FileNotFoundError(
                 f"there is no {self.samples}; run `dtrak-jax sample` with this config "
                 "and workdir first."
             )
-        saved = files.read_npz(self.samples)
-        images = data.Dataset.of(data.from_pixels(saved["images"]), saved["ids"])
-        columns = {"captions": saved.get("prompts")}
-        if "labels" in saved:
-            names, columns["labels"] = np.unique(saved["labels"], return_inverse=True)
-            columns["label_names"] = tuple(map(str, names))
-        return dataclasses.replace(images, **columns)
+        return data.samples(files.read_npz(self.samples))
 
     # Models
 

@@ -20,7 +20,7 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dtrak_jax.planning import space
+from dtrak_jax.planning import footprint
 from dtrak_jax.run import Run
 from dtrak_jax.training.metrics import Metrics
 
@@ -91,6 +91,14 @@ def content(workdir):
         ("run", {"clip": {"folder": "/nowhere"}}, "/nowhere"),
         ("lds", {"ensemble": {"subsets": 7}}, "subsets is 7; the LDS needs at least 8"),
         ("ablate", {"ensemble": {"subsets": 7}}, "an ablation needs at least 8"),
+        (
+            "attribute",
+            {
+                "attribution": {"methods": ("datamodels",)},
+                "ensemble": {"subsets": 7},
+            },
+            "method 'datamodels' needs at least 8",
+        ),
         ("retrain", {"ensemble": {"timesteps": 1001}}, "ensemble.timesteps is 1001"),
         ("retrain", {"ensemble": {"fraction": 0.01}}, "a subset would have 0"),
         ("counterfactual", {"counterfactual": {"count": 12}}, "it must be 1 to 11"),
@@ -118,8 +126,8 @@ def test_features_that_do_not_fit_the_disk(run, tmp_path, monkeypatch):
     """n J k 4 bytes a measurement, norms and losses, and 4 checkpoints of 10 numbers."""
     config = changed(run[0], attribution={"methods": ("pixel-dot",)})
     expected = 4 * (12 + 2 + 2) * (2 * (8 + 1) + 1) + 4 * 4 * 3 * 10
-    monkeypatch.setattr(space, "free_disk", lambda folder: expected - 1)
-    with pytest.raises(OSError, match=f"take {space.in_words(expected)} on the disk"):
+    monkeypatch.setattr(footprint, "free_disk", lambda folder: expected - 1)
+    with pytest.raises(OSError, match=f"take {files.size_text(expected)} on the disk"):
         pipeline.run("featurize", config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
     # What is there already needs no more.

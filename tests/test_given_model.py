@@ -11,7 +11,7 @@ import pytest
 from conftest import NO_ATTENTION, UNET_APPLY_FN
 
 import dtrak_jax as dtrak
-from dtrak_jax import models
+from dtrak_jax import ahead, models
 from dtrak_jax.config import (
     Config,
     DataConfig,
@@ -205,6 +205,26 @@ def test_labels_are_the_classes_of_a_conditional_model(tmp_path):
         run.space.cond("generated")
     with pytest.raises(ValueError, match="sample.labels is .* not given classes"):
         Config(model=NO_ATTENTION, sample=sample)
+
+
+def test_wrong_settings_of_sampling_are_refused_ahead(pipeline, tmp_path):
+    """They must fit a model that is given, or its labels, and are known before training."""
+    for model, sample, message in (
+        (ModelConfig(folder=str(pipeline)), {"steps": 1001}, "steps is 1001; .* 1000"),
+        (
+            CLASSES,
+            {"labels": ("x",)},
+            "sample.labels have the label 'x', which is none",
+        ),
+        (CLASSES, {"labels": ("3", "4", "5")}, "has 3 labels and sample.count is 2"),
+    ):
+        sample, data = (
+            SampleConfig(count=2, **sample),
+            DataConfig(train=9, validation=1),
+        )
+        config = Config(model=model, sample=sample, data=data)
+        with pytest.raises(ValueError, match=message):
+            ahead.sample(Run(config, tmp_path))
 
 
 def test_a_network_that_does_not_use_its_parameters_is_refused(images):

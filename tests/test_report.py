@@ -1113,7 +1113,25 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
     assert not Outline(html).open
     made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
-    made |= {"noise": "common", "projection": "sketch", "params": "par4ms"}
+    made |= {"noise": "common", "projection": "sketch"}
+    made |= {"network": "n3t", "params": "par4ms"}
+    masks = np.random.default_rng(2).permuted(np.tile([True, False], (9, 10)), axis=1)
+    losses = -(masks.astype(np.float64) @ more.T)
+    truth = dtrak.RetrainedLosses(losses, masks, ids, train.ids)
+    dtrak.write_report(path, scores, train.images, pictures, truth=truth)
+    html = path.read_text()
+    assert "9 random subsets, each with\n50% of" in html and "noise draws" not in html
+    assert "D-TRAK, query images: the LDS is 1" in html
+    removed = dtrak.counterfactual(
+        *(more, lambda rows, seed: seed / 10),
+        *(lambda model, rows: pictures[rows] * (0.5 + model), pictures),
+        count=3, queries=2, embeddings={"hue": lambda x: x.reshape(len(x), -1)},
+    )  # fmt: skip
+    shown = {"counterfactual": removed.record(), "removed": removed.images}
+    dtrak.write_report(path, scores, train.images, pictures, **shown)
+    assert "cosine of hue" in path.read_text().lower()
+    with pytest.raises(ValueError, match="truth is of the sets .*'x'"):
+        dtrak.write_report(path, scores, train.images, pictures, truth={"x": truth})
     features = SimpleNamespace(fingerprint=made, losses=np.ones((2, 20)))
     given = {"features": features, "schedule": linear_schedule()}
     path = dtrak.write_report(path, scores, train.images, pictures, **given)

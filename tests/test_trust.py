@@ -86,7 +86,10 @@ def test_a_store_continues_and_refuses_what_is_other(tmp_path):
         ({"subsets": 7}, "7 subsets; an interval needs at least 8"),
         ({"seeds": 0}, "seeds is 0"),
         ({"n": 1, "ids": None, "labels": None}, "n is 1"),
-        ({"fraction": 0.01}, "of 20 examples a subset has 0; it must have 1 to 19"),
+        (
+            {"fraction": 0.01},
+            "of 20 training images a subset would have 0; it must have 1 to 19",
+        ),
         ({"ids": IDS[:3]}, "3 ids for 20"),
         ({"labels": LABELS[:3]}, r"labels have shape \(3,\); they must be \[20\]"),
         ({"query_ids": ["a", "a", "b"]}, "'a' occurs more than once"),
@@ -194,7 +197,7 @@ def test_losses_of_queries_share_their_noise(images):
             dtrak.QueryLosses(apply, schedule, images[:4], **options | changes)
     small = dtrak.QueryLosses(lambda p, x, t, cond: x[:, :1], schedule, images)
     with pytest.raises(ValueError, match="a prediction must have the shape"):
-        small({})
+        small({"w": 0.3})
 
 
 def generate(model, rows):

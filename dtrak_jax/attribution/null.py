@@ -14,10 +14,10 @@ import numpy as np
 from dtrak_jax.attribution.groups import group_scores
 
 LEAST_QUERIES = 8
-"""With fewer queries, nothing is said."""
+"""The fewest queries of which anything is said."""
 
 LEAST_IMAGES = 12
-"""With fewer training images, nothing is said."""
+"""The fewest training images of which anything is said."""
 
 GAPS = 10
 """Gaps behind the first ones of each query, from which their size is learnt."""
@@ -50,9 +50,10 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
     image. Of each query's scores, less the median of their image over all queries and then
     their own median, the unit is the root mean square of the `GAPS` scores behind the
     first two. In this unit g is the mean, over all queries, of i (x_i - x_(i+1)) over
-    those ranks; equal scores, such as of copies, are one. The first image stands out if x_1 - x_2 > g ln(1/.04), and both of the
-    first two do if 2 (x_2 - x_3) > g ln(1/.01). Nothing of that is learnt from the gaps
-    that are judged, so that every query may have its special image.
+    those ranks; equal scores, such as of copies, are one. The first image stands out if
+    x_1 - x_2 > g ln(1/.04), and both of the first two do if 2 (x_2 - x_3) > g ln(1/.01).
+    Nothing of that is learnt from the gaps that are judged, so that every query may have
+    its special image.
 
     On scikit-learn's digits 0% to 7% of queries stood out, with D-TRAK and TRAK, of
     models that were trained, not trained, and trained on noise, and where queries were
@@ -68,8 +69,8 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
       or `LEAST_IMAGES` images: too few to judge. inf for a query whose scores are all the
       same.
     """
-    given = _rows(scores)
-    rows = given if unrelated is None else np.concatenate([given, _rows(unrelated)])
+    judged = _rows(scores)
+    rows = judged if unrelated is None else np.concatenate([judged, _rows(unrelated)])
     if len(rows) < LEAST_QUERIES or rows.shape[1] < LEAST_IMAGES:
         return None
     shared = np.median(rows, axis=0)
@@ -86,15 +87,17 @@ def floor(scores: np.ndarray, unrelated: np.ndarray | None = None) -> np.ndarray
     usual = gaps[varies[:, 0], first:]
     allowed = -np.log(LEVELS) * (usual.mean() if usual.size else 0)
     limits = tops[:, 1 : first + 1] + allowed / ranks[:first]
-    above = gaps[:, :first] > allowed
+    exceeded = gaps[:, :first] > allowed
     # The lowest that is exceeded; the first, if none is.
-    lowest = np.where(above.any(axis=1), first - 1 - above[:, ::-1].argmax(axis=1), 0)
+    lowest = np.where(
+        exceeded.any(axis=1), first - 1 - exceeded[:, ::-1].argmax(axis=1), 0
+    )
     limit = np.take_along_axis(limits, lowest[:, None], axis=1)
     spread = np.median(np.abs(rows - shared - middle) / units, axis=0)
     limit = np.where(varies, np.maximum(limit, SPREADS * spread), np.inf)
     with np.errstate(invalid="ignore"):
         result = shared + middle + np.where(varies, limit * units, np.inf)
-    return result[: len(given)]
+    return result[: len(judged)]
 
 
 def _highest(rows: np.ndarray, count: int) -> np.ndarray:
@@ -106,11 +109,11 @@ def _highest(rows: np.ndarray, count: int) -> np.ndarray:
     most = min(rows.shape[1], COPIES * count)
     tops = -np.sort(np.partition(-rows, most - 1, axis=1)[:, :most], axis=1)
     different = np.diff(tops, prepend=np.inf, axis=1) < -SAME * np.abs(tops[:, :1])
-    found = np.zeros((len(rows), count))
-    for row, top, new in zip(found, tops, different, strict=True):
+    highest = np.zeros((len(rows), count))
+    for row, top, new in zip(highest, tops, different, strict=True):
         if new.sum() >= count:
             row[:] = top[new][:count]
-    return found
+    return highest
 
 
 def group_floor(

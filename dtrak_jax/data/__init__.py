@@ -11,7 +11,7 @@ from dtrak_jax.data.preprocess import (
     to_pixels,
 )
 from dtrak_jax.data.remarks import remarks
-from dtrak_jax.data.sources import load_images, load_queries
+from dtrak_jax.data.sources import load_images, load_queries, samples
 from dtrak_jax.data.splits import Splits, choose, load, subset_mask
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "plain_pictures",
     "preprocess",
     "remarks",
+    "samples",
     "subset_mask",
     "to_picture",
     "to_pixels",

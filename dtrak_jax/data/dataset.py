@@ -19,7 +19,7 @@ KEPT = 2**30
 
 
 class Decoded(NamedTuple):
-    """What decoding all images of a data set says of them."""
+    """The pixels of all images of a data set, and what is known once they are decoded."""
 
     images: np.ndarray | None
     """float32 [n, height, width, channels]; None if they are too many to keep."""

@@ -81,7 +81,7 @@ def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
 
     Images that are all directly in subfolders have the column "label".
     """
-    suffixes, found, left_out = _suffixes(), [], Counter()
+    suffixes, names, left_out = _suffixes(), [], Counter()
     for name in _walk(root):
         suffix = PurePath(name).suffix.lower()
         if suffix not in suffixes:
@@ -93,15 +93,15 @@ def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
             raise ValueError(
                 f"{root}: the name {name!r} is not UTF-8; rename the file."
             )
-        found.append(name)
+        names.append(name)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-    if not found:
+    if not names:
         beside = f"; there are {kinds}" if left_out else ""
         raise ValueError(f"There are no pictures below {root}{beside}.")
     notes = (f"{root}: left out what is no picture ({kinds}).",) if left_out else ()
-    if any(name.count("/") != 1 for name in found):
-        return {name: {} for name in found}, notes
-    labels = {name: name.partition("/")[0] for name in found}
+    if any(name.count("/") != 1 for name in names):
+        return {name: {} for name in names}, notes
+    labels = {name: name.partition("/")[0] for name in names}
     counts = sorted(Counter(labels.values()).items())
     listed = ", ".join(f"{label} ({count})" for label, count in counts[:6])
     listed += f" and {len(counts) - 6} more" if len(counts) > 6 else ""

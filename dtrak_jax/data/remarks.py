@@ -49,10 +49,10 @@ def _repeated(name: str, images: Dataset) -> str:
     again = np.flatnonzero(first[index] != np.arange(len(images)))
     if not len(again):
         return ""
-    pair = images.ids[again[0]], images.ids[first[index[again[0]]]]
+    copy, original = images.ids[again[0]], images.ids[first[index[again[0]]]]
     return (
         f"The same picture as another one, pixel for pixel: {len(again)} of "
-        f"{len(images)} {name}, such as {pair[0]} ({pair[1]})."
+        f"{len(images)} {name}, such as {copy} ({original})."
     )
 
 

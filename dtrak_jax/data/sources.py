@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.folder import COLUMNS, GENERATED, pictures
 from dtrak_jax.data.hands import hands
-from dtrak_jax.data.preprocess import Picture, check_colour, preprocess
+from dtrak_jax.data.preprocess import Picture, check_colour, from_pixels, preprocess
 from dtrak_jax.data.remarks import remarks
 
 FIELD = re.compile(r"{([^{}]*)}")
@@ -133,6 +133,16 @@ def load_queries(
         return queries
     note = f"{csv}: `seed` is not used, as queries that are given are not made again."
     return replace(queries, notes=(*queries.notes, note))
+
+
+def samples(saved: Mapping[str, np.ndarray]) -> Dataset:
+    """Returns the generated images of samples.npz, from their 8-bit pixels."""
+    images = Dataset.of(from_pixels(saved["images"]), saved["ids"])
+    columns = {"captions": saved.get("prompts")}
+    if "labels" in saved:
+        names, columns["labels"] = np.unique(saved["labels"], return_inverse=True)
+        columns["label_names"] = tuple(map(str, names))
+    return replace(images, **columns)
 
 
 def load_images(

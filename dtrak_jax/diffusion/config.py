@@ -97,8 +97,10 @@ def build_sampler(
     """Returns the sampler that settings describe, with a scheduler's own timesteps.
 
     Of a scheduler_config.json, or {}, it takes steps_offset, or the last timesteps where
-    timestep_spacing is "trailing", and set_alpha_to_one.
+    timestep_spacing is "trailing", and set_alpha_to_one. More steps than the schedule has
+    are a ValueError.
     """
+    at_least("sample.steps", settings.steps, 1, schedule.steps)
     offset = scheduler.get("steps_offset", 0)
     if scheduler.get("timestep_spacing") == "trailing":
         first = sampling_timesteps(schedule, settings.steps)[0]

@@ -26,7 +26,8 @@ SamplerKind = Literal["ddim", "ancestral"]
 class Sampler:
     """The settings of sampling, which goes down through `sampling_timesteps`.
 
-    A step goes from t to the next s, and at the end to s < 0. With alpha_bar_s = 1 for s < 0 (Song et al. 2021, eq. 12 and 16):
+    A step goes from t to the next s, and at the end to s < 0. With alpha_bar_s = 1 for
+    s < 0 (Song et al. 2021, eq. 12 and 16):
 
       x_s = sqrt(alpha_bar_s) x + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z
       sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t)

@@ -34,7 +34,7 @@ def classes_of(
         network's.
     """
     numbers = class_numbers(names)
-    for label in sorted(set(labels)):
+    for label in sorted(set(map(str, labels))):
         if label not in numbers:
             raise ValueError(
                 f"{what} have the label {label!r}, which is none of the training "

@@ -117,7 +117,7 @@ class Latents:
         if not settings.file:
             return None
         adapters = read_lora(settings.file, shapes, settings.leave_out_text_encoder)
-        if not any(pair["up"].any() for pair in adapters[0].values()):
+        if not any(adapter["up"].any() for adapter in adapters[0].values()):
             raise ValueError(
                 f"lora.file is {settings.file!r}, whose adapters are all zero: they "
                 "change nothing, as before the first step of training."

@@ -1,4 +1,4 @@
-"""How far pictures are from others, by metric, and the tables of counterfactuals."""
+"""Distances of pictures from others, by metric, and the tables of counterfactuals."""
 
 from collections.abc import Callable, Mapping, Sequence
 

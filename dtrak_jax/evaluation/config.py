@@ -23,7 +23,8 @@ class EnsembleConfig:
     fraction: float = 0.5
     """Share of the training images, and of `train.steps`, that a member gets."""
     timesteps: int | tuple[int, ...] = free(1000)
-    """At which the loss of a query is measured; how many, evenly spaced, or which."""
+    """The timesteps at which the loss of a query is measured: their number, evenly
+    spaced, or themselves."""
     draws: int = free(3)
     """Noise draws at each of them, the same for all members."""
     batch_size: int = free(256)
@@ -92,9 +93,9 @@ class AblationConfig:
     """Which choices `dtrak-jax ablate` compares; the rest is as in `features`."""
 
     studies: tuple[Study, ...] = free(get_args(Study))
-    """The comparisons."""
+    """The comparisons to make."""
     timesteps: tuple[int, ...] = free((100, 200, 300, 400, 500))
-    """At which gradients are taken."""
+    """The timesteps at which gradients are taken."""
     draws: int = free(2)
     """Noise draws per timestep where noises and kernels are compared."""
     noise_seeds: int = free(2)

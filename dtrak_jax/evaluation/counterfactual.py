@@ -100,7 +100,8 @@ def regenerate(
     """Returns the images [Q, H, W, C] that every choice makes of the originals, and the
     losses [Q] of the originals under its models.
 
-    The originals are these rows of the generated images. Each model's part is kept in MEMBER/images.npz; processes share the models out.
+    The originals are these rows of the generated images. Each model's part is kept in
+    MEMBER/images.npz; processes share the models out.
     """
     share = parallel.of_process(planned)
     for model in progress(share, "regenerate", unit="model"):

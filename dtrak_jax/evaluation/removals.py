@@ -85,7 +85,7 @@ def kept_rows(
 
 
 class Removal(NamedTuple):
-    """What a model is trained on, and the positions of the queries that it makes."""
+    """A model to train: its examples, and the positions of the queries that it makes."""
 
     choice: Choice
     queries: list[int]

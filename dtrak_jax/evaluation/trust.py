@@ -20,6 +20,7 @@ from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
     RetrainedLosses,
     by_subset,
+    check_fraction,
     check_subsets,
     ensemble,
     named,
@@ -114,11 +115,7 @@ def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:
         at_least(name, value, low)
     check_subsets(subsets)
     between("fraction", fraction, 0.01, 0.99)
-    if not 1 <= round(fraction * n) < n:
-        raise ValueError(
-            f"fraction is {fraction}: of {n} examples a subset has "
-            f"{round(fraction * n)}; it must have 1 to {n - 1}."
-        )
+    check_fraction("fraction", fraction, n)
 
 
 def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict | None:
@@ -163,7 +160,7 @@ def _check_differing(first: np.ndarray, second: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LDS:
-    """How well scores predict what retraining does: the linear datamodeling score."""
+    """The linear datamodeling score: do scores predict what retraining does?"""
 
     value: float
     """The mean over queries of Spearman's correlation over subsets, in [-1, 1]."""

@@ -28,6 +28,16 @@ def check_subsets(count: int) -> None:
         )
 
 
+def check_fraction(name: str, fraction: float, n: int) -> None:
+    """Raises a ValueError unless a subset has some of n training images, and not all."""
+    size = round(fraction * n)
+    if not 1 <= size < n:
+        raise ValueError(
+            f"{name} is {fraction}: of {n} training images a subset would have {size}; "
+            f"it must have 1 to {n - 1}."
+        )
+
+
 def named(ids: Sequence[str] | np.ndarray | None, count: int) -> np.ndarray:
     """Returns the ids of `count` examples once they are checked; "0", "1", ... if None."""
     ids = list(map(str, range(count))) if ids is None else list(ids)
@@ -112,12 +122,18 @@ def subset_masks(
     return np.stack(masks)
 
 
+def member_names(subsets: int, seeds: int) -> list[str]:
+    """Returns the models' names: all subsets with the seed 0, then with the next one."""
+    return [f"{m:04d}-{seed}" for seed in range(seeds) for m in range(subsets)]
+
+
 def ensemble(masks: np.ndarray, seeds: int) -> list[training.Member]:
-    """Returns the models to train: all subsets with the seed 0, then with the next one."""
+    """Returns the models to train, in the order of `member_names`."""
+    names = iter(member_names(len(masks), seeds))
     return [
-        training.Member(f"{subset:04d}-{seed}", np.flatnonzero(mask), seed)
+        training.Member(next(names), np.flatnonzero(mask), seed)
         for seed in range(seeds)
-        for subset, mask in enumerate(masks)
+        for mask in masks
     ]
 
 

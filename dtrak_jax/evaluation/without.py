@@ -36,7 +36,7 @@ from dtrak_jax.switches import standard
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Counterfactual:
-    """What became of pictures without the training examples that scores rank first."""
+    """The pictures without the training examples that scores rank first, and metrics."""
 
     settings: dict[str, Any]
     rows: list[dict]
@@ -69,7 +69,7 @@ class Counterfactual:
 
 
 class Functions(NamedTuple):
-    """What a user hands over to make pictures without some examples."""
+    """The functions of a user that make pictures without some examples."""
 
     train: Callable[[np.ndarray, int], Any]
     generate: Callable[[Any, np.ndarray], np.ndarray]
@@ -77,7 +77,7 @@ class Functions(NamedTuple):
 
     @property
     def measured(self) -> str:
-        """What is known of the losses; "" if none are measured."""
+        """The hash of what the losses are of, as far as it is known; "" without losses."""
         return getattr(self.losses, "made_from", "losses") if self.losses else ""
 
     def make(
@@ -149,8 +149,8 @@ def counterfactual(
     at_least("queries", number, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
-    left = kept_rows(ranked, names, first.train_ids, count, seed)
-    models = removals(left, names, n, train_seed)
+    kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed)
+    models = removals(kept_by_choice, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
     for model in progress(models, "counterfactual", unit="model"):

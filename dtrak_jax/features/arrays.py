@@ -1,4 +1,4 @@
-"""What a user hands over, as arrays that JAX has, or an error."""
+"""The arguments of a user as arrays that JAX has, or an error."""
 
 import numbers
 from collections.abc import Iterable, Sequence
@@ -37,6 +37,7 @@ def _is_numbers(node) -> bool:
 
 
 def _as_array(name: str, leaf) -> np.ndarray | jax.Array:
+    """Returns a leaf as an array of numbers without 64 bits, see `as_arrays`."""
     # Arrays that are read when they are sliced stay so.
     typed = isinstance(getattr(leaf, "dtype", None), np.dtype)
     is_array = typed and not isinstance(leaf, np.generic)

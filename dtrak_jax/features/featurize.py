@@ -57,25 +57,22 @@ def featurize(
     Args:
       task: what is differentiated, and with which noise.
       params: the parameters that are differentiated, any pytree.
-      images: [n, H, W, C], of any numbers: pixels, or latents. Or [n, pairs, H, W, C]:
-        for every pair an image of its own. Or a `Dataset`, such as `load_images` returns,
-        which has ids as well.
+      images: [n, H, W, C] of any numbers, pixels or latents; or a `Dataset`, such as of
+        `load_images`, which has ids as well. Or [n, pairs, H, W, C]: for every pair an
+        image of its own.
       projection: P.
       frozen: the network's other parameters, any pytree. If given, the network is
         called as apply((params, frozen), x, t, cond).
       ids: a stable, unique name for every image; "0", "1", ... if None.
-      cond: a pytree of arrays with n rows that are passed on to the network, or None. A
-        list of numbers is an array.
+      cond: a pytree of arrays with n rows that the network is given, or None.
       role: "train" or "query". With noise "independent" an image has other noise in each
         role; without one, noise follows the image's content instead of its id. Other
         kinds of noise do not depend on it.
       bounds: the least and the largest value that images may have. None warns of values
         that are not in [-1, 1], or look like pixels in [0, 1].
-      store: a folder to keep the features in; what it has already is not computed
-        again. In memory if None.
+      store: a folder that keeps the features, and is continued; in memory if None.
       batch_size: noised images at once on each device; limits memory.
-      proj_devices: the number of devices of a process that share the columns of a dense
-        projection, whose entries each of them would make otherwise.
+      proj_devices: devices of a process that share the columns of a dense projection.
 
     Returns:
       The features; or {measurement: features} if the task has a tuple of them.
@@ -85,8 +82,7 @@ def featurize(
         holds other features. Says what is wrong and what would be right.
       FloatingPointError: a gradient is not finite; names the example.
     """
-    if role is not None:
-        one_of("role", role, get_args(Role))
+    one_of("role", role, (*get_args(Role), None))
     if isinstance(images, Dataset):
         images, ids = images.images, images.ids if ids is None else ids
     images = images_of(task, images, bounds)

@@ -139,15 +139,15 @@ class Task:
     def measurements(self) -> dict[str, Measurement]:
         """The measurements by name."""
         several = isinstance(self.measurement, tuple)
-        pairs = list(map(named, self.measurement if several else (self.measurement,)))
-        names = [name for name, _ in pairs]
+        entries = list(map(named, self.measurement if several else (self.measurement,)))
+        names = [name for name, _ in entries]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
                     f"measurement has {names.count(name)} entries that are called "
                     f"{name!r}; their features would be one. Give each another name."
                 )
-        return dict(pairs)
+        return dict(entries)
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:

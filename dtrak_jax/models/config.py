@@ -35,7 +35,7 @@ class ModelConfig:
     in_channels: int = 3
     """Channels of the pictures: 1 for grey ones, 3 for colours."""
     out_channels: int = 3
-    """As many as in; or twice as many, see `variance`."""
+    """Channels of the prediction: as many as in; or twice as many, see `variance`."""
     block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
     """Channels of each level; each level has half the height and width of the one
     before."""
@@ -67,7 +67,7 @@ class ModelConfig:
     flip_sin_to_cos: bool = False
     """Embed the timestep as (cos, sin) instead of (sin, cos)."""
     freq_shift: Literal[0, 1] = 1
-    """What is subtracted from the number of frequencies of that embedding."""
+    """The number that is subtracted from the number of frequencies of that embedding."""
     downsample_padding: Literal[0, 1] = 0
     """1 pads symmetrically; 0 pads right and bottom only."""
     center_input_sample: bool = False

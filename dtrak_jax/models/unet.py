@@ -73,10 +73,10 @@ class UNet2D(nn.Module):
     `module.apply({"params": params}, x, t)` takes images x [B, H, W, in_channels] in
     [-1, 1] and integer timesteps t [B], and returns the prediction
     [B, H, W, out_channels], float32. The context is None; or where the configuration
-    `takes_classes` the class of each image [B], or its embedding [B, D]. With random `keys` [B], one
-    for each example, dropout is on. Parameters come from `models.init` or
-    `from_diffusers`; those of flax's `module.init` have flax's distribution. Other
-    shapes are a ValueError.
+    `takes_classes` the class of each image [B], or its embedding [B, D]. With random
+    `keys` [B], one for each example, dropout is on. Parameters come from `models.init` or
+    `from_diffusers`; those of flax's `module.init` have flax's distribution. Other shapes
+    are a ValueError.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""What a command says of its stages, before and after, on standard error.
+"""The messages of a command on its stages, before and after, on standard error.
 
 Standard output is for results.
 """
@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from dtrak_jax import parallel
+from dtrak_jax.files import size_text
 from dtrak_jax.planning import work
-from dtrak_jax.planning.space import Space, in_words
+from dtrak_jax.planning.footprint import Footprint
 from dtrak_jax.run import Run
 
 AFTER = {
@@ -24,10 +25,10 @@ AFTER = {
     "ablate": ("ablations.json", "report"),
     "report": ("", "lds"),
 }
-"""Where in the run directory a stage's artefacts are, and the command that follows."""
+"""The place of a stage's artefacts in the run directory, and the command that follows."""
 
 
-def before(command: str, run: Run, stages: Sequence[str], taken: Space) -> None:
+def before(command: str, run: Run, stages: Sequence[str], taken: Footprint) -> None:
     """Prints what a command will do, and what that takes of time, disk and memory."""
     if not parallel.is_main_process():
         return
@@ -38,9 +39,9 @@ def before(command: str, run: Run, stages: Sequence[str], taken: Space) -> None:
         took = work.duration(seconds)
         lines.append(f"From nothing, all of it takes about {took} on these devices.")
     if taken.disk:
-        lines.append(f"What stays on disk takes {in_words(taken.disk)}.")
+        lines.append(f"What stays on disk takes {size_text(taken.disk)}.")
     if taken.memory:
-        memory = in_words(taken.memory)
+        memory = size_text(taken.memory)
         lines.append(f"Features and kernels take up to {memory} of memory.")
     print(*lines, sep="\n", file=sys.stderr)
 

@@ -63,9 +63,8 @@ def encode(run: Run, topology: Topology) -> list[Planned]:
         run, encode_function, "vae", picture, topology.local
     )
     variants = {"train": 1 + run.config.data.flip}
-    counts = {"train": run.config.data.train, **run.query_counts}
     calls = written = 0
-    for name, count in counts.items():
+    for name, count in run.counts.items():
         shared = chunks(count)[:: topology.processes]
         batches = sum(-(-(rows.stop - rows.start) // size) for rows in shared)
         calls += batches * variants.get(name, 1)

@@ -73,7 +73,7 @@ class Topology(NamedTuple):
 
 
 def find(name: str | None) -> Topology:
-    """Returns the slice of that name, such as "v5e:4x4"; the devices at hand if None.
+    """Returns the slice of that name, such as "v5e:4x4"; without one the devices at hand.
 
     Nothing can run on the devices of a slice that is not there, but XLA compiles for
     them.
@@ -82,7 +82,7 @@ def find(name: str | None) -> Topology:
       ValueError: there is no such slice; says which there are.
       ModuleNotFoundError: libtpu, the compiler, is not installed.
     """
-    if name is None:
+    if not name:
         return Topology("the devices at hand", tuple(jax.devices()))
     family, _, layout = name.partition(":")
     wrong = f"--topology is {name!r}; it must be one of: {ALLOWED}"

@@ -35,8 +35,8 @@ def passes(run: Run) -> dict[str, float]:
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
     members = ensemble.subsets * ensemble.seeds
     models = members * member_steps(config) / config.train.steps + ensemble.models
-    noised = ensemble.draws * number(ensemble.timesteps)
-    pairs = settings.draws * number(settings.timesteps)
+    noised = ensemble.draws * timestep_count(ensemble.timesteps)
+    pairs = settings.draws * timestep_count(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
     removals *= 1 - removal.count / run.counts["train"]
 
@@ -66,7 +66,7 @@ def sides(run: Run) -> int:
     return 2 if run.config.is_latent else 1
 
 
-def number(timesteps: int | tuple[int, ...]) -> int:
+def timestep_count(timesteps: int | tuple[int, ...]) -> int:
     """Returns how many timesteps a setting names, or is."""
     return timesteps if isinstance(timesteps, int) else len(timesteps)
 

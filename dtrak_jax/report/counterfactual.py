@@ -51,11 +51,16 @@ def counterfactual(
         "removals": _ordered(names),
         "distances": {(r["query"], r["removal"]): r["pixel_l2"] for r in rows},
         "shown": min(count, len(images.get("query_ids", ()))),
-        "metrics": METRICS,
+        "metrics": {metric: label(metric) for metric in charts},
         "charts": [(metric, _chart(of_metric)) for metric, of_metric in charts.items()],
         "summary": summary,
         "differences": differences,
     }
+
+
+def label(metric: str) -> str:
+    """Returns the words for a metric, which may be of a user's own embedding."""
+    return METRICS.get(metric, f"cosine of {metric.removesuffix('_cosine')}")
 
 
 def _ordered(removals: Iterable[str]) -> list[str]:
@@ -74,5 +79,5 @@ def _chart(rows: Sequence[Mapping]) -> Markup:
             (style, row[key], row[f"{key}_low"], row[f"{key}_high"])
             for key, style in STYLES.items()
         ]
-    label = METRICS[rows[0]["metric"]]
-    return interval_plot(points, label, f"Effect of removal, {label}", zero=False)
+    words = label(rows[0]["metric"])
+    return interval_plot(points, words, f"Effect of removal, {words}", zero=False)

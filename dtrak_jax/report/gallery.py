@@ -2,23 +2,19 @@
 
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, check_images
 from dtrak_jax.data import from_pixels
 from dtrak_jax.report.figures import data_uri
+from dtrak_jax.report.page import TEMPLATES
 
 LARGEST = 96
 """The largest height and width of a thumbnail, in pixels."""
 
 PIXELATED = 64
 """Smaller pictures are enlarged without smoothing."""
-
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("dtrak_jax.report"), autoescape=True
-)
 
 
 class Gallery(NamedTuple):
@@ -41,11 +37,11 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
     of uint8, or data sets. Else it is a ValueError.
     """
     train = _pictures("images", images, scores.train_ids)
-    asked = _pictures("queries", queries, scores.query_ids)
+    query_images = _pictures("queries", queries, scores.query_ids)
     strongest = scores.top(min(at_least("top", top, 1), len(train)))
     rows = []
-    for i in range(min(at_least("count", count, 1), len(asked))):
-        row = [_figure(asked[i], scores.query_ids[i], "")]
+    for i in range(min(at_least("count", count, 1), len(query_images))):
+        row = [_figure(query_images[i], scores.query_ids[i], "")]
         for name, score, index in zip(*(column[i] for column in strongest)):
             row.append(_figure(train[index], name, f"{score:.3g}"))
         rows.append(row)

@@ -33,7 +33,7 @@ class Place(NamedTuple):
     left: float
     width: float
     above: bool = False
-    """Whether it stands out."""
+    """True if it stands out."""
 
 
 def groupings(

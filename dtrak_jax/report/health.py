@@ -57,12 +57,12 @@ def findings(
         (s for of_set in record.scores.values() for s in of_set.values()),
         lambda scores: scores.method,
     )
-    found = [_training(record), *_lds(record)]
-    found += _standing(standings, is_untrained(record))
-    found += [_first(method, scores) for method, scores in by_method.items()]
-    found += _copies(record)
+    checks = [_training(record), *_lds(record)]
+    checks += _standing(standings, is_untrained(record))
+    checks += [_first(method, scores) for method, scores in by_method.items()]
+    checks += _copies(record)
     order = ("bad", "open", "good")
-    return sorted(found, key=lambda finding: order.index(finding.verdict))
+    return sorted(checks, key=lambda finding: order.index(finding.verdict))
 
 
 def _training(record: Record) -> Finding:
@@ -112,16 +112,16 @@ def _standing(
 ) -> Iterator[Finding]:
     """Says for how many queries some training image stands out, method by method."""
     title = "Does any training image stand out?"
-    pairs = [(m, n, s) for n, of in standings.items() for m, s in of.items()]
-    for method, of_method in grouped(pairs, lambda pair: pair[0]).items():
+    judged_sets = [(m, n, s) for n, of in standings.items() for m, s in of.items()]
+    for method, of_method in grouped(judged_sets, lambda judged: judged[0]).items():
         told, often, judged = [], False, True
         for _, name, standing in of_method:
             if standing.supporting is None:
                 told.append(f"{name} images are not judged: {standing.why}")
                 judged = False
                 continue
-            some = standing.supporting.any(axis=1)
-            hits, total = int(some.sum()), len(some)
+            has_one = standing.supporting.any(axis=1)
+            hits, total = int(has_one.sum()), len(has_one)
             chance = scipy.stats.binom.ppf(0.95, total, CHANCE)
             often |= hits > chance
             told.append(
@@ -159,8 +159,8 @@ def _copies(record: Record) -> Iterator[Finding]:
     pixels = {image.tobytes() for image in record.train.images}
     for name, images in record.queries.items():
         copies = [
-            str(name)
-            for name, image in zip(images.ids, images.images, strict=True)
+            str(query_id)
+            for query_id, image in zip(images.ids, images.images, strict=True)
             if image.tobytes() in pixels
         ]
         if copies:

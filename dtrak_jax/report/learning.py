@@ -22,7 +22,7 @@ class Learning(NamedTuple):
     loss: float
     """The mean squared error of training images."""
     baseline: float
-    """What one would have who knew only the images' mean and spread, see `baseline`."""
+    """The error of one who knew only the images' mean and spread, see `baseline`."""
 
     @property
     def is_nothing(self) -> bool:

@@ -42,11 +42,11 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
     each of the first `count` queries."""
     if standing.supporting is None:
         return [(standing.why, [])] * count
-    found = []
+    reasons_and_ids = []
     for row, above in zip(scores.scores[:count], standing.supporting, strict=False):
         order = np.argsort(-row, kind="stable")[: above.sum()]
-        found.append(("", scores.train_ids[order].tolist()))
-    return found
+        reasons_and_ids.append(("", scores.train_ids[order].tolist()))
+    return reasons_and_ids
 
 
 def most_alike(

@@ -48,7 +48,7 @@ SOURCES = {
 
 
 class Recipe(NamedTuple):
-    """How features were made."""
+    """The recipe of features: timesteps, noise and projection."""
 
     timesteps: Sequence[int]
     draws: int
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
     projection: str
     dim: int
     distortion: Mapping | None = None
-    """What distortion.json says, if anybody measured it."""
+    """The contents of distortion.json, if anybody measured it."""
 
     @property
     def kernels(self) -> list[str]:
@@ -84,13 +84,13 @@ class Record:
     top: int = 6
     """Supporting and opposing images shown of each query."""
     source: str = ""
-    """Where the training images are from."""
+    """The name of the training images' source."""
     damping: Damping | None = None
     recipe: Recipe | None = None
     metrics: Sequence[Mapping] = ()
     """The lines of metrics.jsonl: step, loss, learning_rate."""
     learning: Learning | None = None
-    """Whether the model has learnt anything; None if nobody knows."""
+    """The model's loss beside that without learning; None if nobody knows."""
     lds: Mapping | None = None
     counterfactual: Mapping | None = None
     removed: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -101,9 +101,9 @@ class Record:
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Dates, commands and digests, by what they are."""
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What is in the run directory, explained; {} without one."""
+    """The files of the run directory, explained; {} without one."""
     is_run: bool = False
-    """Whether commands of `dtrak-jax` can make more of it."""
+    """True if commands of `dtrak-jax` can make more of it."""
 
     def __post_init__(self):
         at_least("shown", self.shown, 0)
@@ -183,9 +183,8 @@ def _features(run: "Run") -> Features | None:
 
 def digests_of(features: Features) -> dict[str, str]:
     """Returns the digests of the model that features were made with."""
-    known = features.fingerprint
     names = {"network": "network", "params": "parameters"}
-    return {text: known[name] for name, text in names.items() if name in known}
+    return {text: features.fingerprint[name] for name, text in names.items()}
 
 
 def similarities(train: Dataset, queries: Mapping[str, Dataset]) -> dict[str, Scores]:

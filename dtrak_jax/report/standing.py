@@ -19,7 +19,7 @@ UNTRAINED = "the model has learnt next to nothing"
 
 
 class Standing(NamedTuple):
-    """What is above the floor; None where that cannot be judged."""
+    """The images and groups above the floor; None where that cannot be judged."""
 
     supporting: np.ndarray | None
     """bool [queries, train]."""

@@ -10,6 +10,9 @@ from dtrak_jax import files
 from dtrak_jax.attribution import Scores
 from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion import Schedule
+from dtrak_jax.evaluation import trust
+from dtrak_jax.evaluation.statistics import RESAMPLES
+from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features
 from dtrak_jax.report.learning import learning
 from dtrak_jax.report.page import page
@@ -33,6 +36,7 @@ def write_report(
     features: Features | Mapping[str, Features] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     schedule: Schedule | None = None,
+    truth: RetrainedLosses | Mapping[str, RetrainedLosses] | None = None,
     **options,
 ) -> epath.Path:
     """Writes the page that a run writes, of scores that were made anywhere.
@@ -50,9 +54,11 @@ def write_report(
       schedule: the model's, if it works on these pixels: then the features' losses tell
         whether it was trained.
       groups: {column: a name for each training image}, beyond those of a `Dataset`.
+      truth: of `retrain`, for the LDS; or {set: truth}.
       **options: further fields of `report.Record`, such as `shown` (the queries of a set
         that are shown), `top` (their images on each side), `metrics` (lines of step, loss
-        and learning_rate), `lds` (what lds.json has), `settings` or `provenance`.
+        and learning_rate), `counterfactual` and `removed` (the `record()` and the
+        `images` of `dtrak.counterfactual`), `settings` or `provenance`.
 
     Returns:
       The path.
@@ -61,8 +67,8 @@ def write_report(
       ValueError: scores, images and queries that do not belong together; says which.
     """
     by_method, sets = _sets(scores, queries)
-    some = next(iter(next(iter(by_method.values())).values()))
-    train = _dataset("images", images, some.train_ids)
+    first = next(iter(next(iter(by_method.values())).values()))
+    train = _dataset("images", images, first.train_ids)
     datasets = {}
     for name, of_set in by_method.items():
         query_ids = next(iter(of_set.values())).query_ids
@@ -74,20 +80,22 @@ def write_report(
         train = dataclasses.replace(
             train, groups=train.groups | _columns(groups, train)
         )
-    known = {
+    fields = {
         "pixels": similarities(train, datasets),
-        "damping": some.damping,
+        "damping": first.damping,
         "provenance": {"training images": train.digest},
     }
+    if truth is not None:
+        fields["lds"] = _lds(by_method, truth)
     if isinstance(features, Mapping):
         features = next(iter(features.values()))
     if features is not None:
-        known["recipe"] = _recipe(features.fingerprint)
-        known["provenance"] |= digests_of(features)
+        fields["recipe"] = _recipe(features.fingerprint)
+        fields["provenance"] |= digests_of(features)
     metrics = options.get("metrics", ())
-    known["learning"] = learning(metrics, features, schedule, train.images)
-    known |= {"train": train, "queries": datasets, "scores": by_method}
-    record = Record(**known | options)
+    fields["learning"] = learning(metrics, features, schedule, train.images)
+    fields |= {"train": train, "queries": datasets, "scores": by_method}
+    record = Record(**fields | options)
     files.write_bytes(path, page(record).encode())
     return files.at(path)
 
@@ -111,6 +119,28 @@ def _sets(
         if not of_set:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
     return by_method, sets
+
+
+def _lds(
+    by_method: Mapping[str, Mapping[str, Scores]],
+    truth: RetrainedLosses | Mapping[str, RetrainedLosses],
+) -> dict:
+    """Returns what lds.json says, as far as it is known, of each set that has a truth."""
+    truths = truth if isinstance(truth, Mapping) else dict.fromkeys(by_method, truth)
+    if not truths or not truths.keys() <= by_method.keys():
+        raise ValueError(
+            f"truth is of the sets {sorted(truths)}; scores are of {sorted(by_method)}."
+        )
+    first = next(iter(truths.values()))
+    subsets, seeds, _ = first.outputs.shape
+    settings = {"subsets": subsets, "seeds": seeds, "resamples": RESAMPLES}
+    return {
+        "settings": settings | {"fraction": float(first.masks.mean())},
+        "queries": {
+            name: trust.record(by_method[name], of_set)
+            for name, of_set in truths.items()
+        },
+    }
 
 
 def _dataset(name: str, images: Images, ids: np.ndarray) -> Dataset:

@@ -1,4 +1,4 @@
-"""The disk and the memory of this host that models, features and kernels take."""
+"""The footprint of models, features and kernels: disk, and memory of this host."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ from etils import epath
 
 from dtrak_jax import feature_sets, files, training
 from dtrak_jax.attribution.kernel import KEPT_ON_DISK, eigh_bytes
+from dtrak_jax.evaluation.truth import member_names
 from dtrak_jax.feature_sets import FeatureSet
 from dtrak_jax.features.gradients import variables
 from dtrak_jax.features.microbatches import Layout
@@ -25,19 +26,19 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 """The file in which Linux has the limit of a container's memory, or "max"."""
 
 
-class Space(NamedTuple):
+class Footprint(NamedTuple):
     """Bytes on disk that stay, and bytes of memory at the peak."""
 
     disk: int = 0
     memory: int = 0
 
-    def beside(self, other: "Space") -> "Space":
-        """Returns the space of both, one after the other."""
-        return Space(self.disk + other.disk, max(self.memory, other.memory))
+    def beside(self, other: "Footprint") -> "Footprint":
+        """Returns the footprint of both, one after the other."""
+        return Footprint(self.disk + other.disk, max(self.memory, other.memory))
 
 
-def models(run: Run, stages: Iterable[str]) -> Space:
-    """Returns the space of the checkpoints that stages leave, besides what is there."""
+def models(run: Run, stages: Iterable[str]) -> Footprint:
+    """Returns the footprint of the checkpoints that stages leave, besides what is there."""
     config, ensemble, disk = run.config, run.config.ensemble, 0
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(run.param_shapes))
     if "train" in stages and not config.is_given:
@@ -45,22 +46,18 @@ def models(run: Run, stages: Iterable[str]) -> Space:
         state = size * (3 + bool(config.train.ema_decay))
         disk += state * len(training.kept_steps(config.train))
     if "retrain" in stages:
-        names = [
-            f"{i:04d}-{s}"
-            for s in range(ensemble.seeds)
-            for i in range(ensemble.subsets)
-        ]
-        folders = [run.workdir / "ensemble" / n for n in names + ensemble.model_names]
+        names = [*member_names(ensemble.subsets, ensemble.seeds), *ensemble.model_names]
+        folders = [run.workdir / "ensemble" / name for name in names]
         disk += size * sum(not training.latest_step(folder) for folder in folders)
-    return Space(disk)
+    return Footprint(disk)
 
 
-def features(run: Run, wanted: Iterable[FeatureSet], besides_made: bool) -> Space:
-    """Returns the space of stores of features, n J k 4 bytes for a measurement; or of
+def features(run: Run, stores: Iterable[FeatureSet], besides_made: bool) -> Footprint:
+    """Returns the footprint of stores of features, n J k 4 bytes for a measurement; or of
     those that are not there yet."""
     counts = {"train": len(run.chosen.train), **run.query_counts}
-    total = Space()
-    for feature_set in wanted:
+    total = Footprint()
+    for feature_set in stores:
         if besides_made and feature_sets.is_made(run, feature_set):
             continue
         layout, count = layout_of(run, feature_set), counts[feature_set.examples]
@@ -70,14 +67,14 @@ def features(run: Run, wanted: Iterable[FeatureSet], besides_made: bool) -> Spac
         gradients = max(rows * layout.per_example, layout.size)
         memory = COPIES * 4 * gradients * layout.dim * measurements
         disk = layout.bytes_written(count, measurements)
-        total = total.beside(Space(disk, memory))
+        total = total.beside(Footprint(disk, memory))
     return total
 
 
-def kernels(run: Run) -> Space:
-    """Returns the space of one model's kernels: n k 4 bytes of features in memory, twice,
+def kernels(run: Run) -> Footprint:
+    """Returns the footprint of one model's kernels: n k 4 bytes of features in memory, twice,
     and min(n, k)^2 8 bytes for each matrix of a decomposition."""
-    settings, n, total = run.config.attribution, len(run.chosen.train), Space()
+    settings, n, total = run.config.attribution, len(run.chosen.train), Footprint()
     measured = {METHODS[m].measurement for m in settings.methods if METHODS[m].damped}
     for _ in measured:
         layout = layout_of(run, next(feature_sets.sets(run, "")))
@@ -87,17 +84,19 @@ def kernels(run: Run) -> Space:
             memory = max(memory, features + eigh_bytes(side))
             size = 8 * layout.per_example * side**2
             disk = size if size <= KEPT_ON_DISK else 0
-        total = total.beside(Space(disk, memory))
+        total = total.beside(Footprint(disk, memory))
     return total
 
 
-def layout_of(run: Run, wanted: FeatureSet) -> Layout:
+def layout_of(run: Run, feature_set: FeatureSet) -> Layout:
     """Returns the sizes of a set of features."""
     p, settings = 0, run.config.features
     if settings.projection == "none":
-        p = sum(leaf.size for leaf in variables(wanted.task, run.param_shapes, {}))
+        p = sum(leaf.size for leaf in variables(feature_set.task, run.param_shapes, {}))
     devices = len(jax.local_devices())
-    return Layout.of(wanted.task, wanted.projection, p, settings.batch_size, devices)
+    return Layout.of(
+        feature_set.task, feature_set.projection, p, settings.batch_size, devices
+    )
 
 
 def memory() -> int:
@@ -114,11 +113,3 @@ def free_disk(folder: epath.Path) -> int | None:
         return None
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     return shutil.disk_usage(existing).free
-
-
-def in_words(count: float) -> str:
-    """Returns a number of bytes in words, such as "3.5 GB"."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} bytes"
