@@ -96,6 +96,8 @@ def get_config() -> Config:
             noise_batch=32, projection="sketch", batch_size=20
         ),
         attribution=AttributionConfig(damping=200 / 32768, absolute=True),
-        ensemble=EnsembleConfig(subsets=64, seeds=3, timesteps=1000, draws=3),
+        ensemble=EnsembleConfig(
+            subsets=64, seeds=3, timesteps=1000, draws=3, batch_size=64
+        ),
         counterfactual=CounterfactualConfig(queries=60, count=1000),
     )

@@ -8,6 +8,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -60,7 +61,10 @@ QUIET = [
 """Packages whose warnings are for whoever writes programs."""
 
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
-"""XLA's flag of how long CPU devices wait for each other; jaxlib 0.10 to 0.12 have it."""
+"""XLA's flag of how long CPU devices wait for each other."""
+
+PATIENT = [["0", "10"], ["0", "11"], ["0", "12"]]
+"""The versions of jaxlib that have this flag."""
 
 MOST_CORES = 8
 """Devices that share the work on one model: each holds a batch and its gradients."""
@@ -153,7 +157,9 @@ def use_cores(most: int) -> None:
     the process after a minute.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if PATIENCE.partition("=")[0] not in flags:
+    # XLA ends a process over a flag that it does not know.
+    known = metadata.version("jaxlib").split(".")[:2] in PATIENT
+    if known and PATIENCE.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
     if jax.config.jax_num_cpu_devices < 0:
         # It is too late where something has used the devices, as in a notebook.

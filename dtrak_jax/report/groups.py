@@ -1,4 +1,4 @@
-"""Groups: whose training images stand behind a query, and behind all of them?"""
+"""Groups: whose training images score highest for a query, and for all of them?"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
