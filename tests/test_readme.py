@@ -188,7 +188,7 @@ def test_no_result_is_typed_by_hand(document):
     assert not re.findall(r"(?<![\w.])[−-]?\.\d\d+", text)
 
 
-@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba"])
+@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba", "artbench2"])
 def test_configs_say_what_is_planned(config):
     plan = json.loads(
         (RESULTS / "plans" / f"{config}_reference_v5e-4x4.json").read_text()

@@ -1,12 +1,14 @@
 """Makes the tables of the plans; `python configs/results/tables.py` writes them."""
 
 import collections
+import functools
 import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
 STAGES = ("train", "featurize", "retrain", "measure")
 EXAMPLE = "cifar2_reference_v5e-4x4"
+ARTBENCH = "artbench2_reference_v5e-4x4"
 OLDER = ("train", "retrain")
 """Stages whose program has changed since it was compiled; the tables mark them."""
 STEPS = {
@@ -18,6 +20,18 @@ STEPS = {
     "measure": "each query's loss under each of them, at 1,000 timesteps × 3 draws",
 }
 """What the stages of the example do."""
+
+ARTBENCH_STEPS = {
+    "encode": "latents of 5,000 paintings, of their mirror images, and of 2,000 queries",
+    "train": "7,900 steps of 64 paintings: adapters of 25,509,888 numbers",
+    "sample": "1,000 pictures, 50 DDIM steps each with guidance",
+    "decode": "their latents become pictures",
+    "featurize": STEPS["featurize"],
+    "attribute": STEPS["attribute"],
+    "retrain": "192 adapters: 64 halves of the paintings × 3 seeds",
+    "measure": STEPS["measure"],
+}
+"""What the stages of ArtBench-2 do."""
 
 
 def plans() -> list[list[str]]:
@@ -70,17 +84,17 @@ def example() -> list[list[str]]:
     return lines
 
 
-def stages() -> list[list[str]]:
-    """What the stages of the example do, take and store."""
-    sums: dict[str, list[float]] = {name: [0, 0] for name in STEPS}
-    for row in json.loads((HERE / f"{EXAMPLE}.json").read_text())["stages"]:
+def stages(plan: str, steps: dict[str, str]) -> list[list[str]]:
+    """What the stages of a plan do, take and store."""
+    sums: dict[str, list[float]] = {name: [0, 0] for name in steps}
+    for row in json.loads((HERE / f"{plan}.json").read_text())["stages"]:
         total = sums[row["stage"].partition(" ")[0]]
         total[0] += row["seconds"] / 3600
         total[1] += row["stored"]
     return [
         ["stage", "what it does", "hours planned", "stored"],
         *(
-            [f"`{name}`", STEPS[name], f"{hours:.2g}", size(stored)]
+            [f"`{name}`", steps[name], f"{hours:.2g}", size(stored) if stored else ""]
             for name, (hours, stored) in sums.items()
         ),
     ]
@@ -99,4 +113,9 @@ def size(count: float) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
-TABLES = {"plans": plans, "example plan": example, "stages of a plan": stages}
+TABLES = {
+    "plans": plans,
+    "example plan": example,
+    "stages of a plan": functools.partial(stages, EXAMPLE, STEPS),
+    "stages of ArtBench-2": functools.partial(stages, ARTBENCH, ARTBENCH_STEPS),
+}
