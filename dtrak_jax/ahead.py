@@ -153,6 +153,14 @@ def retrain(run: Run) -> None:
         timestep_grid(settings.timesteps, run.schedule)
     locks.check(run, "ensemble", pixels=False)
     check_fraction("ensemble.fraction", settings.fraction, n)
+    if run.config.model.folder:
+        train = run.config.train
+        warnings.warn(
+            f"Models are trained from nothing by `train`, {train.steps:,} steps of "
+            f"{train.batch_size} images with learning rate {train.learning_rate:g}: they "
+            "tell of the given model only if it was trained so.",
+            stacklevel=2,
+        )
 
 
 def lds(run: Run) -> None:

@@ -158,20 +158,24 @@ def featurize(run: Run) -> None:
 
 def is_featurized(run: Run) -> bool:
     """Returns whether all features are there, and of this model and these images."""
-    return all(feature_sets.is_made(run, s) for s in feature_sets.wanted(run))
+    made = all(feature_sets.is_made(run, s) for s in feature_sets.wanted(run))
+    return made and has_distortion(run)
+
+
+def has_distortion(run: Run) -> bool:
+    """Returns whether the distortion of these features is there, or cannot be measured."""
+    if run.config.features.projection == "none" or run.counts["train"] < 2:
+        return True
+    path = run.workdir / f"{DISTORTION}.json"
+    saved = files.read_json(path) if path.exists() else {}
+    return bool(saved) and not results.stale(run, saved.get("made_from", {}))
 
 
 def measure_distortion(run: Run) -> None:
     """Compares inner products before and after the projection: distortion.json."""
+    if parallel.agreed(has_distortion(run)):
+        return
     settings, examples = run.config.features, run.splits.train
-    if settings.projection == "none" or len(examples) < 2:
-        return
-    path = run.workdir / f"{DISTORTION}.json"
-    saved = files.read_json(path) if path.exists() else {}
-    if parallel.agreed(
-        bool(saved) and not results.stale(run, saved.get("made_from", {}))
-    ):
-        return
     first, space = slice(DISTORTION_EXAMPLES), run.space
     errors = distortion(
         run.task(),

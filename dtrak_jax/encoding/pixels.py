@@ -1,6 +1,7 @@
 """Runs whose network sees pixels."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from dtrak_jax.diffusion.config import (
     given_schedule,
 )
 from dtrak_jax.diffusion.scheduler_config import find_scheduler
-from dtrak_jax.encoding.classes import classes_of, label_names_of
+from dtrak_jax.encoding.classes import class_numbers, classes_of, label_names_of
 from dtrak_jax.files import read_json
 from dtrak_jax.network import Apply, Network, Params, Shapes, mean_of
 
@@ -132,8 +133,17 @@ class Pixels:
 
     def check_conditions(self, examples: Dataset, name: str) -> None:
         """Raises a ValueError unless there is a class for each example, if one is needed."""
-        if self.model.config.takes_classes:
-            self.classes(examples, name)
+        if not self.model.config.takes_classes:
+            return
+        self.classes(examples, name)
+        numbers = class_numbers(self.run.chosen.train.label_names)
+        if name == "train" and not all(map(str.isdecimal, numbers)):
+            listed = ", ".join(f"{label} is {n}" for label, n in numbers.items())
+            warnings.warn(
+                f"The model is given the labels as classes: {listed}. They must be those "
+                "that it was trained with.",
+                stacklevel=2,
+            )
 
     def classes(self, examples: Dataset, name: str) -> np.ndarray:
         """Returns the classes of examples that are called `name`, int32 [n].

@@ -152,4 +152,6 @@ def class_embedding(
     if config.class_embed_type == "timestep":
         return TimeEmbedding(config, dtype, name="class_embedding")(classes)
     embed = nn.Embed(config.num_class_embeds, width, name="class_embedding")
+    # A negative index would count from the end; one beyond the end makes NaN.
+    classes = jnp.where(classes < 0, config.num_class_embeds, classes)
     return embed(classes).astype(dtype)

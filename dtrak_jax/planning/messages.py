@@ -58,4 +58,9 @@ def after(run: Run, stage: str, following: str | None) -> None:
     if not place:
         # Whoever called the command for its report says where that is.
         said = f"next: {coming} measures how far the scores can be trusted."
+        if run.config.is_given and not following:
+            said = (
+                f"next: {coming} measures how far the scores can be trusted, with `train` "
+                "set to how the given model was trained."
+            )
     print(said, file=sys.stderr)

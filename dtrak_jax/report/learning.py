@@ -12,6 +12,9 @@ from dtrak_jax.features import Features
 LEARNT = 0.9
 """A model whose loss is above this part of the baseline has learnt next to nothing."""
 
+LEAST_TIMESTEPS = 8
+"""Fewer timesteps of features may miss those at which there is something to learn."""
+
 MOST_ROWS = 1000
 """Training examples whose spread is measured."""
 
@@ -39,13 +42,15 @@ def learning(
     """Returns what the last loss of training says, or else that of the features.
 
     Without a schedule, the baseline is 1, that of predicting 0 instead of the noise; of
-    features alone, nothing is said then. x are the training examples as the network sees
+    features alone, nothing is said then, nor of those at few timesteps. x are the training examples as the network sees
     them.
     """
     if metrics:
         loss, timesteps = metrics[-1]["loss"], None
     elif features is not None and schedule is not None:
         loss, timesteps = features.losses.mean(), features.fingerprint["timesteps"]
+        if len(timesteps) < LEAST_TIMESTEPS:
+            return None
     else:
         return None
     value = 1.0 if schedule is None else baseline(schedule, x, timesteps)

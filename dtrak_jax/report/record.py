@@ -9,7 +9,7 @@ import numpy as np
 from dtrak_jax import files
 from dtrak_jax.attribution import Damping, Scores, pixel_cosine
 from dtrak_jax.checks import at_least
-from dtrak_jax.config import flatten
+from dtrak_jax.config import Config, flatten
 from dtrak_jax.data import Dataset
 from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
@@ -110,6 +110,20 @@ class Record:
         at_least("top", self.top, 1)
 
 
+def _settings(config: Config) -> dict[str, object]:
+    """Returns the settings of a run, but for those of training where a model is given, and
+    those of the network where its folder decides them."""
+    settings = flatten(config)
+    if not config.is_given:
+        return settings
+    kept = "model.folder", "model.variance"
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in kept or name.partition(".")[0] not in ("model", "train")
+    }
+
+
 def of_run(run: "Run") -> Record:
     """Returns the record of a run, which must have scores of every shown method.
 
@@ -151,7 +165,7 @@ def of_run(run: "Run") -> Record:
         counterfactual=run.json("counterfactual"),
         removed=files.read_npz(path) if path.exists() else {},
         ablations=run.json("ablations"),
-        settings=flatten(config),
+        settings=_settings(config),
         versions=run.versions,
         provenance=provenance | {"training images": train.digest},
         # The page is listed although it may not have been written yet.
