@@ -153,7 +153,7 @@ def retrain(run: Run) -> None:
         timestep_grid(settings.timesteps, run.schedule)
     locks.check(run, "ensemble", pixels=False)
     check_fraction("ensemble.fraction", settings.fraction, n)
-    if run.config.model.folder:
+    if run.config.is_given:
         train = run.config.train
         warnings.warn(
             f"Models are trained from nothing by `train`, {train.steps:,} steps of "

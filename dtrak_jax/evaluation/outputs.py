@@ -13,7 +13,7 @@ import numpy as np
 from dtrak_jax import parallel
 from dtrak_jax.checks import at_least, check_images, seed
 from dtrak_jax.diffusion import Schedule, denoising_loss
-from dtrak_jax.digests import digest, digest_rows, digest_tree
+from dtrak_jax.digests import digest, digest_rows, digest_tree, settings_text
 from dtrak_jax.evaluation.config import EnsembleConfig
 from dtrak_jax.evaluation.truth import named
 from dtrak_jax.features.arrays import as_arrays, check_rows
@@ -208,7 +208,11 @@ class QueryLosses:
 
     @functools.cached_property
     def made_from(self) -> str:
-        """A hash of the queries, their conditions and the settings of the noise."""
+        """A hash of the queries, their conditions, the noise and its schedule, and of frozen
+        parameters; not of the network."""
         grid = timestep_grid(self.timesteps, self.schedule, "timesteps")
         settings = f"{grid.tolist()} {self.draws} {self.seed}"
-        return digest(settings, *digest_rows(self.images), digest_tree(self.cond))
+        return digest(
+            *(settings, settings_text(self.schedule), *digest_rows(self.images)),
+            *(digest_tree(self.cond), digest_tree(self.frozen)),
+        )

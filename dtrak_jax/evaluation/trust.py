@@ -15,6 +15,7 @@ from etils import epath
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
 from dtrak_jax.checks import at_least, between
+from dtrak_jax.digests import digest_tree
 from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
 from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
@@ -63,9 +64,9 @@ def retrain(
       labels: a label for each, of which every subset gets its share; or None.
       query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
       store: a folder that gets a file for each model once it is measured, so that the
-        same call continues where it was stopped. It knows subsets, ids and what
-        `QueryLosses` measures, and not what `train` does: if that changes, name
-        another one.
+        same call continues where it was stopped. It knows subsets, ids and the settings
+        of `QueryLosses`, and not what `train`, the network or other functions do: if
+        they change, name another one.
 
     Raises:
       ValueError: a setting is wrong or the store is of other settings, before anything
@@ -178,13 +179,15 @@ class LDS:
     """The numbers of subsets and of seeds."""
     samples: np.ndarray
     """The bootstrap samples behind the interval."""
+    truth: str
+    """A hash of the retrained models' subsets and losses."""
 
     def less(self, other: "LDS") -> Estimate:
         """Returns the difference to another LDS of the same truth, with its interval.
 
         It is that of a paired comparison, and sharper than the two intervals.
         """
-        if self.shape != other.shape or (self.query_ids != other.query_ids).any():
+        if self.truth != other.truth:
             raise ValueError("the two LDS are not of the same retrained models.")
         return interval(self.value - other.value, self.samples - other.samples)
 
@@ -221,7 +224,8 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
     per_query = spearman(predictions, truth.target)
     shape = truth.outputs.shape[:2]
     sizes = per_query, truth.query_ids, len(truth.train_ids), shape
-    return LDS(*estimate, ceiling(truth), *sizes, samples)
+    models = digest_tree((truth.masks, truth.outputs, truth.query_ids.tolist()))
+    return LDS(*estimate, ceiling(truth), *sizes, samples, models)
 
 
 def record(scores: Mapping[str, AnyScores], truth: RetrainedLosses) -> dict:

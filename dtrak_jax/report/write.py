@@ -90,6 +90,7 @@ def write_report(
     if isinstance(features, Mapping):
         features = next(iter(features.values()))
     if features is not None:
+        _check_ids("features", features.ids, train, "images")
         fields["recipe"] = _recipe(features.fingerprint)
         fields["provenance"] |= digests_of(features)
     metrics = options.get("metrics", ())
