@@ -311,8 +311,8 @@ def test_a_given_model_and_given_queries(one_device, monkeypatch, tmp_path):
     assert not made & {"checkpoints", "metrics.jsonl", "samples", "ensemble"}
     page = (run.workdir / "report.html").read_text()
     assert "00.png" in page
-    # Its weights are random: it is a model of static.
-    assert "has learnt next to nothing" in page and "stands out.</p>" not in page
+    # Too few timesteps to tell that its weights are random, and too few queries.
+    assert "Nothing here tells" in page and "stands out.</p>" not in page
     begun = run.json("config")["begun"]
     assert begun["begun"].endswith(" UTC") and begun["begun"] in page
     monkeypatch.setattr("dtrak_jax.provenance.beginning", dict)

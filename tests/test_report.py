@@ -1058,7 +1058,7 @@ def test_health_is_told_in_words(tmp_path):
     html = page(run)
     health = words(section(html, "health"))
     for text in (
-        "Nothing here tells; nobody recorded its loss.",
+        "Nothing here tells: its loss is not known at enough timesteps.",
         "D-TRAK: train-007 is first for 10 of 10 queries. Either the queries are much",
         "1 of 5 generated images are, pixel for pixel, such as generated-2",
         "D-TRAK, validation images: the LDS is 0.611 [0.581, 0.631], better than chance",

@@ -69,7 +69,11 @@ def _training(record: Record) -> Finding:
     """Says whether the model was trained."""
     title, learning = "Was the model trained?", record.learning
     if learning is None:
-        return Finding("open", title, "Nothing here tells; nobody recorded its loss.")
+        return Finding(
+            "open",
+            title,
+            "Nothing here tells: its loss is not known at enough timesteps.",
+        )
     loss = f"the mean squared error of training images is {learning.loss:.3g}"
     if record.metrics:
         first, last = record.metrics[0], record.metrics[-1]
