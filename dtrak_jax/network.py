@@ -46,15 +46,18 @@ def mean_of(apply: Callable) -> Callable:
     return mean_apply
 
 
-def check_prediction(prediction: jax.Array, x: jax.Array) -> None:
+def check_prediction(prediction: Any, x: jax.Array, double: str = "") -> None:
     """Raises a ValueError unless a prediction has the shape of the images.
 
-    Arithmetic would accept some others, such as one channel for three.
+    Arithmetic would accept some others, such as one channel for three. `double` is what
+    the error adds where there are twice the channels.
     """
-    if prediction.shape != x.shape:
+    shape = getattr(prediction, "shape", type(prediction).__name__)
+    if shape != x.shape:
+        is_double = shape == (*x.shape[:-1], 2 * x.shape[-1])
         raise ValueError(
-            f"the network maps images {x.shape} to {prediction.shape}; a prediction must "
-            "have the shape of the images."
+            f"the network maps images {x.shape} to {shape}; a prediction must have the "
+            f"shape of the images.{double if is_double else ''}"
         )
 
 

@@ -28,7 +28,7 @@ from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
-from dtrak_jax.network import Params
+from dtrak_jax.network import Params, check_prediction
 from dtrak_jax.parallel import Program
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -268,16 +268,8 @@ def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
             f"the network does not take images of shape {images.shape[-3:]} with these "
             f"parameters: {error}"
         ) from error
-    shape = getattr(prediction, "shape", type(prediction).__name__)
-    if shape != x.shape:
-        double = shape == (*x.shape[:-1], 2 * x.shape[-1])
-        remedy = (
-            " If it is a mean and a variance, Task(variance='ignore') takes the mean."
-        )
-        raise ValueError(
-            f"the network maps images {x.shape} to {shape}; a prediction must have the "
-            f"shape of the images.{remedy if double else ''}"
-        )
+    remedy = " If it is a mean and a variance, Task(variance='ignore') takes the mean."
+    check_prediction(prediction, x, remedy)
     check_dependence(task, params, program.jaxpr)
 
 

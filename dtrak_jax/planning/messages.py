@@ -57,10 +57,7 @@ def after(run: Run, stage: str, following: str | None) -> None:
     said = f"{stage}: {made}; next: {coming}."
     if not place:
         # Whoever called the command for its report says where that is.
-        said = f"next: {coming} measures how far the scores can be trusted."
-        if run.config.is_given and not following:
-            said = (
-                f"next: {coming} measures how far the scores can be trusted, with `train` "
-                "set to how the given model was trained."
-            )
+        recipe = ", with `train` set to how the given model was trained"
+        how = recipe if run.config.is_given and not following else ""
+        said = f"next: {coming} measures how far the scores can be trusted{how}."
     print(said, file=sys.stderr)

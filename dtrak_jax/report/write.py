@@ -74,8 +74,10 @@ def write_report(
         query_ids = next(iter(of_set.values())).query_ids
         datasets[name] = _dataset(f"queries {name}", sets[name], query_ids)
         for s in of_set.values():
-            _check_ids(f"{s.method} of {name}", s.train_ids, train, "images")
-            _check_ids(f"{s.method} of {name}", s.query_ids, datasets[name], "queries")
+            _check_ids(f"scores {s.method} of {name}", s.train_ids, train, "images")
+            _check_ids(
+                f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
+            )
     if groups:
         train = dataclasses.replace(
             train, groups=train.groups | _columns(groups, train)
@@ -158,10 +160,10 @@ def _dataset(name: str, images: Images, ids: np.ndarray) -> Dataset:
 
 
 def _check_ids(what: str, ids: np.ndarray, images: Dataset, name: str) -> None:
-    """Raises a ValueError unless scores are of these pictures."""
+    """Raises a ValueError unless scores or features are of these pictures."""
     if not np.array_equal(ids, images.ids):
         raise ValueError(
-            f"the scores {what} are of other {name}, or in another order: ids must be "
+            f"the {what} are of other {name}, or in another order: ids must be "
             f"equal, and begin with {list(ids[:2])} and {list(images.ids[:2])}."
         )
 
