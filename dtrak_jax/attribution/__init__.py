@@ -22,6 +22,7 @@ from dtrak_jax.attribution.kernel import (
 from dtrak_jax.attribution.null import floor, group_floor
 from dtrak_jax.attribution.retraining import datamodels, empirical_influence
 from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.attribution.sets import RemovalSet, removal_set
 from dtrak_jax.attribution.similarity import (
     embedding_cosine,
     embedding_dot,
@@ -39,6 +40,7 @@ __all__ = [
     "GRID",
     "Damping",
     "Kernels",
+    "RemovalSet",
     "Scores",
     "absolute",
     "damping_path",
@@ -57,6 +59,7 @@ __all__ = [
     "pixel_dot",
     "random_scores",
     "relative_influence",
+    "removal_set",
     "renormalised_influence",
     "tracin",
 ]

@@ -127,8 +127,7 @@ def eigh_bytes(m: int) -> int:
 
 def check_memory(m: int) -> None:
     """Raises a MemoryError if an m x m eigendecomposition does not fit this host."""
-    size = eigh_bytes(m)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size, memory = eigh_bytes(m), host_memory()
     if size <= memory:
         return
     sizes = {name: int((memory / 8 / c) ** 0.5) for name, c in MATRICES.items()}
@@ -138,6 +137,11 @@ def check_memory(m: int) -> None:
         f"host has {memory / 2**30:.0f}. min(n, k) must be at most {largest}: take a "
         "smaller projection dim, or solver 'cg', which decomposes nothing."
     )
+
+
+def host_memory() -> int:
+    """Returns the bytes of this host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

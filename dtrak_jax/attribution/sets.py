@@ -1,0 +1,280 @@
+"""Sets: which training images, taken away together, would change a query most?
+
+Scores add up, and so they miss what copies and kin of an image make up for. With the
+features Phi [n, k] of a kernel, H = Phi^T Phi + lambda I, M = Phi H^-1 Phi^T and
+m = Phi H^-1 phi(q), the Newton step that takes a set S away, with the empirical Fisher
+matrix of these rows as the curvature, changes the query's measurement by
+
+  s(S) = m_S^T (I - M_SS)^-1 1 = phi(q)^T (Phi_K^T Phi_K + lambda I)^-1 Phi_S^T 1
+
+where K are the rows that are kept. Additive scores, the sum of m_S, are its first term
+(Koh et al., "On the Accuracy of Influence Functions for Measuring Group Effects",
+arXiv 1905.13289, compare both).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from dtrak_jax.attribution.influence import solution
+from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
+from dtrak_jax.attribution.kernel import (
+    DEFAULT_DAMPING,
+    Damping,
+    Kernel,
+    Kernels,
+    host_memory,
+)
+from dtrak_jax.checks import at_least
+from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
+
+LEAST = float(np.finfo(np.float32).eps)
+"""The least 1 - M_ii that is more than the rounding errors of float32 features."""
+
+
+class RemovalSet(NamedTuple):
+    """The images, or groups, that are taken away one after the other."""
+
+    names: np.ndarray
+    """The ids of the images, or the names of the groups, in the order of choice [count]."""
+    rows: np.ndarray
+    """The positions of all removed images in the training set, in this order."""
+    predicted: np.ndarray
+    """The change s of the measurement, added up over queries, after each choice [count]."""
+
+
+class Candidates(NamedTuple):
+    """Candidates with equally many rows of a kernel."""
+
+    names: np.ndarray  # their positions among all candidates [c]
+    rows: np.ndarray  # int [c, b]
+    leverages: np.ndarray  # M of these rows with each other [c, b, b]
+
+
+class Removable:
+    """One kernel from which rows are taken away: M, m and the ones as they then are.
+
+    Of M there are the factor of the whole kernel, M = factor^T factor, the blocks of the
+    candidates, and what each removal has added, in rows of `added`: M + added^T added.
+    """
+
+    def __init__(
+        self,
+        factor: np.ndarray,
+        m: np.ndarray,
+        ones: np.ndarray,
+        candidates: Sequence[np.ndarray],
+    ):
+        self.factor = factor  # [min(n, k), R]
+        self.m, self.ones = m, ones  # [P, R], of P queries with the same kernel
+        self.added = np.empty((0, factor.shape[1]))
+        sizes = np.array(list(map(len, candidates)))
+        self.candidates = []
+        for size in np.unique(sizes):
+            names = np.flatnonzero(sizes == size)
+            rows = np.stack([candidates[name] for name in names])
+            blocks = [factor[:, block].T @ factor[:, block] for block in rows]
+            self.candidates.append(Candidates(names, rows, np.stack(blocks)))
+
+    def gains(self, count: int) -> np.ndarray:
+        """Returns by how much s grows with each candidate [count], -inf if it is gone.
+
+        It is m_I^T (I - M_II)^-1 o_I, where I are the candidate's rows and o the ones.
+        """
+        gains = np.full(count, -np.inf)
+        for names, rows, leverages in self.candidates:
+            lower = _cholesky(leverages)
+            both = np.stack([self.m[:, rows], self.ones[:, rows]])
+            left, right = np.linalg.solve(lower, both[..., None])[..., 0]
+            gains[names] = np.einsum("pcb,pcb->c", left, right)
+        return gains
+
+    def remove(self, name: int) -> None:
+        """Takes a candidate's rows away."""
+        index, place = next(
+            (i, int(np.flatnonzero(of_size.names == name)[0]))
+            for i, of_size in enumerate(self.candidates)
+            if name in of_size.names
+        )
+        chosen = self.candidates[index]
+        rows, lower = chosen.rows[place], _cholesky(chosen.leverages[[place]])[0]
+        left = (np.delete(part, place, axis=0) for part in chosen)
+        self.candidates[index] = Candidates(*left)
+        columns = self.factor[:, rows].T @ self.factor
+        columns += self.added[:, rows].T @ self.added
+        step = scipy.linalg.solve_triangular(lower, columns, lower=True)
+        for vector in (self.m, self.ones):
+            at_rows = scipy.linalg.solve_triangular(
+                lower, vector[:, rows].T, lower=True
+            )
+            vector += at_rows.T @ step
+        for of_size in self.candidates:
+            blocks = step[:, of_size.rows]
+            of_size.leverages[:] += np.einsum("rcb,rcd->cbd", blocks, blocks)
+        self.added = np.concatenate([self.added, step])
+
+
+def _cholesky(leverages: np.ndarray) -> np.ndarray:
+    """Returns the Cholesky factors of I - M_II [c, b, b], or raises a ValueError."""
+    try:
+        lower = np.linalg.cholesky(np.eye(leverages.shape[-1]) - leverages)
+        least = (np.diagonal(lower, axis1=1, axis2=2) ** 2).min(initial=1)
+    except np.linalg.LinAlgError:
+        least = 0
+    if least < LEAST:
+        raise ValueError(
+            f"1 - M_ii of a training image is {least:.1g}, which is less than the "
+            f"rounding errors of features ({LEAST:.1g}): without it the others tell "
+            "nothing of it. Take a larger damping, or a smaller count."
+        )
+    return lower
+
+
+@standard()
+def removal_set(
+    train: Array | Kernels,
+    query: Array,
+    count: int,
+    *,
+    damping: float | Damping = DEFAULT_DAMPING,
+    pooled: bool = False,
+    groups: Sequence[str] | np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+) -> RemovalSet:
+    """Chooses the training images whose removal together raises a measurement most.
+
+    Greedily: each choice is the one that makes the sum over kernels and queries of
+
+      s(S) = m_S^T (I - M_SS)^-1 1 = phi(q)^T (Phi_K^T Phi_K + lambda I)^-1 Phi_S^T 1
+
+    largest, exactly, with all earlier ones gone; see the module. A choice raises s by
+    m_i o_i / (1 - M_ii), where m, M and o, the ones, are those of the kernel without the
+    earlier ones. With features of the loss s is a prediction of the loss's increase, up
+    to a factor: where k is above n leverages M_ii are near 1, and s is too large. Without
+    one copy of a picture the others make up for it, so that none may be chosen; as
+    `groups` copies go together.
+
+    It takes O(n (min(n, k) + count)) operations a choice and kernel, and
+    8 n (min(n, k) + count) bytes a kernel beside the decomposed ones; with `pooled`, of
+    J pairs, J n for n and J count for count. No n x n array is made but eigenvectors.
+
+    Args:
+      train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
+      query: of one query or several, [T, q, k] or [q, k], over which s is added up.
+      count: how many images, or groups, to choose; at least one is left.
+      damping: as of `attribute`.
+      pooled: take one kernel, that of all pairs, instead of one for each pair; an image
+        is then J rows, of which a query's pair meets its own alone, as in
+        `damping_path`.
+      groups: the name of each image's group [n], to choose among groups.
+      weights: [n], or [T, n], in place of the ones. With the residuals of a ridge
+        regression on the features, -s is exactly the change of its prediction.
+
+    Raises:
+      ValueError: features, count, groups or weights do not fit; a damping that is not
+        above rounding errors; or 1 - M_ii is below them.
+      MemoryError: what is kept does not fit this host.
+    """
+    kernels = Kernels.of(train)
+    _, query = check_features(kernels.train, query)
+    kernels.require_decomposed("a removal set")
+    ids = example_ids(kernels.train)
+    names, members = _members(ids, groups)
+    what = "images" if groups is None else "groups"
+    if not 1 <= at_least("count", count, 1) < len(names):
+        raise ValueError(
+            f"count is {count}; of {len(names)} {what} 1 to {len(names) - 1} can be "
+            "removed, and one must be left."
+        )
+    *pairs, n, k = kernels.train.shape
+    if weights is None:
+        weights = np.ones(n)
+    weights = np.asarray(weights, np.float64)
+    if weights.shape not in ((n,), (*pairs, n)) or not np.isfinite(weights).all():
+        raise ValueError(
+            f"weights have shape {weights.shape}; they must be finite, of shape {(n,)} "
+            f"or {(*pairs, n)}."
+        )
+    weights = np.broadcast_to(weights, (*pairs, n)).reshape(-1, n)
+    largest = sum(sorted(map(len, members))[-count:])
+    joined = len(weights) if pooled else 1
+    size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
+    if size > host_memory():
+        raise MemoryError(
+            f"a removal set of {count} {what} among {n} images needs about "
+            f"{size / 2**30:.0f} GiB, this host has {host_memory() / 2**30:.0f}. Take a "
+            "smaller count, fewer timesteps or draws, or a smaller projection dim."
+        )
+    damping = Damping.of(damping)
+    make = _of_all_pairs if pooled else _of_each_pair
+    removables = list(make(kernels, query, damping, weights, members))
+    chosen, predicted = [], []
+    for _ in progress(range(count), "removal set", unit=what[:-1], delay=2):
+        gains = sum(removable.gains(len(names)) for removable in removables)
+        chosen.append(int(gains.argmax()))
+        predicted.append(gains[chosen[-1]])
+        for removable in removables:
+            removable.remove(chosen[-1])
+    rows = np.concatenate([members[name] for name in chosen])
+    return RemovalSet(names[chosen], rows, np.cumsum(predicted))
+
+
+def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the names of candidates, and the training images of each."""
+    if groups is None:
+        return ids, list(np.arange(len(ids))[:, None])
+    groups = np.asarray(groups)
+    if groups.shape != ids.shape:
+        raise ValueError(
+            f"groups have shape {groups.shape}; they must be a name for each of the "
+            f"{len(ids)} training images, {ids.shape}."
+        )
+    names, index = np.unique(groups, return_inverse=True)
+    return names, [np.flatnonzero(index == group) for group in range(len(names))]
+
+
+def _of_each_pair(
+    kernels: Kernels,
+    query: Array,
+    damping: Damping,
+    weights: np.ndarray,
+    members: Sequence[np.ndarray],
+) -> Iterator[Removable]:
+    """Yields each pair's kernel, in which an image is one row."""
+    for (phi, kernel), g, ones in zip(kernels, by_pair(query), weights, strict=True):
+        factor, m = _factor(kernel, phi, _total(g), damping)
+        yield Removable(factor, m, ones[None].copy(), members)
+
+
+def _of_all_pairs(
+    kernels: Kernels,
+    query: Array,
+    damping: Damping,
+    weights: np.ndarray,
+    members: Sequence[np.ndarray],
+) -> Iterator[Removable]:
+    """Yields the kernel of all pairs, in which an image is a row of each."""
+    (phi, kernel), (pairs, n) = kernels.pooled, weights.shape
+    g = np.concatenate([_total(g) for g in by_pair(query)])
+    factor, m = _factor(kernel, phi, g, damping)
+    ones = scipy.linalg.block_diag(*weights)
+    starts = n * np.arange(pairs)[:, None]
+    yield Removable(factor, m, ones, [(starts + rows).ravel() for rows in members])
+
+
+def _total(g: np.ndarray) -> np.ndarray:
+    """Returns the sum of the queries' features [1, k]."""
+    return g.sum(axis=0, keepdims=True, dtype=np.float64)
+
+
+def _factor(
+    kernel: Kernel, phi: np.ndarray, g: np.ndarray, damping: Damping
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the factor of M = factor^T factor, and m of some queries."""
+    value, tau = kernel.lambda_of(damping), solution(kernel, phi, g)
+    factors = (kernel.eigenvalues if kernel.dual else 1) / (kernel.eigenvalues + value)
+    factor = np.asarray(tau.right) * np.sqrt(factors)[:, None]
+    return factor, np.array(tau.scores(value))

@@ -1,0 +1,112 @@
+"""Removal sets: the Newton step for many images, and its greedy choice."""
+
+import numpy as np
+import pytest
+
+import dtrak_jax as dtrak
+from dtrak_jax.attribution import kernel, sets
+
+N, K = 12, 7
+
+
+def features(pairs=3, n=N, k=K, queries=2, seed=0):
+    """Returns features of a training set [pairs, n, k] and of queries."""
+    rng = np.random.default_rng(seed)
+    shapes = (pairs, n, k), (pairs, queries, k)
+    return (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
+def newton(train, query, rows, lambdas, weights, pooled=False):
+    """Returns sum_j phi_q (Phi_K^T Phi_K + lambda)^-1 Phi_S^T w, of the kept rows K."""
+    train, query = train.astype(np.float64), query.astype(np.float64)
+    kept = np.delete(train, rows, axis=1)
+    grams = np.einsum("jnk,jnl->jkl", kept, kept)
+    if pooled:
+        grams = np.broadcast_to(grams.sum(axis=0), grams.shape)
+    total = 0.0
+    for g, phi, gram, value, w in zip(query, train, grams, lambdas, weights):
+        gone = phi[rows].T @ w[rows]
+        total += g.sum(axis=0) @ np.linalg.solve(gram + value * np.eye(len(gram)), gone)
+    return total
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["images", "groups"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["apart", "pooled"])
+@pytest.mark.parametrize("k", [K, 40], ids=["primal", "dual"])
+def test_every_choice_is_the_best_by_the_exact_step(pooled, k, grouped):
+    train, query = features(k=k)
+    groups = np.array(list("abcabbcdeeab")) if grouped else None
+    count, weights = 3, np.ones((3, N))
+    damping = dtrak.absolute(4.0)
+    chosen = dtrak.removal_set(
+        train, query, count, damping=damping, pooled=pooled, groups=groups
+    )
+    names = np.unique(groups) if grouped else np.arange(N).astype(str)
+    of_name = groups if grouped else names
+    gone = []
+    for name, predicted in zip(chosen.names, chosen.predicted):
+        steps = {
+            other: newton(
+                *(train, query, np.flatnonzero(np.isin(of_name, [*gone, other]))),
+                *([4.0] * 3, weights, pooled),
+            )
+            for other in set(names) - set(gone)
+        }
+        assert name == max(steps, key=steps.get)
+        np.testing.assert_allclose(predicted, steps[name], rtol=2e-5)
+        gone.append(name)
+    np.testing.assert_array_equal(
+        np.sort(chosen.rows), np.flatnonzero(np.isin(of_name, gone))
+    )
+
+
+def test_with_residuals_it_is_the_refit_of_a_ridge_regression():
+    train, query = features(pairs=1)
+    phi, g = train[0].astype(np.float64), query[0].astype(np.float64)
+    y = np.random.default_rng(1).normal(size=N)
+
+    def prediction(rows):
+        gram = phi[rows].T @ phi[rows] + 2.0 * np.eye(K)
+        theta = np.linalg.solve(gram, phi[rows].T @ y[rows])
+        return theta, (g @ theta).sum()
+
+    theta, before = prediction(np.arange(N))
+    chosen = dtrak.removal_set(
+        *(train, query, 5), damping=dtrak.absolute(2.0), weights=y - phi @ theta
+    )
+    for count, predicted in enumerate(chosen.predicted, 1):
+        _, after = prediction(np.delete(np.arange(N), chosen.rows[:count]))
+        np.testing.assert_allclose(after - before, -predicted, rtol=1e-5)
+
+
+def test_copies_are_removed_together_as_a_group():
+    # Without one of six copies the other five make up for it, and none is chosen.
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(20, 30)).astype(np.float32)
+    phi[:6] = phi[0]
+    query = (phi[0] + 0.5 * phi[10])[None]
+    chosen = dtrak.removal_set(phi, query, 6)
+    assert not set(range(6)) & set(chosen.rows.tolist())
+    copies = ["copied"] * 6 + [str(row) for row in range(6, 20)]
+    assert dtrak.removal_set(phi, query, 1, groups=copies).names == ["copied"]
+
+
+def test_what_does_not_fit_is_refused_by_name(monkeypatch):
+    train, query = features()
+
+    def refused(match, *arguments, error=ValueError, **options):
+        with pytest.raises(error, match=match):
+            dtrak.removal_set(*arguments, **options)
+
+    refused(r"count is 12; of 12 images 1 to 11", train, query, N)
+    refused(r"count must be 1 or more|count is 0", train, query, 0)
+    one = ["all"] * N
+    refused(r"of 1 groups 1 to 0", train, query, 1, groups=one)
+    refused(r"groups have shape \(2,\)", train, query, 1, groups=["a", "b"])
+    refused(r"weights have shape \(3,\)", train, query, 1, weights=np.ones(3))
+    iterated = kernel.Kernels(train, solver="cg")
+    refused("a removal set needs kernels decomposed", iterated, query, 1)
+    monkeypatch.setattr(sets, "LEAST", 0.9)
+    refused("1 - M_ii of a training image is .* larger damping", train, query, 1)
+    monkeypatch.setattr(sets, "host_memory", lambda: 1000)
+    refused("a removal set of 2 images", train, query, 2, error=MemoryError)
