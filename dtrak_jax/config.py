@@ -252,24 +252,32 @@ class Config:
             if missing:
                 raise ValueError(f"{setting} has {name!r}, which needs {missing}.")
 
+        if self.attribution.solver == "cg" and self.counterfactual.sets:
+            raise ValueError(
+                "counterfactual.sets needs kernels decomposed: attribution.solver is "
+                "'cg'; it must be 'eigh'."
+            )
+
     @property
     def methods(self) -> dict[str, str]:
         """Every method that some stage makes, with the setting that names it."""
         removal = self.counterfactual
         return {
             **dict.fromkeys(self.attribution.methods, "attribution.methods"),
+            **dict.fromkeys(removal.sets, "counterfactual.sets"),
             **dict.fromkeys(removal.squared, "counterfactual.squared"),
             **dict.fromkeys(removal.methods, "counterfactual.methods"),
         }
 
     @property
     def removal_methods(self) -> tuple[tuple[str, str], ...]:
-        """The (method, "linear" or "squared") whose scores choose what is removed."""
+        """The (method, transform) that choose what is removed, see `Choice`."""
         removal = self.counterfactual
         linear = removal.methods or self.attribution.methods
         return (
             *((name, "linear") for name in linear if name != "random"),
             *((name, "squared") for name in removal.squared),
+            *((name, "set") for name in removal.sets),
         )
 
     @property

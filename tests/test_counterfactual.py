@@ -22,6 +22,7 @@ from dtrak_jax.config import (
     CounterfactualConfig,
     DataConfig,
     EnsembleConfig,
+    FeaturesConfig,
     QueriesConfig,
     SampleConfig,
     TrainConfig,
@@ -45,12 +46,18 @@ CONFIG = Config(
     sample=SampleConfig(count=4, steps=3, seed=7),
     attribution=AttributionConfig(methods=("pixel-dot",)),
     ensemble=EnsembleConfig(timesteps=2, draws=1),
+    features=FeaturesConfig(measurements=("loss",), timesteps=(100, 500), dim=16),
     counterfactual=CounterfactualConfig(
-        queries=2, count=COUNT, squared=("pixel-cosine",)
+        queries=2,
+        count=COUNT,
+        methods=("pixel-dot",),
+        squared=("pixel-cosine",),
+        sets=("trak",),
     ),
 )
-CHOICES = ["pixel-dot", "pixel-cosine-squared", "random", "everything", "other-seed"]
-REMOVALS, CONTROLS = CHOICES[:3], CHOICES[3:]
+REMOVALS = ["pixel-dot", "pixel-cosine-squared", "trak-set", "random"]
+CONTROLS = ["everything", "other-seed"]
+CHOICES = [*REMOVALS, *CONTROLS]
 METRICS = ["pixel_l2", "pixels_cosine", "bottleneck_cosine", "loss_increase"]
 PIXEL = 1.01 / 127.5
 """Rounding of the network may move a pixel to the next of its 256 values."""

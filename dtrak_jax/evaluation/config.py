@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dtrak_jax.checks import at_least, between, check_choices, free, seed
-from dtrak_jax.methods import MethodName
+from dtrak_jax.checks import at_least, between, check_choices, free, one_of, seed
+from dtrak_jax.methods import METHODS, MethodName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ class CounterfactualConfig:
     `attribution.methods`. A random choice is always beside them."""
     squared: tuple[MethodName, ...] = free(())
     """Methods whose largest squared scores, of either sign, choose what is removed."""
+    sets: tuple[MethodName, ...] = free(())
+    """Methods by whose kernels a set is chosen as a set (`removal_set`)."""
     seed: int = free(0)
     """Chooses the queries and the random images."""
 
@@ -81,6 +83,9 @@ class CounterfactualConfig:
                     f"counterfactual.{name} has 'random', which is always there; leave "
                     "it out."
                 )
+        of_kernels = [name for name, row in METHODS.items() if row.kernel]
+        for name in self.sets:
+            one_of("counterfactual.sets", name, of_kernels)
 
 
 Study = Literal[

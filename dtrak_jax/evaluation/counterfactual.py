@@ -11,13 +11,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dtrak_jax import data, diffusion, files, models, parallel, results, training
+from dtrak_jax.attribution import removal_set
 from dtrak_jax.batches import in_batches
 from dtrak_jax.encoding.encode import moments
 from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
+    SET,
     Choice,
     Model,
     check_count,
@@ -26,6 +29,7 @@ from dtrak_jax.evaluation.removals import (
     plan,
 )
 from dtrak_jax.evaluation.retrain import train
+from dtrak_jax.methods import METHODS
 from dtrak_jax.network import Params
 from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
@@ -57,11 +61,19 @@ def counterfactual(run: Run) -> None:
     rows = chosen_queries(generated.ids, count, settings.seed)
     originals = generated.take(rows)
     queries = originals.ids.tolist()
+    choices = [Choice(*names) for names in run.config.removal_methods]
     scores = {
-        Choice(*names): run.scores(names[0], "generated")
-        for names in run.config.removal_methods
+        choice: run.scores(choice.method, "generated")
+        for choice in choices
+        if choice.transform != SET
     }
-    kept = kept_rows(scores, queries, train_ids, settings.count, settings.seed)
+    chosen = {
+        (choice, query): chosen_set(run, choice.method, row)
+        for choice in choices
+        if choice.transform == SET
+        for query, row in zip(queries, rows, strict=True)
+    }
+    kept = kept_rows(scores, queries, train_ids, settings.count, settings.seed, chosen)
     planned = plan(run.config.train, kept, queries, len(train_ids))
     for steps in dict.fromkeys(model.steps for model in planned):
         members = [model.member for model in planned if model.steps == steps]
@@ -92,6 +104,16 @@ def check(run: Run) -> None:
             "be empty and sample.count 1 or more."
         )
     check_count("counterfactual.count", count, n)
+
+
+def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
+    """Returns the training images of one query's `removal_set`, by a method's kernels."""
+    measurement = METHODS[method].measurement
+    query = np.asarray(run.features("generated", measurement)[..., [row], :])
+    kernels, count = run.kernels(measurement), run.config.counterfactual.count
+    rows = removal_set(kernels, query, count, damping=run.damping).rows
+    # Hosts that round otherwise must not train other models.
+    return multihost_utils.broadcast_one_to_all(rows)
 
 
 def regenerate(

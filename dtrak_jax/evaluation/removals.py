@@ -20,18 +20,24 @@ FULL = (EVERYTHING, OTHER_SEED)
 CONTROLS = (RANDOM, *FULL)
 
 
+SET = "set"
+"""Removes what `removal_set` chooses by the kernels of a method."""
+
+
 class Choice(NamedTuple):
     """The rule by which examples are removed."""
 
     method: str
     """A method, or one of `CONTROLS`."""
     transform: str = "linear"
-    """"linear" removes the highest scores, "squared" the largest squares."""
+    """"linear" removes the highest scores, "squared" the largest squares, and "set" the
+    `removal_set`."""
 
     @property
     def name(self) -> str:
         """The choice in names of files."""
-        return self.method + "-squared" * (self.transform == "squared")
+        linear = self.transform == "linear"
+        return self.method if linear else f"{self.method}-{self.transform}"
 
 
 class Model(NamedTuple):
@@ -63,12 +69,14 @@ def kept_rows(
     train_ids: np.ndarray,
     count: int,
     seed: int,
+    sets: Mapping[tuple[Choice, str], np.ndarray] | None = None,
 ) -> dict[tuple[Choice, str], np.ndarray]:
     """Returns the rows of the training set that are left, by (choice, query), ascending.
 
     A method removes the `count` examples with the highest scores for the query, or with
-    the largest squares. A random choice removes the examples with the smallest hashes of
-    (seed, query, id), whichever other queries there are.
+    the largest squares, or a set that was chosen as a set: `sets` has its rows. A random
+    choice removes the examples with the smallest hashes of (seed, query, id), whichever
+    other queries there are.
     """
     removed = {}
     for choice, ranked in scores.items():
@@ -77,6 +85,7 @@ def kept_rows(
         top, positions = ranked.top(count).index, ranked.query_ids.tolist()
         for query in queries:
             removed[choice, query] = top[positions.index(query)]
+    removed |= sets or {}
     for query in queries:
         chosen = data.choose(train_ids, None, count, seed, f"{RANDOM}/{query}")
         removed[Choice(RANDOM), query] = chosen

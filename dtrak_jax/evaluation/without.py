@@ -21,6 +21,7 @@ from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.removals import (
     CONTROLS,
     EVERYTHING,
+    SET,
     Choice,
     Removal,
     check_count,
@@ -103,6 +104,7 @@ def counterfactual(
     originals: np.ndarray,
     *,
     count: int,
+    sets: Mapping[str, np.ndarray] | None = None,
     queries: int | None = None,
     train_seed: int = 0,
     embeddings: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
@@ -126,6 +128,8 @@ def counterfactual(
         [m, ...], each from the seed and condition of its original.
       originals: the pictures of all queries [queries, ...], in the order of the scores.
       count: the number of examples to remove.
+      sets: the positions of training examples to remove for each query, int [queries,
+        count], such as of `removal_set`, by name: what "NAME-set" removes.
       queries: how many queries to take, chosen by a hash of their ids; all if None.
       train_seed: the seed of the original model, which is passed to `train`.
       embeddings: functions pictures -> vectors [m, d] by name, for "NAME_cosine" beside
@@ -149,7 +153,12 @@ def counterfactual(
     at_least("queries", number, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
-    kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed)
+    removed = {
+        (Choice(name, SET), query): rows[position]
+        for name, rows in _checked_sets(sets or {}, (total, count), n).items()
+        for query, position in zip(names, positions, strict=True)
+    }
+    kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed, removed)
     models = removals(kept_by_choice, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
@@ -209,6 +218,26 @@ def _fitting(method: str, given: AnyScores, ids: Mapping[str, np.ndarray]) -> Sc
             "order."
         )
     return Scores(values, ids["train_ids"], ids["query_ids"], method)
+
+
+def _checked_sets(
+    sets: Mapping[str, np.ndarray], shape: tuple[int, int], n: int
+) -> dict[str, np.ndarray]:
+    """Returns sets as arrays of different positions, or raises a ValueError."""
+    checked_sets = {}
+    for name, rows in sets.items():
+        rows = np.asarray(rows)
+        fits = rows.shape == shape and np.issubdtype(rows.dtype, np.integer)
+        if fits:
+            rows = np.sort(rows, axis=1)
+            fits = ((rows >= 0) & (rows < n)).all() and np.diff(rows, axis=1).all()
+        if not fits:
+            raise ValueError(
+                f"sets[{name!r}] has shape {rows.shape} and type {rows.dtype}; it must "
+                f"be int {list(shape)}, with different positions below {n} in each row."
+            )
+        checked_sets[name] = rows
+    return checked_sets
 
 
 def _file_name(model: Removal, names: Sequence[str]) -> str:
