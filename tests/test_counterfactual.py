@@ -46,7 +46,7 @@ CONFIG = Config(
     sample=SampleConfig(count=4, steps=3, seed=7),
     attribution=AttributionConfig(methods=("pixel-dot",)),
     ensemble=EnsembleConfig(timesteps=2, draws=1),
-    features=FeaturesConfig(measurements=("loss",), timesteps=(100, 500), dim=16),
+    features=FeaturesConfig(measurements=("loss",), timesteps=(100, 500), dim=8),
     counterfactual=CounterfactualConfig(
         queries=2,
         count=COUNT,
@@ -207,7 +207,7 @@ def test_the_results(finished, queries):
     summarized = [(name(row), row["metric"]) for row in result["summary"]]
     assert summarized == [(choice, metric) for choice in CHOICES for metric in METRICS]
     compared = [(name(row), row["metric"]) for row in result["differences"]]
-    assert compared == [(c, metric) for c in REMOVALS[:2] for metric in METRICS]
+    assert compared == [(c, metric) for c in REMOVALS[:3] for metric in METRICS]
 
     def values(choice, metric):
         return [row[metric] for row in result["rows"] if name(row) == choice]
@@ -254,10 +254,15 @@ def test_a_model_of_ones_own_has_the_results_of_the_run(finished, tmp_path):
     cosine = finished.scores("pixel-cosine", "generated")
     squared = dataclasses.replace(cosine, scores=cosine.scores**2)
     dot = finished.scores("pixel-dot", "generated")
+    kernels, features = finished.kernels("loss"), finished.features("generated", "loss")
+    sets = [
+        dtrak.removal_set(kernels, features[:, [i]], COUNT).rows for i in range(len(x))
+    ]
     found = dtrak.counterfactual(
         {"pixel-dot": dot, "pixel-cosine-squared": squared},
         *(train, lambda params, rows: make_again(finished, params, rows), x),
         count=COUNT,
+        sets={"trak": sets},
         queries=2,
         losses=losses,
     )
@@ -347,9 +352,9 @@ def test_a_run_that_was_stopped_continues(
 
     shutil.rmtree(workdir / FOLDER)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(3, ensemble, "train_group", trained)
+        stop_after(4, ensemble, "train_group", trained)
         evaluate(workdir)
-    assert [len(group) for group in trained] == [2, 2, 2]
+    assert [len(group) for group in trained] == [2, 2, 2, 2]
     trained.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(2, diffusion, "sample", sampled)
@@ -359,7 +364,7 @@ def test_a_run_that_was_stopped_continues(
     sampled.clear()
     assert evaluate(workdir) == finished.json("counterfactual")
     assert not trained
-    assert len(sampled) == 3 * 2 + 2 - 2
+    assert len(sampled) == 4 * 2 + 2 - 2
 
 
 def test_an_image_that_is_not_finite(workdir, queries, monkeypatch):

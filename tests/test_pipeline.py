@@ -339,6 +339,11 @@ def run(line, capsys):
         ({"features__measurements": "square l3"}, "invalid choice 'l3'"),
         ({"features__measurements": "square"}, "attribution.methods has 'trak', which"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
+        ({"counterfactual__sets": "pixel-dot"}, "counterfactual.sets is 'pixel-dot'"),
+        (
+            {"counterfactual__sets": "trak", "attribution__solver": "cg"},
+            "counterfactual.sets needs kernels decomposed",
+        ),
         ({"sample__steps": "2000"}, "at most diffusion.steps=1000"),
         ({"model__sample-size": "9"}, "it must be a multiple of 2"),
         ({"model__norm-num-groups": "3"}, "does not divide"),

@@ -277,6 +277,8 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
             {"originals": np.ones((2, 1, 1, 1))},
             r"originals have shape .* \[3, 1, 1, 1\]",
         ),
+        ({"sets": {"a": [[0, 0, 1, 2]] * 3}}, r"sets\['a'\] has shape .* \[3, 4\]"),
+        ({"sets": {"a": [[0, 1, 2, 20]] * 3}}, "different positions below 20"),
         ({"losses": lambda model: model[:2]}, r"shape \(2,\); .* each query, \[3\]"),
         ({"generate": lambda model, rows: np.ones((3, 1))}, "what generate returns"),
     ],
