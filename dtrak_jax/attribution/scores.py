@@ -88,7 +88,7 @@ class Scores:
         for name in ("scores", "train_ids", "query_ids"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
         shape = len(self.query_ids), len(self.train_ids)
-        if self.errors is None:
+        if self.errors is None or np.isnan(self.errors).all():
             none = np.broadcast_to(np.float32(np.nan), shape)
             object.__setattr__(self, "errors", none)
         for name in ("scores", "errors", "spread"):
