@@ -25,6 +25,14 @@ class PairSum:
     score that many draws at the same timesteps would give, as a sum over as many pairs.
     Kernels are those of their draw, and so are their errors. Draws must be independent.
 
+    Timesteps whose scores scatter more decide the error, and few draws tell little of it.
+    With v_t timestep t's part of SE^2, summed over all queries and examples, it has
+
+      freedom = (R - 1) (sum_t v_t)^2 / sum_t v_t^2
+
+    degrees of freedom, from R - 1 to T (R - 1) (Satterthwaite 1946, "An approximate
+    distribution of estimates of variance components").
+
     A group's scores are summed within each draw first, so that its error knows how its
     images' scores vary together.
 
@@ -32,7 +40,7 @@ class PairSum:
       total: tau, float64 [q, n].
       errors: SE, float64 [q, n]; None where there is one draw.
       group_errors: SE of each grouping's sums, float64 [q, G]; {} where there is one draw.
-      freedom: the degrees of freedom of the errors, T (R - 1); 0 where there is one draw.
+      freedom: the degrees of freedom of the errors; 0 where there is one draw.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class PairSum:
         """
         self.draws, self.pairs = draws, 0
         self.total = self._mean = self._squares = 0.0
+        self._by_timestep = []
         # Numbers in the names' order are sorted faster than names.
         self._groups = {
             name: (np.unique(column, return_inverse=True)[1], PairSum(draws))
@@ -60,7 +69,10 @@ class PairSum:
         count = (self.pairs - 1) % self.draws + 1
         previous = self._mean if count > 1 else 0.0
         self._mean = previous + (tau - previous) / count
-        self._squares = self._squares + (tau - previous) * (tau - self._mean)
+        added = (tau - previous) * (tau - self._mean)
+        self._squares = self._squares + added
+        self._by_timestep += [0.0] * (count == 1)
+        self._by_timestep[-1] += added.sum()
         for column, sums in self._groups.values():
             sums.add(group_scores(tau, column)[1])
 
@@ -77,8 +89,11 @@ class PairSum:
         return {name: sums.errors for name, (_, sums) in self._groups.items()}
 
     @property
-    def freedom(self) -> int:
-        return self.pairs - self.pairs // self.draws
+    def freedom(self) -> float:
+        parts = np.array(self._by_timestep)
+        if not parts.any():
+            return float(self.pairs - self.pairs // self.draws)
+        return float((self.draws - 1) * parts.sum() ** 2 / (parts**2).sum())
 
 
 def draws_of(sets: Sequence[Array], draws: int | None = None) -> int:

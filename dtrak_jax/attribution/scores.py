@@ -81,8 +81,8 @@ class Scores:
     copies: np.ndarray | None = None
     """The id of the first of each training example's near-duplicates, its own where it
     has none, str [train]; None if nobody looked."""
-    freedom: int = 0
-    """The degrees of freedom of the errors, timesteps x (draws - 1); 0 without errors."""
+    freedom: float = 0.0
+    """The degrees of freedom of the errors, see `PairSum`; 0 without errors."""
 
     def __post_init__(self):
         for name in ("scores", "train_ids", "query_ids"):
@@ -233,7 +233,7 @@ class Scores:
             saved["damping"] = Damping(**json.loads(str(saved["damping"])))
         for name in ("method", "made_from"):
             saved[name] = str(saved.get(name, ""))
-        saved["freedom"] = int(saved.get("freedom", 0))
+        saved["freedom"] = float(saved.get("freedom", 0))
         for name in BY_GROUPING:
             keys = [key for key in saved if key.startswith(f"{name}/")]
             saved[name] = {key.removeprefix(f"{name}/"): saved[key] for key in keys}
