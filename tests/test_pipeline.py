@@ -137,7 +137,7 @@ def test_killed_on_a_bucket_it_ends_the_same(simple, whole, bucket, tmp_path, ca
     start_and_kill(line, bucket.environment())
     losses = [name for name in bucket.objects if "/losses/c/" in name]
     assert [name.rpartition("/c/")[2] for name in losses] == ["0/0"]
-    assert losses[0].startswith("run/features/common-2x1-sketch8/train-")
+    assert losses[0].startswith("run/features/common-2x2-sketch8/train-")
     cli.main(line)
     assert capsys.readouterr().out == f"wrote {workdir}/report.html\n"
     for name, (_, content) in bucket.objects.items():
