@@ -78,6 +78,14 @@ def test_errors_are_those_of_leaving_out_a_draw_at_a_time(method, solver):
     np.testing.assert_allclose(found.errors, expected[1], **tolerance)
     names, sums = attribution.group_scores(scores.scores, COLUMN)
     np.testing.assert_array_equal(found.scores, sums)
+    alone = dtrak.attribute(
+        train, {"a": query, "b": query[:, :2]}, **options, draws=R, groups=groups
+    )["b"]
+    np.testing.assert_allclose(alone.errors, scores.errors[:2], **tolerance)
+    np.testing.assert_allclose(alone.group("of").errors, found.errors[:2], **tolerance)
+    assert alone.freedom == pytest.approx(
+        dtrak.attribute(train, query[:, :2], **options, draws=R).freedom
+    )
     assert (found.names.tolist(), found.sizes.tolist()) == (names.tolist(), [3, 4, 2])
     # Sums within a draw: images that vary together are not taken for independent.
     assert not np.allclose(
@@ -113,7 +121,7 @@ def test_errors_are_as_exact_where_scores_hardly_vary():
     expected = np.sqrt(4 * scatter.var(axis=1, ddof=1).sum(axis=0))
     np.testing.assert_allclose(total.errors, expected, rtol=1e-6)
     parts = scatter.var(axis=1).sum(axis=(1, 2))
-    assert total.freedom == pytest.approx(3 * parts.sum() ** 2 / (parts**2).sum())
+    assert total.freedom() == pytest.approx(3 * parts.sum() ** 2 / (parts**2).sum())
 
 
 def test_what_has_no_errors():
@@ -230,6 +238,5 @@ def test_intervals_hold_the_score_of_many_draws(images):
             distance = groups.scores - true_groups.scores * (2 / many)
             half = scipy.stats.t.ppf(0.975, found.freedom) * groups.errors
             held_groups.append(np.abs(distance) <= half)
-        print(np.mean(held), np.mean(held_groups))
         assert 0.90 < np.mean(held) < 0.99
         assert 0.90 < np.mean(held_groups) < 0.99

@@ -26,7 +26,7 @@ class PairSum:
     Kernels are those of their draw, and so are their errors. Draws must be independent.
 
     Timesteps whose scores scatter more decide the error, and few draws tell little of it.
-    With v_t timestep t's part of SE^2, summed over all queries and examples, it has
+    With v_t timestep t's part of SE^2, summed over queries and examples, it has
 
       freedom = (R - 1) (sum_t v_t)^2 / sum_t v_t^2
 
@@ -40,7 +40,6 @@ class PairSum:
       total: tau, float64 [q, n].
       errors: SE, float64 [q, n]; None where there is one draw.
       group_errors: SE of each grouping's sums, float64 [q, G]; {} where there is one draw.
-      freedom: the degrees of freedom of the errors; 0 where there is one draw.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class PairSum:
         added = (tau - previous) * (tau - self._mean)
         self._squares = self._squares + added
         self._by_timestep += [0.0] * (count == 1)
-        self._by_timestep[-1] += added.sum()
+        self._by_timestep[-1] += added.sum(axis=1)
         for column, sums in self._groups.values():
             sums.add(group_scores(tau, column)[1])
 
@@ -88,9 +87,9 @@ class PairSum:
             return {}
         return {name: sums.errors for name, (_, sums) in self._groups.items()}
 
-    @property
-    def freedom(self) -> float:
-        parts = np.array(self._by_timestep)
+    def freedom(self, rows: slice = slice(None)) -> float:
+        """Returns the degrees of freedom of the errors of some queries; 0 without errors."""
+        parts = np.array([part[rows].sum() for part in self._by_timestep])
         if not parts.any():
             return float(self.pairs - self.pairs // self.draws)
         return float((self.draws - 1) * parts.sum() ** 2 / (parts**2).sum())

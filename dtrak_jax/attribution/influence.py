@@ -115,8 +115,8 @@ def relative_influence(
 
     H_j = Phi_j^T Phi_j + lambda_j I. Barshan et al., "RelatIF: Identifying Explanatory
     Training Examples via Relative Influence" (arXiv 2003.11630), theta-relative; a
-    training example whose gradient is 0 has influence 0. Errors are those of
-    `influence`, and kernels must be decomposed.
+    training example whose gradient is 0 has influence 0. All else is as in `influence`,
+    and kernels must be decomposed.
     """
     total = total or PairSum()
     for phi, kernel, g in _pairs(train, query, needed_by="relative influence"):
@@ -179,8 +179,8 @@ def damping_path(
     """Returns the scores of `influence` at every damping, float64 [len(dampings), q, n].
 
     One eigendecomposition of each kernel serves all of them. A damping so small that
-    rounding errors of some kernel would decide the scores gives NaN. Errors are those of
-    `influence`, and kernels must be decomposed.
+    rounding errors of some kernel would decide the scores gives NaN. There are no
+    standard errors. What is raised is as in `influence`, and kernels must be decomposed.
 
     Args:
       train, query, dampings: as in `influence`.

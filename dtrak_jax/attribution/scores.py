@@ -268,6 +268,7 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
         squares = sum((array - mean) ** 2 for array in arrays)
         spread = np.sqrt(squares / (len(arrays) - 1)).astype(np.float32)
     dampings = {member.damping for member in scores}
+    groupings = set(first.group_errors).intersection(*(m.group_errors for m in scores))
     return dataclasses.replace(
         first,
         scores=mean.astype(np.float32),
@@ -279,7 +280,7 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
         spread=spread,
         group_errors={
             name: np.mean([member.group_errors[name] for member in scores], axis=0)
-            for name in first.group_errors
+            for name in sorted(groupings)
         },
         freedom=min(member.freedom for member in scores),
     )

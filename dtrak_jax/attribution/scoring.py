@@ -86,7 +86,7 @@ def _summed(total: PairSum, rows: slice, **fields) -> Scores:
         total.total[rows].astype(np.float32),
         errors=None if errors is None else errors[rows].astype(np.float32),
         group_errors={name: array[rows] for name, array in total.group_errors.items()},
-        freedom=total.freedom,
+        freedom=total.freedom(rows),
         **fields,
     )
 
