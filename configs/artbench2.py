@@ -23,6 +23,9 @@ of the gradients:
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 16
 
+As many gradients with `--features.timesteps 5 --features.draws 2` give scores standard
+errors; the plans are of one draw.
+
 The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
 best damping for each figure:

@@ -19,6 +19,9 @@ a v5p:
     --features.dim 4096 --features.batch-size 8
     --features.measurements square --attribution.methods dtrak
 
+As many gradients with `--features.timesteps 5 --features.draws 2` give scores standard
+errors; the plans are of one draw.
+
 The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the
 best damping for each figure:

@@ -4,6 +4,10 @@
 
 It downloads nothing and takes about two minutes on two CPU cores. The other commands
 retrain 128 models, which takes about an hour.
+
+Two noise draws at each of three timesteps give scores standard errors. On 16 subsets x 2
+seeds and 200 validation images their LDS was .591 (D-TRAK) and .563 (TRAK), against .551
+and .556 of one draw at each of five, 100 to 500, which are about as many gradients.
 """
 
 from dtrak_jax.config import (
@@ -41,6 +45,6 @@ def get_config() -> Config:
         counterfactual=CounterfactualConfig(queries=10, count=200),
         ensemble=EnsembleConfig(subsets=64, seeds=2, timesteps=25, draws=2),
         features=FeaturesConfig(
-            timesteps=(100, 200, 300, 400, 500), dim=2048, batch_size=32
+            timesteps=(100, 200, 300), draws=2, dim=2048, batch_size=32
         ),
     )

@@ -19,6 +19,9 @@ Then these retrain 32 models and measure; `configs/results/README.md` shows what
     dtrak-jax lds configs/mnist.py --workdir runs/mnist
     dtrak-jax ablate configs/mnist.py --workdir runs/mnist
     dtrak-jax report configs/mnist.py --workdir runs/mnist
+
+Scores have one noise draw at each of five timesteps, and no standard errors, as in
+`digits_benchmark.py`; for errors add `--features.draws 2`.
 """
 
 import dataclasses
@@ -50,6 +53,9 @@ def get_config() -> Config:
         model=dataclasses.replace(digits.model, sample_size=14),
         train=dataclasses.replace(digits.train, steps=1200),
         sample=SampleConfig(count=100),
+        features=dataclasses.replace(
+            digits.features, timesteps=(100, 200, 300, 400, 500), draws=1
+        ),
         attribution=AttributionConfig(
             methods=("dtrak", "trak", "gradient-cosine", "pixel-cosine", "random")
         ),

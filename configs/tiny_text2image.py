@@ -7,6 +7,10 @@ Stable Diffusion on digits in any colours, with captions like "the digit three".
 trains adapters beside it on 600 pictures by five contributors, each of whom has a hand of
 their own, with captions like "the digit three by ada". A generated picture "by ada" should
 be due to ada's pictures, and her threes above all: attribution can be seen to be right.
+
+Two noise draws at each of two timesteps give scores standard errors, and name the prompt's
+hand for 60 (D-TRAK) and 58 (TRAK) of 60 generated pictures, as one draw at each of four
+does: 100, 300, 500 and 700.
 """
 
 from dtrak_jax.config import (
@@ -51,9 +55,7 @@ def get_config() -> Config:
             guidance=4.0,
             prompts=tuple(f"the digit {d} by {h}" for h in HANDS for d in DIGITS),
         ),
-        features=FeaturesConfig(
-            timesteps=(100, 300, 500, 700), dim=2048, batch_size=32
-        ),
+        features=FeaturesConfig(timesteps=(300, 500), draws=2, dim=2048, batch_size=32),
         attribution=AttributionConfig(methods=("dtrak", "trak", "pixel-cosine")),
         counterfactual=CounterfactualConfig(queries=10, count=120),
         ensemble=EnsembleConfig(

@@ -20,6 +20,7 @@ from dtrak_jax.config import (
     BaseConfig,
     Config,
     DataConfig,
+    FeaturesConfig,
     LoRAConfig,
     ModelConfig,
     QueriesConfig,
@@ -234,6 +235,7 @@ def chosen(config: Config | None, options: argparse.Namespace) -> Config:
             ),
             "sample": SampleConfig(count=0 if options.queries else GENERATED),
             "attribution": AttributionConfig(methods=METHODS),
+            "features": FeaturesConfig(timesteps=5, draws=2),
         }
     if options.model:
         sections |= model_sections(options.model, options.lora or config.lora.file)

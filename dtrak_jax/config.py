@@ -61,7 +61,7 @@ class FeaturesConfig:
     noise_batch: int = 52
     """Batch size whose slots share noise under noise=reference."""
     draws: int = 1
-    """Noise draws per timestep."""
+    """Noise draws per timestep; 2 or more, kept apart, give scores standard errors."""
     per_timestep: bool = True
     """Keep (timestep, draw) pairs apart, or average gradients over them."""
     projection: ProjectionKind = "sketch"

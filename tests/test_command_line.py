@@ -147,6 +147,7 @@ def folders(tmp_path, monkeypatch):
 
 
 METHODS = AttributionConfig(methods=("dtrak", "trak", "pixel-cosine"))
+FEATURES = FeaturesConfig(timesteps=5, draws=2)
 PICTURES = DataConfig(
     source="folder", name="pictures", csv="captions.csv", train=0, validation=0
 )
@@ -160,9 +161,10 @@ def test_a_model_and_pictures_are_a_run(folders):
         data=PICTURES,
         sample=SampleConfig(count=16),
         attribution=METHODS,
+        features=FEATURES,
     )
     assert cli.parse(line)[1] == expected
-    dim = FeaturesConfig(dim=8)
+    dim = dataclasses.replace(FEATURES, dim=8)
     line += ["--queries", "generated", "--features.dim", "8", "--data.csv", ""]
     expected = dataclasses.replace(
         expected,
@@ -183,6 +185,7 @@ def test_a_stable_diffusion_comes_with_its_adapters(folders):
         data=PICTURES,
         sample=SampleConfig(count=16),
         attribution=METHODS,
+        features=FEATURES,
     )
     assert cli.parse([*line, "--lora", "lora.safetensors"])[1] == expected
     index = {"_class_name": "FluxPipeline", "text_encoder": ["", "CLIP"]}

@@ -1,6 +1,7 @@
 """The whole path, as a person types it: killed, rerun, mistyped, on any data."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import resource
@@ -28,7 +29,16 @@ from conftest import (
 from PIL import Image
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, diffusion, files, methods, models, pipeline, training
+from dtrak_jax import (
+    cli,
+    diffusion,
+    files,
+    methods,
+    models,
+    pipeline,
+    score_sets,
+    training,
+)
 from dtrak_jax.attribution import Scores
 from dtrak_jax.run import Run
 
@@ -137,7 +147,7 @@ def test_killed_on_a_bucket_it_ends_the_same(simple, whole, bucket, tmp_path, ca
     start_and_kill(line, bucket.environment())
     losses = [name for name in bucket.objects if "/losses/c/" in name]
     assert [name.rpartition("/c/")[2] for name in losses] == ["0/0"]
-    assert losses[0].startswith("run/features/common-2x1-sketch8/train-")
+    assert losses[0].startswith("run/features/common-2x2-sketch8/train-")
     cli.main(line)
     assert capsys.readouterr().out == f"wrote {workdir}/report.html\n"
     for name, (_, content) in bucket.objects.items():
@@ -163,10 +173,24 @@ def test_the_run_directory_is_as_documented(whole):
     scores = Scores.load(whole / "scores" / "dtrak-generated.npz")
     assert scores.scores.shape == (4, 140)
     assert scores.query_ids[0] == "generated-00000"
+    assert (scores.errors > 0).all() and 1 <= scores.freedom <= 2
+    labels = scores.group("label")
+    assert labels.sizes.sum() == 140 and (labels.errors > 0).all()
     splits = files.read_npz(whole / "splits.npz")
     np.testing.assert_array_equal(scores.train_ids, splits["train_ids"])
     versions = files.read_json(whole / "config.json")["versions"]
     assert {"dtrak-jax", "jax", "python"} < versions.keys()
+
+
+def test_scores_with_errors_belong_to_their_groupings(simple, whole):
+    """Those of groups are made within each draw: another column makes other scores."""
+    run, methods = open_run(command("run", whole)), ("dtrak", "pixel-cosine")
+    before = [score_sets.made_from(run, method) for method in methods]
+    train = run.splits.train
+    grouped = dataclasses.replace(train, groups={"hand": train.ids})
+    vars(run)["splits"] = run.splits._replace(train=grouped)
+    after = [score_sets.made_from(run, method) for method in methods]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
 
 
 def test_attribution_sees_the_8_bit_images(whole):

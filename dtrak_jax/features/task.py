@@ -57,7 +57,8 @@ class Task:
         "cyclic", the common noise of the next pair: give it to the queries only, as a
         control that training images and queries no longer share their noise.
       noise_batch: the number of slots of "reference".
-      draws: noise draws per timestep.
+      draws: noise draws per timestep; 2 or more, kept apart, give scores their standard
+        errors.
       per_timestep: True keeps the pairs apart, each with a kernel of its own; False
         averages their gradients.
       parameters: a regular expression; only parameters whose path, such as

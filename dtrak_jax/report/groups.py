@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.attribution.scores import Groups, Scores
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import grouped
@@ -92,7 +92,6 @@ def _of_set(
 ) -> dict:
     """Returns the queries' groups, and what each method says of the training images'."""
     own, by_prompt = own_groups(column, train, queries)
-    sizes = np.unique(train.groups[column], return_counts=True)[1]
     of_train = set(train.groups[column].tolist())
     return {
         "own": own,
@@ -101,7 +100,7 @@ def _of_set(
         "foreign": sum(name is not None and name not in of_train for name in own),
         "methods": {
             method: _of_method(
-                *(*s.group(train.groups[column]), sizes, own, count),
+                *(s.group(train.groups[column]), own, count),
                 standing[method].groups.get(column),
             )
             for method, s in scores.items()
@@ -110,14 +109,10 @@ def _of_set(
 
 
 def _of_method(
-    names: np.ndarray,
-    sums: np.ndarray,
-    sizes: np.ndarray,
-    own: Sequence[str | None],
-    count: int,
-    above: np.ndarray | None,
+    groups: Groups, own: Sequence[str | None], count: int, above: np.ndarray | None
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
+    names, sums, _, sizes = groups
     largest = np.abs(sums).max(axis=1, keepdims=True)
     relative = np.divide(sums, largest, out=np.zeros_like(sums), where=largest > 0)
     first = names[sums.argmax(axis=1)].tolist()
