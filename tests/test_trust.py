@@ -15,6 +15,7 @@ N, QUERIES = 20, 3
 VALUES = np.random.default_rng(0).normal(size=(N, QUERIES))
 LABELS = np.arange(N) % 4
 IDS = [f"n{i}" for i in range(N)]
+RANDOM = np.random.default_rng(1)
 
 
 class Trained:
@@ -74,8 +75,13 @@ def test_a_store_continues_and_refuses_what_is_other(tmp_path):
     more, again = Trained(), Trained()
     retrain(more, store=store, subsets=13)
     assert len(more.calls) == 2
-    for changes in ({"seed": 1}, {"ids": IDS[::-1]}, {"query_ids": ["a", "b", "c"]}):
-        with pytest.raises(ValueError, match="Name another store"):
+    for changes, differing in (
+        ({"seed": 1}, "training examples"),
+        ({"ids": IDS[::-1]}, "training examples"),
+        ({"query_ids": ["a", "b", "c"]}, "queries"),
+        ({"version": "other network"}, "version"),
+    ):
+        with pytest.raises(ValueError, match=f"with other {differing}. Name another"):
             retrain(again, store=store, **changes)
     assert not again.calls
 
@@ -258,8 +264,10 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
     few = counterfactual(more, queries=1, store=tmp_path)
     (query,) = few.settings["queries"]
     assert few.rows[0] in found.rows and query in found.settings["queries"]
+    with pytest.raises(ValueError, match="with other version"):
+        counterfactual(store=tmp_path, version="2")
     originals = generate(VALUES.mean(axis=0) + 1, np.arange(QUERIES))
-    with pytest.raises(ValueError, match="of other originals than this call"):
+    with pytest.raises(ValueError, match="with other originals"):
         counterfactual(originals=originals, store=tmp_path)
 
 
@@ -279,6 +287,10 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
         ),
         ({"losses": lambda model: model[:2]}, r"shape \(2,\); .* each query, \[3\]"),
         ({"generate": lambda model, rows: np.ones((3, 1))}, "what generate returns"),
+        (
+            {"generate": lambda *args: generate(*args) + RANDOM.normal(size=(1, 1))},
+            r"generate is random: .* differ by \d",
+        ),
     ],
 )
 def test_counterfactuals_that_do_not_fit_are_refused(changes, message):

@@ -47,6 +47,7 @@ def retrain(
     query_ids: Sequence[str] | None = None,
     seed: int = 0,
     store: epath.PathLike | None = None,
+    version: str = "",
 ) -> RetrainedLosses:
     """Trains a model on each of many random subsets, and measures every query's loss.
 
@@ -64,9 +65,11 @@ def retrain(
       labels: a label for each, of which every subset gets its share; or None.
       query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
       store: a folder that gets a file for each model once it is measured, so that the
-        same call continues where it was stopped. It knows subsets, ids and the settings
-        of `QueryLosses`, and not what `train`, the network or other functions do: if
-        they change, name another one.
+        same call continues where it was stopped. It compares the examples of each model,
+        the queries' ids and the settings of `QueryLosses`; and not what `train`, the
+        network or other functions do.
+      version: a name of these functions, such as "lr 1e-4", which the store compares:
+        give another one, or another store, when they change.
 
     Raises:
       ValueError: a setting is wrong or the store is of other settings, before anything
@@ -80,7 +83,8 @@ def retrain(
         raise ValueError(f"labels have shape {labels.shape}; they must be [{n}].")
     masks = subset_masks(train_ids, labels, seed, subsets, fraction)
     query_ids = getattr(losses, "ids", None) if query_ids is None else query_ids
-    made_from = {"measured": np.array(getattr(losses, "made_from", ""))}
+    measured_by = getattr(losses, "made_from", "")
+    made_from = {"measured": np.array(measured_by), "version": np.array(version)}
     if query_ids is not None:
         made_from["query_ids"] = named(query_ids, len(query_ids))
     measured: list[np.ndarray] = []
@@ -119,6 +123,14 @@ def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:
     check_fraction("fraction", fraction, n)
 
 
+WORDS = {
+    "train_ids": "training examples",
+    "query_ids": "queries",
+    "measured": "settings of losses",
+}
+"""The words for what a store compares, where they are others than its names."""
+
+
 def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict | None:
     """Returns what a store has of a model, or None; a ValueError if of something else."""
     if not path or not path.exists():
@@ -127,8 +139,8 @@ def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict |
     for name, value in made_from.items():
         if not np.array_equal(saved.get(name), value):
             raise ValueError(
-                f"{path} is of other {name} than this call: its store belongs to other "
-                "settings, data or queries. Name another store."
+                f"{path} is of a call with other {WORDS.get(name, name)}. Name another "
+                "store, or delete this one."
             )
     return saved
 

@@ -68,6 +68,11 @@ class Counterfactual:
         return {name: getattr(self, name) for name in parts}
 
 
+SAME = 0.01
+"""The difference that rounding may make between two calls of `generate`, in units of the
+originals' standard deviation."""
+
+
 class Functions(NamedTuple):
     """The functions of a user that make pictures without some examples."""
 
@@ -81,18 +86,30 @@ class Functions(NamedTuple):
         return getattr(self.losses, "made_from", "losses") if self.losses else ""
 
     def make(
-        self, model: Removal, originals: np.ndarray, rows: np.ndarray
+        self, model: Removal, originals: np.ndarray, rows: np.ndarray, again: bool
     ) -> dict[str, np.ndarray]:
-        """Trains a model; returns the pictures, and the losses, of some of all queries."""
+        """Trains a model; returns the pictures, and the losses, of some of all queries.
+
+        `again` generates the pictures twice, and refuses a function that is random.
+        """
         trained = self.train(model.rows.copy(), model.seed)
-        images = np.asarray(self.generate(trained, rows.copy()))
-        shape = (len(rows), *originals.shape[1:])
-        _check_pictures("what generate returns", images, shape)
+        images = self.pictures(trained, originals, rows)
+        if again:
+            _check_same(images, self.pictures(trained, originals, rows), originals)
         made = {"images": images}
         if self.losses is not None:
             values = checked(model.choice.name, self.losses(trained), originals)
             made["losses"] = values[rows]
         return made
+
+    def pictures(
+        self, trained: Any, originals: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Returns what a model generates, once its shape and values are checked."""
+        images = np.asarray(self.generate(trained, rows.copy()))
+        shape = (len(rows), *originals.shape[1:])
+        _check_pictures("what generate returns", images, shape)
+        return images
 
 
 @standard()
@@ -109,6 +126,7 @@ def counterfactual(
     losses: Callable[[Any], np.ndarray] | None = None,
     seed: int = 0,
     store: epath.PathLike | None = None,
+    version: str = "",
 ) -> Counterfactual:
     """Retrains without the strongest examples of each query, and makes its picture again.
 
@@ -123,7 +141,8 @@ def counterfactual(
       train: (rows, seed) -> a model trained on the examples with these indices, int
         [m], for as many epochs as the original.
       generate: (model, positions) -> the pictures of the queries with these positions,
-        [m, ...], each from the seed and condition of its original.
+        [m, ...], each from the seed and condition of its original. It is called twice
+        with the first model, to see that it is not random.
       originals: the pictures of all queries [queries, ...], in the order of the scores.
       count: the number of examples to remove.
       queries: how many queries to take, chosen by a hash of their ids; all if None.
@@ -133,11 +152,15 @@ def counterfactual(
       losses: model -> the losses of all queries, such as `QueryLosses`, for
         "loss_increase", the loss less that of "everything".
       seed: chooses queries and random examples.
-      store: a folder that gets a file for each model, as of `retrain`.
+      store: a folder that gets a file for each model, as of `retrain`. It compares the
+        examples of each model, its seed, the queries' ids and originals, and the settings
+        of `QueryLosses`; and not what `train`, `generate` and the network do.
+      version: a name of these functions, which the store compares, as of `retrain`.
 
     Raises:
       ValueError: before anything is trained, where arguments do not fit together; or
-        pictures are of another shape than the originals, or not finite.
+        pictures are of another shape than the originals, not finite, or others in a
+        second call of `generate` with the first model.
     """
     ranked = _ranked(scores)
     first, originals = next(iter(ranked.values())), np.asarray(originals)
@@ -153,6 +176,7 @@ def counterfactual(
     models = removals(kept_by_choice, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
+    repeats = False
     for model in progress(models, "counterfactual", unit="model"):
         made_from = {
             "train_ids": first.train_ids[model.rows],
@@ -160,11 +184,14 @@ def counterfactual(
             "originals": originals[positions[model.queries]],
             "seed": np.array(model.seed),
             "measured": np.array(functions.measured),
+            "version": np.array(version),
         }
         path = store and files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
-            saved = functions.make(model, originals, positions[model.queries])
+            rows = positions[model.queries]
+            saved = functions.make(model, originals, rows, again=not repeats)
+            repeats = True
             if path:
                 files.write_npz(path, **saved, **made_from)
         parts.setdefault(model.choice, []).append(saved)
@@ -228,6 +255,19 @@ def _check_pictures(name: str, images: np.ndarray, shape: tuple[int, ...]) -> No
         )
     if not np.isfinite(images).all():
         raise ValueError(f"{name} have values that are not finite.")
+
+
+def _check_same(first: np.ndarray, second: np.ndarray, originals: np.ndarray) -> None:
+    """Raises a ValueError if two calls of `generate` with one model differ."""
+    difference = np.sqrt(np.mean(np.square(np.subtract(second, first, dtype=float))))
+    spread = np.std(originals, dtype=float)
+    if difference > SAME * spread:
+        raise ValueError(
+            "generate is random: two calls with the same model and positions made "
+            f"pictures that differ by {difference:.3g} in root mean square (the "
+            f"originals' standard deviation is {spread:.3g}). Changes by removal would "
+            "drown in that: make each picture from the seed of its original."
+        )
 
 
 def _result(
