@@ -146,6 +146,25 @@ def test_scores_are_matched_by_their_ids():
         found.less(dtrak.lds(values, few))
 
 
+def test_what_has_no_correlation_is_said():
+    """A constant, of scores or losses, predicts nothing, to rounding or not."""
+    truth, constant = retrain(), np.full((QUERIES, N), 0.1)
+    assert truth.predict(VALUES.T) == pytest.approx(truth.masks @ VALUES)
+    with pytest.raises(
+        ValueError, match="3 of 3 queries, such as '0', have the same p"
+    ):
+        dtrak.lds(constant, truth)
+    still = dataclasses.replace(truth, outputs=np.ones_like(truth.outputs))
+    with pytest.raises(ValueError, match="have the same loss for every subset"):
+        dtrak.lds(VALUES.T, still)
+    one = np.concatenate([VALUES.T[:2], constant[2:]])
+    with pytest.warns(UserWarning, match="1 of 3 queries, such as '2', .* counts as 0"):
+        found = dtrak.lds(one, truth)
+    assert found.per_query[2] == 0 and found.value == pytest.approx(2 / 3)
+    with pytest.warns(UserWarning, match="LDS of trak: 1 of 3 queries"):
+        trust.record({"trak": one}, truth)
+
+
 @pytest.mark.parametrize(
     ("outputs", "masks", "ids", "message"),
     [
@@ -159,6 +178,7 @@ def test_scores_are_matched_by_their_ids():
         (np.ones((9, 2)), np.ones((8, 4), bool), None, "outputs have shape"),
         (np.ones((9, 2)), np.ones((9, 4), bool), ["a"], "1 ids for 2"),
         (np.ones((9, 2)) * np.nan, np.ones((9, 4), bool), None, "not all finite"),
+        (np.ones((9, 2)), np.ones((9, 4), bool), None, "9 masks are the same subset"),
     ],
 )
 def test_losses_of_ones_own_must_fit_together(outputs, masks, ids, message):

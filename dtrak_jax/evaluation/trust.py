@@ -220,8 +220,9 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
 
     For each query: Spearman's correlation, over the subsets of `retrain`, of the sum of
     the scores of a subset's examples and minus the query's loss after training on it.
-    It is 0 for scores that predict nothing. The ceiling is what noise of training
-    leaves to be predicted.
+    It is 0 for scores that predict nothing, and counts as 0, with a warning, for a query
+    whose predictions or losses are the same for all subsets. The ceiling is what noise of
+    training leaves to be predicted.
 
     Args:
       scores: of `attribute`, matched by ids; or an array [queries, train] in the order
@@ -229,9 +230,18 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
       truth: of `retrain`.
 
     Raises:
-      ValueError: scores and truth are of other queries or training examples.
+      ValueError: scores and truth are of other queries or training examples; or no query
+        has a correlation.
     """
     predictions = truth.predict(fitting(scores, truth))
+    unranked, sentence = truth.unranked(predictions)
+    if unranked.all():
+        raise ValueError(
+            f"{sentence}: scores must differ between training examples, and losses "
+            "between subsets."
+        )
+    if unranked.any():
+        warnings.warn(f"{sentence}, and counts as 0.", stacklevel=2)
     estimate, samples = bootstrap(predictions, truth)
     per_query = spearman(predictions, truth.target)
     shape = truth.outputs.shape[:2]

@@ -83,6 +83,11 @@ class RetrainedLosses:
             ("train_ids", named(self.train_ids, masks.shape[1])),
         ):
             object.__setattr__(self, name, value)
+        if (masks == masks[0]).all():
+            raise ValueError(
+                f"all {len(masks)} masks are the same subset; nothing can be learnt from "
+                "models that differ in no example."
+            )
 
     def __repr__(self) -> str:
         subsets, seeds, queries = self.outputs.shape
@@ -105,7 +110,27 @@ class RetrainedLosses:
 
         g(q, S) = sum of tau(q, n) over n in S.
         """
-        return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
+        scores, masks = np.asarray(scores, np.float64), self.masks.astype(np.float64)
+        # Sums of a constant would differ by rounding, and ranks take that for an order.
+        first = scores[:, :1]
+        return masks @ (scores - first).T + masks.sum(axis=1, keepdims=True) * first.T
+
+    def unranked(self, predictions: np.ndarray) -> tuple[np.ndarray, str]:
+        """Returns the queries that have no correlation, bool [queries], and a sentence.
+
+        Their predictions [subsets, queries], or their losses, are the same in all subsets.
+        """
+        same, clauses = np.zeros(len(self.query_ids), bool), []
+        for name, values in (("prediction", predictions), ("loss", self.target)):
+            constant = np.ptp(values, axis=0) == 0
+            same |= constant
+            if constant.any():
+                query = str(self.query_ids[np.argmax(constant)])
+                clauses.append(
+                    f"{constant.sum()} of {len(same)} queries, such as {query!r}, have "
+                    f"the same {name} for every subset"
+                )
+        return same, f"{', and '.join(clauses)}: no correlation is defined for them"
 
 
 def subset_masks(
