@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dtrak_jax as dtrak
-from dtrak_jax import checks
+from dtrak_jax import checks, host
 from dtrak_jax.attribution import Damping, Kernels
 from dtrak_jax.config import FeaturesConfig
 from dtrak_jax.data import Dataset
@@ -98,6 +98,23 @@ def test_arrays_of_any_kind_give_the_same_features():
         other = features(images, params, cond=cond)
         np.testing.assert_array_equal(other, expected)
         assert other.fingerprint == expected.fingerprint
+
+
+def test_what_is_too_large_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    """A dim beyond the gradient's size is said, and one beyond the host's refused."""
+    with pytest.warns(UserWarning, match="dim is 16, and a gradient has 9 numbers"):
+        made = features(IMAGES[:2], store=tmp_path / "made")
+    large, pairs = dtrak.Projection(dim=10**10), task(timesteps=3)
+    what = "features of 20 images with 3 gradients each of dim=10000000000 take about "
+    with pytest.raises(MemoryError, match=f"{what}.*; this host has"):
+        dtrak.featurize(pairs, PARAMS, IMAGES, large)
+    monkeypatch.setattr(host, "free_disk", lambda folder: 2 * 4 * (16 + 1 + 1) - 1)
+    with pytest.raises(OSError, match="take 144 B on the disk of .*other"):
+        features(IMAGES[:2], store=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    # What is there already takes no more.
+    again = features(IMAGES[:2], store=tmp_path / "made")
+    np.testing.assert_array_equal(again, made)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import parallel
+from dtrak_jax import files, host, parallel
 from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.digests import named_leaves
@@ -25,7 +25,7 @@ from dtrak_jax.features.fingerprint import (
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
 from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
-from dtrak_jax.features.projection import Projection, check_columns
+from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 from dtrak_jax.network import Params, check_prediction
@@ -80,6 +80,7 @@ def featurize(
     Raises:
       ValueError: wrong images, ids, conditions, parameters or network; or the store
         holds other features. Says what is wrong and what would be right.
+      MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
     one_of("role", role, (*get_args(Role), None))
@@ -95,6 +96,7 @@ def featurize(
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
+    _check_size(task, params, projection, batch_size, mesh.size, len(images), store)
     programs = step_programs(
         task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
     )
@@ -250,6 +252,27 @@ def _finish(
     phi, squared_norms = jax.tree.map(by_pair, *projected)
     losses = np.concatenate([np.concatenate(parts, axis=1) for parts in losses])
     return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
+
+
+def _check_size(
+    task: Task, params: Params, projection: Projection, batch_size, devices, n, store
+) -> None:
+    """Raises a MemoryError or an OSError if features do not fit this host."""
+    p = sum(leaf.size for leaf in variables(task, params, {}))
+    warn_of_dim(projection, p)
+    layout = Layout.of(task, projection, p, batch_size, devices)
+    measurements, folder = len(task.measurements), store and files.at(store)
+    kept = layout.bytes_written(n, measurements)
+    taken = layout.bytes_in_memory(n, measurements)
+    if folder is None:
+        kept, taken = 0, taken + kept
+    elif not files.is_empty(folder):
+        kept = 0  # Nobody knows how much of it is there.
+    what = f"features of {n} images"
+    if measurements > 1:
+        what += f" by {measurements} measurements"
+    what += f" with {layout.per_example} gradients each of dim={layout.dim}"
+    host.check_fits(what, taken, kept, folder)
 
 
 def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
