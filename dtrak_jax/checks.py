@@ -15,14 +15,26 @@ import numpy as np
 
 from dtrak_jax.rng import LARGEST_SEED
 
+LONGEST = 80
+"""The characters of a value that an error shows."""
+
 REMEDY = "uint8 pixels: divide by 127.5 and subtract 1"
+
+
+def shown(value: object) -> str:
+    """Returns a value as an error shows it: an array by its shape, and nothing long."""
+    if np.ndim(getattr(value, "shape", None)) == 1 and len(value.shape):
+        kind = getattr(value, "dtype", "")
+        return f"{type(value).__name__} {kind} {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"{name} is {value!r}; it must be one of: {known}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of: {known}.")
 
 
 def free(default):
@@ -70,7 +82,7 @@ def at_least(name: str, value: object, low: int, high: float = math.inf) -> int:
     integer = _plain(value, operator.index)
     if integer is None or not low <= integer <= high:
         what = f"between {low} and {high}" if high < math.inf else f">= {low}"
-        raise ValueError(f"{name} is {value!r}; it must be an integer {what}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be an integer {what}.")
     return integer
 
 
@@ -87,7 +99,9 @@ def between(name: str, value: object, low: float, high: float = math.inf) -> flo
     number = _plain(value, float)
     if number is None or not math.isfinite(number) or not low <= number <= high:
         what = f"between {low} and {high}" if high < math.inf else f">= {low}"
-        raise ValueError(f"{name} is {value!r}; it must be a finite number {what}.")
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be a finite number {what}."
+        )
     return number
 
 

@@ -259,8 +259,11 @@ def test_no_independent_noise_is_shared_by_accident():
     with pytest.raises(ValueError, match="both made with role='train'"):
         dtrak.attribute(train, features_of(other, "train"))
     # Other kinds of noise have no role.
-    common = [features(role=role).fingerprint for role in ("train", "query")]
-    assert common[0] == common[1]
+    train, query = [features(role=role) for role in ("train", "query")]
+    assert train.fingerprint == query.fingerprint
+    dtrak.attribute(train, query)
+    with pytest.raises(ValueError, match="role='query' and .* in each other's place"):
+        dtrak.attribute(query, train)
 
 
 def test_scores_that_tell_nothing_apart_are_warned_of():

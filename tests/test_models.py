@@ -217,6 +217,8 @@ def test_apply_refuses_wrong_input(unet):
     for wrong_x, wrong_t in ((x[0], t), (x, t[:2]), (x[:, :7], t), (x[..., [0, 0]], t)):
         with pytest.raises(ValueError, match=r"x has shape .*\[B, H, W, 1\].* 2\."):
             apply(params, wrong_x, wrong_t, None)
+    with pytest.warns(UserWarning, match="x has 6x8 pixels, .* was made for 8x8"):
+        apply(params, x[:, :6], t, None)
 
 
 def test_reads_old_spellings(small_golden, tmp_path):

@@ -67,7 +67,8 @@ def featurize(
       cond: a pytree of arrays with n rows that the network is given, or None.
       role: "train" or "query". With noise "independent" an image has other noise in each
         role; without one, noise follows the image's content instead of its id. Other
-        kinds of noise do not depend on it.
+        kinds of noise do not depend on it; `attribute` refuses two sets in each other's
+        place.
       bounds: the least and the largest value that images may have. None warns of values
         that are not in [-1, 1], or look like pixels in [0, 1].
       store: a folder that keeps the features, and is continued; in memory if None.
@@ -107,6 +108,7 @@ def featurize(
         "shape": list(layout.shape(len(ids))),
         "pairs": layout.pairs,
         "rows_per_chunk": layout.rows_per_chunk,
+        "role": role,
     }
     target = Store.open_or_create(store, metadata | hashes)
     words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)

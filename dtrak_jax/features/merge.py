@@ -76,4 +76,5 @@ def _joined_metadata(stores: Sequence[epath.PathLike], parts: list[dict]) -> dic
         "shape": [*pairs, n, k],
         "pairs": first["pairs"],
         "rows_per_chunk": first["rows_per_chunk"],
+        "role": first.get("role"),
     } | hashes
