@@ -76,8 +76,8 @@ def test_a_store_continues_and_refuses_what_is_other(tmp_path):
     retrain(more, store=store, subsets=13)
     assert len(more.calls) == 2
     for changes, differing in (
-        ({"seed": 1}, "training examples"),
-        ({"ids": IDS[::-1]}, "training examples"),
+        ({"seed": 1}, "training images"),
+        ({"ids": IDS[::-1]}, "training images"),
         ({"query_ids": ["a", "b", "c"]}, "queries"),
         ({"version": "other network"}, "version"),
     ):
@@ -139,7 +139,7 @@ def test_scores_are_matched_by_their_ids():
     with pytest.raises(ValueError, match=r"must be finite, and \[30, 40\]"):
         dtrak.lds(values.T, truth)
     wrong = dataclasses.replace(scores, query_ids=["x", *scores.query_ids[1:]])
-    with pytest.raises(ValueError, match="the query_ids of scores and truth differ"):
+    with pytest.raises(ValueError, match="the ids of queries differ between"):
         dtrak.lds(wrong, truth)
     few = dtrak.RetrainedLosses(truth.outputs[:9], truth.masks[:9].tolist())
     with pytest.raises(ValueError, match="not of the same retrained models"):

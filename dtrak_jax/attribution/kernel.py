@@ -57,7 +57,7 @@ class Damping(NamedTuple):
 
 def absolute(value: float) -> Damping:
     """Returns lambda itself, in the units of Phi^T Phi, as the paper gives it."""
-    return Damping(value, absolute=True)
+    return Damping.of(Damping(value, absolute=True))
 
 
 class Kernel(NamedTuple):

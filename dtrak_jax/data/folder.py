@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
+from dtrak_jax.checks import instance
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import Picture, decode
 from dtrak_jax.data.table import read_table
@@ -42,6 +43,7 @@ def pictures(
       setting: the name that errors give to the folder.
       optional: the other columns of the CSV that are read; prompt is a caption.
     """
+    instance(setting, path, str, os.PathLike)
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(f"{setting} is {str(path)!r}, which is not a folder.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.checks import at_least, instance, items, one_of
 from dtrak_jax.data.artbench import CAPTION, artbench
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
@@ -179,7 +179,10 @@ def load_images(
     at_least("center_crop", center_crop, 0)
     if size is not None:
         at_least("size", size, 1)
-    if groups and not csv:
+    instance("csv", csv, str)
+    for name in items("groups", groups):
+        instance("an entry of groups", name, str)
+    if len(groups) and not csv:
         raise ValueError(f"groups is {groups}, but csv is empty; name the CSV.")
     prepare = functools.partial(
         preprocess,

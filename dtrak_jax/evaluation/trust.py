@@ -14,11 +14,20 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least, between
+from dtrak_jax.checks import (
+    at_least,
+    between,
+    check_ids,
+    function,
+    instance,
+    items,
+    real_numbers,
+)
 from dtrak_jax.digests import digest_tree
 from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
 from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
+    WORDS,
     RetrainedLosses,
     by_subset,
     check_fraction,
@@ -76,6 +85,9 @@ def retrain(
         is trained; or losses are not finite, of the wrong shape, or the same whatever a
         model was trained on.
     """
+    function("train", train)
+    function("losses", losses)
+    instance("version", version, str)
     _check_sizes(n, subsets, seeds, fraction)
     at_least("seed", seed, 0)
     train_ids, labels = named(ids, n), None if labels is None else np.asarray(labels)
@@ -86,12 +98,13 @@ def retrain(
     measured_by = getattr(losses, "made_from", "")
     made_from = {"measured": np.array(measured_by), "version": np.array(version)}
     if query_ids is not None:
-        made_from["query_ids"] = named(query_ids, len(query_ids))
+        query_ids = check_ids(query_ids, len(items("query_ids", query_ids)))
+        made_from["query_ids"] = np.array(query_ids, str)
     measured: list[np.ndarray] = []
     members = ensemble(masks, seeds)
     for member in progress(members, "retrain", unit="model"):
         rows_from = made_from | {"train_ids": train_ids[member.rows]}
-        path = store and files.at(store) / f"{member.name}.npz"
+        path = None if store is None else files.at(store) / f"{member.name}.npz"
         saved = kept(path, rows_from) or {}
         values = saved.get("outputs")
         if values is None:
@@ -123,14 +136,6 @@ def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:
     check_fraction("fraction", fraction, n)
 
 
-WORDS = {
-    "train_ids": "training examples",
-    "query_ids": "queries",
-    "measured": "settings of losses",
-}
-"""The words for what a store compares, where they are others than its names."""
-
-
 def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict | None:
     """Returns what a store has of a model, or None; a ValueError if of something else."""
     if not path or not path.exists():
@@ -150,7 +155,7 @@ def checked(name: str, values: Any, queries: Sequence | None) -> np.ndarray:
 
     `queries` has an item for each query; None if nobody knows how many there are.
     """
-    values = np.asarray(values, np.float64)
+    values = real_numbers("what losses returns", values)
     count = values.size if queries is None else len(queries)
     if values.shape != (count,) or not count:
         raise ValueError(
@@ -199,6 +204,7 @@ class LDS:
 
         It is that of a paired comparison, and sharper than the two intervals.
         """
+        instance("other", other, LDS)
         if self.truth != other.truth:
             raise ValueError("the two LDS are not of the same retrained models.")
         return interval(self.value - other.value, self.samples - other.samples)
@@ -233,6 +239,7 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
       ValueError: scores and truth are of other queries or training examples; or no query
         has a correlation.
     """
+    instance("truth", truth, RetrainedLosses)
     predictions = truth.predict(fitting(scores, truth))
     unranked, sentence = truth.unranked(predictions)
     if unranked.all():
@@ -269,13 +276,13 @@ def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
             if places.keys() != set(ids.tolist()):
                 differing = min(places.keys() ^ set(ids.tolist()))
                 raise ValueError(
-                    f"the {name} of scores and truth differ, such as by {differing!r}: "
-                    "give `retrain` the ids of `featurize`."
+                    f"the ids of {WORDS[name]} differ between scores and truth, such as "
+                    f"by {differing!r}: give `retrain` the ids of `featurize`."
                 )
             orders.append([places[key] for key in ids.tolist()])
         values = np.asarray(scores.scores)[np.ix_(*orders)]
     else:
-        values = np.asarray(scores)
+        values = real_numbers("scores", scores)
     shape = tuple(map(len, expected.values()))
     if values.shape != shape or not np.isfinite(values).all():
         raise ValueError(

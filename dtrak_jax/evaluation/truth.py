@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrak_jax import data, files, training
-from dtrak_jax.checks import check_ids
+from dtrak_jax.checks import check_ids, real_numbers
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 MIN_SUBSETS = 8
 """The fewest subsets of which an interval says anything; what is chosen on one half of
 them and scored on the other needs twice as many."""
+
+WORDS = {
+    "train_ids": "training images",
+    "query_ids": "queries",
+    "query_digests": "pictures of queries",
+    "query_set": "sets of queries",
+    "measured": "settings of losses",
+    "settings": "settings of losses",
+}
+"""The words for what files of losses are compared by, where their names are others."""
 
 
 def check_subsets(count: int) -> None:
@@ -40,9 +50,8 @@ def check_fraction(name: str, fraction: float, n: int) -> None:
 
 def named(ids: Sequence[str] | np.ndarray | None, count: int) -> np.ndarray:
     """Returns the ids of `count` examples once they are checked; "0", "1", ... if None."""
-    ids = list(map(str, range(count))) if ids is None else list(ids)
-    check_ids(ids, count)
-    return np.array(ids, str)
+    ids = map(str, range(count)) if ids is None else check_ids(ids, count)
+    return np.array(list(ids), str)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +73,7 @@ class RetrainedLosses:
     """str [train]; "0", "1", ... if None."""
 
     def __post_init__(self):
-        outputs, masks = np.asarray(self.outputs, np.float64), np.asarray(self.masks)
+        outputs, masks = real_numbers("outputs", self.outputs), np.asarray(self.masks)
         outputs = outputs[:, None] if outputs.ndim == 2 else outputs
         if masks.dtype != bool:
             raise ValueError(f"masks are {masks.dtype}; they must be bool.")
@@ -210,9 +219,9 @@ def load(run: "Run") -> dict[str, RetrainedLosses]:
     Raises:
       ValueError: the losses are not there, or of another config or other images.
     """
-    if names := differing(run):
+    if words := [WORDS.get(name, name) for name in differing(run)]:
         raise ValueError(
-            f"{run.outputs} is missing, or of other {', '.join(names)} than this run; run "
+            f"{run.outputs} is missing, or of other {', '.join(words)} than this run; run "
             "`dtrak-jax retrain` with this config and workdir."
         )
     saved = files.read_npz(run.outputs)

@@ -8,6 +8,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, function, instance, real_numbers
 from dtrak_jax.digests import short_digest
 from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.removals import (
@@ -162,12 +163,21 @@ def counterfactual(
         pictures are of another shape than the originals, not finite, or others in a
         second call of `generate` with the first model.
     """
+    for name, given in (("train", train), ("generate", generate)):
+        function(name, given)
+    if losses is not None:
+        function("losses", losses)
+    instance("embeddings", embeddings, Mapping, NoneType)
+    for name, embed in (embeddings or {}).items():
+        function(f"embeddings[{name!r}]", embed)
+    instance("version", version, str)
     ranked = _ranked(scores)
-    first, originals = next(iter(ranked.values())), np.asarray(originals)
+    first, originals = next(iter(ranked.values())), real_numbers("originals", originals)
     n, total = len(first.train_ids), len(first.query_ids)
     _check_pictures("originals", originals, (total, *originals.shape[1:]))
     check_count("count", count, n)
     at_least("train_seed", train_seed, 0)
+    at_least("seed", seed, 0)
     number = total if queries is None else queries
     at_least("queries", number, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
@@ -186,7 +196,7 @@ def counterfactual(
             "measured": np.array(functions.measured),
             "version": np.array(version),
         }
-        path = store and files.at(store) / _file_name(model, names)
+        path = None if store is None else files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
             rows = positions[model.queries]
@@ -225,7 +235,9 @@ def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]
 
 def _fitting(method: str, given: AnyScores, ids: Mapping[str, np.ndarray]) -> Scores:
     """Returns scores that have these ids, or a ValueError."""
-    values = np.asarray(given.scores if isinstance(given, Scores) else given)
+    values = real_numbers(
+        "scores", given.scores if isinstance(given, Scores) else given
+    )
     same = values.shape == tuple(map(len, ids.values()))
     if isinstance(given, Scores):
         same = all(np.array_equal(getattr(given, name), ids[name]) for name in ids)

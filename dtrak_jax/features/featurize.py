@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import files, host, parallel
-from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.checks import at_least, instance, one_of
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
@@ -84,6 +84,8 @@ def featurize(
       MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
+    instance("task", task, Task)
+    instance("projection", projection, Projection)
     one_of("role", role, (*get_args(Role), None))
     if isinstance(images, Dataset):
         images, ids = images.images, images.ids if ids is None else ids
@@ -263,7 +265,8 @@ def _check_size(
     p = sum(leaf.size for leaf in variables(task, params, {}))
     warn_of_dim(projection, p)
     layout = Layout.of(task, projection, p, batch_size, devices)
-    measurements, folder = len(task.measurements), store and files.at(store)
+    measurements = len(task.measurements)
+    folder = None if store is None else files.at(store)
     kept = layout.bytes_written(n, measurements)
     taken = layout.bytes_in_memory(n, measurements)
     if folder is None:
