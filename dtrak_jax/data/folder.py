@@ -101,6 +101,11 @@ def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
         beside = f"; there are {kinds}" if left_out else ""
         raise ValueError(f"There are no pictures below {root}{beside}.")
     notes = (f"{root}: left out what is no picture ({kinds}).",) if left_out else ()
+    notes += tuple(
+        f"{root}: {table.name} is not read; the setting csv names a CSV that has labels, "
+        "captions or groups."
+        for table in sorted(root.glob("[!.]*.csv"))
+    )
     if any(name.count("/") != 1 for name in names):
         return {name: {} for name in names}, notes
     labels = {name: name.partition("/")[0] for name in names}

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +194,20 @@ def load_images(
     columns = {"optional": GENERATED if csv else COLUMNS, "setting": "folder"}
     images = pictures(folder, prepare, csv, groups, **columns)
     images.images  # noqa: B018
-    for text in remarks({"pictures": images}):
+    for text in (*remarks({"pictures": images}), *_numbered(images.label_names)):
         warnings.warn(text, stacklevel=2)
     return images
+
+
+def _numbered(names: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence on labels that are numbers, but not those of their positions."""
+    if not all(map(str.isdecimal, names)):
+        return
+    differing = [(i, name) for i, name in enumerate(names) if int(name) != i]
+    if differing:
+        position, name = differing[0]
+        yield (
+            f"labels are positions in label_names, such as {position} for {name!r}; "
+            "where a network is given the numbers themselves, pass "
+            "np.array(label_names, int)[labels]."
+        )
