@@ -244,7 +244,7 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
     unranked, sentence = truth.unranked(predictions)
     if unranked.all():
         raise ValueError(
-            f"{sentence}: scores must differ between training examples, and losses "
+            f"{sentence}. Scores must differ between training examples, and losses "
             "between subsets."
         )
     if unranked.any():
