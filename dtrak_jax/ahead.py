@@ -7,7 +7,7 @@ from settings, names of files and shapes alone: no training image is decoded.
 import warnings
 from collections.abc import Sequence
 
-from dtrak_jax import feature_sets, locks
+from dtrak_jax import feature_sets, host, locks
 from dtrak_jax.attribution.scoring import OUTPUTS
 from dtrak_jax.checks import seed
 from dtrak_jax.encoding.clip import Clip
@@ -16,7 +16,7 @@ from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, check_fraction
 from dtrak_jax.features.gradients import variables
-from dtrak_jax.files import size_text
+from dtrak_jax.features.projection import warn_of_dim
 from dtrak_jax.methods import METHODS
 from dtrak_jax.models import INDEX
 from dtrak_jax.models.functions import parameter_shapes
@@ -109,7 +109,6 @@ def featurize(run: Run) -> None:
     """Checks that every task can be made, and of kept steps that they were kept."""
     if not has_network(run):
         return
-    settings = run.config.features
     for folder in feature_sets.folders(run.config):
         try:
             for features in feature_sets.sets(run, folder):
@@ -120,12 +119,7 @@ def featurize(run: Run) -> None:
             raise ValueError(f"features.{error}") from error
         if folder.startswith("checkpoints/") and not run.config.is_given:
             check_kept(run, int(folder.partition("/")[2]))
-    if settings.projection != "none" and settings.dim > p:
-        warnings.warn(
-            f"features.dim is {settings.dim}, and a gradient has {p} numbers: "
-            "features.projection=none keeps all of them in less space.",
-            stacklevel=2,
-        )
+    warn_of_dim(features.projection, p)
 
 
 def check_kept(run: Run, step: int) -> None:
@@ -242,21 +236,10 @@ def fits(run: Run, stages: Sequence[str]) -> Footprint:
         names = ("train", *config.query_sets)
         stores = [ablations.store(run, spec, name) for spec in specs for name in names]
         taken = taken.beside(footprint.features(run, stores, stages[0] == "ablate"))
-    memory, disk = footprint.memory(), footprint.free_disk(run.workdir)
     what = (
         f"models, features and kernels of {len(run.chosen.train)} training images with "
         f"features.timesteps={config.features.timesteps}, features.dim="
-        f"{config.features.dim} and ensemble.subsets={config.ensemble.subsets} take"
+        f"{config.features.dim} and ensemble.subsets={config.ensemble.subsets}"
     )
-    if taken.memory > memory:
-        raise MemoryError(
-            f"{what} about {size_text(taken.memory)} of memory; this host has "
-            f"{size_text(memory)}. Take fewer or smaller ones."
-        )
-    if disk is not None and taken.disk > disk:
-        raise OSError(
-            f"{what} {size_text(taken.disk)} on the disk of {run.workdir}, where "
-            f"{size_text(disk)} are free. Take fewer or smaller ones, or name a --workdir "
-            "on another disk."
-        )
+    host.check_fits(what, taken.memory, taken.disk, run.workdir)
     return taken

@@ -7,7 +7,14 @@ import operator
 import re
 import typing
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from types import NoneType
 from typing import Literal
 
 import jax.numpy as jnp
@@ -15,14 +22,74 @@ import numpy as np
 
 from dtrak_jax.rng import LARGEST_SEED
 
+LONGEST = 80
+"""The characters of a value that an error shows."""
+
 REMEDY = "uint8 pixels: divide by 127.5 and subtract 1"
+
+
+def shown(value: object) -> str:
+    """Returns a value as an error shows it: an array by its shape, and nothing long."""
+    if hasattr(value, "dtype") and getattr(value, "shape", ()):
+        return f"an array of {value.dtype} {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
-    if value not in allowed:
+    if not _is_hashable(value) or value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"{name} is {value!r}; it must be one of: {known}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of: {known}.")
+
+
+def _is_hashable(value: object) -> bool:
+    """Returns False for lists, arrays and what holds them, which are no choices."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def instance(name: str, value: object, *classes: type) -> None:
+    """Raises a TypeError unless a value is of one of some classes."""
+    if not isinstance(value, classes):
+        words = {NoneType: "None", Mapping: "dict"}
+        names = dict.fromkeys(words.get(kind, kind.__name__) for kind in classes)
+        raise TypeError(f"{name} is {shown(value)}; it must be {' or '.join(names)}.")
+
+
+def function(name: str, value: object) -> None:
+    """Raises a TypeError unless a value can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is {shown(value)}; it must be a function.")
+
+
+def items(name: str, value: object) -> list:
+    """Returns the items of a list, tuple or array; what else there is, is a TypeError."""
+    is_one = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    # Arrays without axes call themselves iterable.
+    if is_one or getattr(value, "shape", None) == ():
+        raise TypeError(f"{name} is {shown(value)}; it must be a list or array.")
+    return list(value)
+
+
+def real_numbers(name: str, value: object, ndim: int | None = None) -> np.ndarray:
+    """Returns an array of real numbers as float64; what else there is, is a ValueError.
+
+    It must have so many axes, if their number is given.
+    """
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind in "OSUc" or ndim not in (None, array.ndim):
+            raise TypeError(f"{array.dtype} {array.shape}")
+        return array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be an array of real numbers"
+            f"{'' if ndim is None else f' with {ndim} axes'}."
+        ) from error
 
 
 def free(default):
@@ -70,7 +137,7 @@ def at_least(name: str, value: object, low: int, high: float = math.inf) -> int:
     integer = _plain(value, operator.index)
     if integer is None or not low <= integer <= high:
         what = f"between {low} and {high}" if high < math.inf else f">= {low}"
-        raise ValueError(f"{name} is {value!r}; it must be an integer {what}.")
+        raise ValueError(f"{name} is {shown(value)}; it must be an integer {what}.")
     return integer
 
 
@@ -87,7 +154,9 @@ def between(name: str, value: object, low: float, high: float = math.inf) -> flo
     number = _plain(value, float)
     if number is None or not math.isfinite(number) or not low <= number <= high:
         what = f"between {low} and {high}" if high < math.inf else f">= {low}"
-        raise ValueError(f"{name} is {value!r}; it must be a finite number {what}.")
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be a finite number {what}."
+        )
     return number
 
 
@@ -115,9 +184,9 @@ def pattern(name: str, value: str) -> None:
     """Raises a ValueError unless `value` is a regular expression."""
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(
-            f"{name} is {value!r}; it must be a regular expression ({error})."
+            f"{name} is {shown(value)}; it must be a regular expression ({error})."
         ) from error
 
 
@@ -130,6 +199,10 @@ def check_images(
     Without bounds there is a warning where they are not those of a pixel model, [-1, 1].
     Lists and arrays of any numbers are accepted, but uint8 only with bounds up to 255.
     """
+    if bounds is not None:
+        limits = [_plain(limit, float) for limit in items("bounds", bounds)]
+        if len(limits) != 2 or None in limits or not limits[0] < limits[1]:
+            raise ValueError(f"bounds is {shown(bounds)}; it must be (least, largest).")
     images = np.asarray(images)
     if images.ndim != 4:
         expected = "[n, height, width, channels]"
@@ -149,8 +222,6 @@ def check_images(
             f"{len(bad)} of {len(images)} images have pixels that are not finite; "
             f"the first one has index {bad[0]}."
         )
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds is {bounds}; it must be (least, largest).")
     if bounds is None:
         _warn_of_range(float(low), float(high))
     elif low < bounds[0] or high > bounds[1]:
@@ -179,19 +250,21 @@ def _warn_of_range(low: float, high: float) -> None:
     )
 
 
-def check_ids(ids: Sequence[str] | np.ndarray, n: int) -> None:
-    """Raises a ValueError unless `ids` are `n` different strings.
+def check_ids(ids: Sequence[str] | np.ndarray, n: int) -> list[str]:
+    """Returns ids, or raises a ValueError unless they are `n` different strings.
 
     What is not a string is a TypeError.
     """
+    ids = items("ids", ids)
     if len(ids) != n:
         raise ValueError(f"there are {len(ids)} ids for {n} examples.")
     seen = set()
     for index, name in enumerate(ids):
         if not isinstance(name, str):
-            raise TypeError(f"ids[{index}] is {name!r}; ids must be strings.")
+            raise TypeError(f"ids[{index}] is {shown(name)}; ids must be strings.")
         if name in seen:
             raise ValueError(
                 f"the id {str(name)!r} occurs more than once; ids must be unique."
             )
         seen.add(name)
+    return ids

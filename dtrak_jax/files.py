@@ -14,6 +14,8 @@ import fsspec.config
 import numpy as np
 from etils import epath
 
+from dtrak_jax.checks import shown
+
 # A cached listing would hide files that other processes, or TensorStore, write later.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
@@ -24,7 +26,12 @@ def at(path: epath.PathLike) -> epath.Path:
     Raises:
       ImportError: the path is on gs:// and gcsfs is not installed.
       ValueError: the path is a URL of another kind.
+      TypeError: it is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{shown(path)} is given as a path; it must be a string or a pathlib.Path."
+        )
     text = os.fspath(path)
     scheme, colon, _ = text.partition(":/")
     if not colon or "/" in scheme:

@@ -41,7 +41,7 @@ from dtrak_jax.attribution.scoring import (
     Inputs,
     score,
 )
-from dtrak_jax.checks import one_of
+from dtrak_jax.checks import instance, one_of
 from dtrak_jax.features import Features
 from dtrak_jax.switches import standard
 
@@ -300,6 +300,7 @@ def _choose(train: Array, method: str | None) -> Method:
         name = measurement or "kernel"
         name = f"kernel-{name}" if name in METHODS else name
         return METHODS["trak"]._replace(name=name)
+    instance("method", method, str)
     if method in METHODS and method not in rows:
         raise ValueError(
             f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Params = Any
 """The parameters of a network: a pytree of arrays."""
@@ -47,11 +48,16 @@ def mean_of(apply: Callable) -> Callable:
 
 
 def check_prediction(prediction: Any, x: jax.Array, double: str = "") -> None:
-    """Raises a ValueError unless a prediction has the shape of the images.
+    """Raises a ValueError unless a prediction is of real numbers in the images' shape.
 
     Arithmetic would accept some others, such as one channel for three. `double` is what
     the error adds where there are twice the channels.
     """
+    if not jnp.issubdtype(getattr(prediction, "dtype", jnp.floating), jnp.floating):
+        raise ValueError(
+            f"the network predicts {prediction.dtype}; a prediction must be of real "
+            "numbers, float32, bfloat16 or float16."
+        )
     shape = getattr(prediction, "shape", type(prediction).__name__)
     if shape != x.shape:
         is_double = shape == (*x.shape[:-1], 2 * x.shape[-1])

@@ -77,13 +77,6 @@ class Run:
         parallel.barrier(f"read {path}")
         return run
 
-    @classmethod
-    def open(cls, config: Config, workdir: epath.PathLike) -> "Run":
-        """Returns the run of `at`, and writes its config."""
-        run = cls.at(config, workdir)
-        run.record()
-        return run
-
     def record(self) -> None:
         """Writes config.json: the settings of the last command, and the packages."""
         if parallel.is_main_process():

@@ -143,7 +143,7 @@ def losses(directory):
 def open_run(line):
     """The run of a command line."""
     _, config, options = cli.parse(line)
-    return Run.open(config, options.workdir)
+    return Run.at(config, options.workdir)
 
 
 def store_of(workdir, name):

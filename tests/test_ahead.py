@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import NO_ATTENTION, png, store_of, use_simple_network
 
-from dtrak_jax import cli, files, pipeline, results
+from dtrak_jax import cli, files, host, pipeline, results
 from dtrak_jax.attribution import Scores
 from dtrak_jax.config import (
     Config,
@@ -20,7 +20,6 @@ from dtrak_jax.config import (
     SampleConfig,
     TrainConfig,
 )
-from dtrak_jax.planning import footprint
 from dtrak_jax.run import Run
 from dtrak_jax.training.metrics import Metrics
 
@@ -126,7 +125,7 @@ def test_features_that_do_not_fit_the_disk(run, tmp_path, monkeypatch):
     """n J k 4 bytes a measurement, norms and losses, and 4 checkpoints of 10 numbers."""
     config = changed(run[0], attribution={"methods": ("pixel-dot",)})
     expected = 4 * (12 + 2 + 2) * (2 * (8 + 1) + 1) + 4 * 4 * 3 * 10
-    monkeypatch.setattr(footprint, "free_disk", lambda folder: expected - 1)
+    monkeypatch.setattr(host, "free_disk", lambda folder: expected - 1)
     with pytest.raises(OSError, match=f"take {files.size_text(expected)} on the disk"):
         pipeline.run("featurize", config, tmp_path / "w")
     assert not (tmp_path / "w").exists()

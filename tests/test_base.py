@@ -38,7 +38,9 @@ def open_run(workdir, **changes):
         lora=LoRAConfig(rank=2),
         sample=SampleConfig(count=0),
     )
-    return Run.open(config, workdir)
+    run = Run.at(config, workdir)
+    run.record()
+    return run
 
 
 @pytest.fixture(scope="module", autouse=True)

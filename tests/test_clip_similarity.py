@@ -91,7 +91,7 @@ def test_embeddings_equal_those_of_transformers(name, folder, monkeypatch):
 
 
 def test_scores_are_similarities_of_embeddings(config, tmp_path, embedded):
-    run = Run.open(config, tmp_path / "run")
+    run = Run.at(config, tmp_path / "run")
     for queries, count in (("validation", 3), ("generated", 2)):
         dot, cosine = (run.scores(method, queries) for method in METHODS)
         train, query = (
@@ -116,7 +116,8 @@ def test_what_changed_is_embedded_and_scored_again(config, tmp_path, embedded):
     config = dataclasses.replace(config, clip=ClipConfig(folder=str(weights)))
 
     def scores(count, **changes):
-        run = Run.open(dataclasses.replace(config, **changes), workdir)
+        run = Run.at(dataclasses.replace(config, **changes), workdir)
+        run.record()
         result = run.scores("clip-dot", "generated").scores
         assert embedded == count
         embedded.clear()

@@ -120,7 +120,7 @@ def sampled(monkeypatch):
 def evaluate(workdir, config=CONFIG, **changes):
     """The results of a run directory, with some settings changed."""
     changed = dataclasses.replace(config.counterfactual, **changes)
-    run = Run.open(dataclasses.replace(config, counterfactual=changed), workdir)
+    run = Run.at(dataclasses.replace(config, counterfactual=changed), workdir)
     counterfactual(run)
     return run.json("counterfactual")
 
@@ -393,7 +393,7 @@ def test_an_image_that_is_not_finite(workdir, queries, monkeypatch):
     ],
 )
 def test_refused_settings(tmp_path, changes, message):
-    run = Run.open(dataclasses.replace(CONFIG, **changes), tmp_path)
+    run = Run.at(dataclasses.replace(CONFIG, **changes), tmp_path)
     with pytest.raises(ValueError, match=message):
         counterfactual(run)
     assert not (tmp_path / FOLDER).exists()

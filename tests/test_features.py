@@ -590,6 +590,10 @@ def test_a_network_of_another_shape(images):
     task = dtrak.Task(lambda params, x, t, cond: x[..., :1, :] * params, SCHEDULE)
     with pytest.raises(ValueError, match="must have the shape of the images"):
         dtrak.featurize(task, jnp.ones((1, 1, 1, 1)), images, RAW)
+    for kind in ("int32", "complex64"):
+        task = dtrak.Task(lambda p, x, t, cond, kind=kind: x.astype(kind), SCHEDULE)
+        with pytest.raises(ValueError, match=f"predicts {kind}; .* real numbers"):
+            dtrak.featurize(task, jnp.ones(1), images, RAW)
 
 
 def test_foreign_stores_are_refused(small, images, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dtrak_jax as dtrak
-from dtrak_jax import checks
+from dtrak_jax import checks, host
 from dtrak_jax.attribution import Damping, Kernels
 from dtrak_jax.config import FeaturesConfig
 from dtrak_jax.data import Dataset
@@ -30,8 +30,8 @@ def network(params, x, t, cond):
 
 
 def task(**changes):
-    settings = {"measurement": "loss", "timesteps": (300,)}
-    return dtrak.Task(network, SCHEDULE, **settings | changes)
+    settings = {"measurement": "loss", "timesteps": (300,), "schedule": SCHEDULE}
+    return dtrak.Task(network, **settings | changes)
 
 
 TASK = task()
@@ -100,6 +100,23 @@ def test_arrays_of_any_kind_give_the_same_features():
         assert other.fingerprint == expected.fingerprint
 
 
+def test_what_is_too_large_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    """A dim beyond the gradient's size is said, and one beyond the host's refused."""
+    with pytest.warns(UserWarning, match="dim is 16, and a gradient has 9 numbers"):
+        made = features(IMAGES[:2], store=tmp_path / "made")
+    large, pairs = dtrak.Projection(dim=10**10), task(timesteps=3)
+    what = "features of 20 images with 3 gradients each of dim=10000000000 take about "
+    with pytest.raises(MemoryError, match=f"{what}.*; this host has"):
+        dtrak.featurize(pairs, PARAMS, IMAGES, large)
+    monkeypatch.setattr(host, "free_disk", lambda folder: 2 * 4 * (16 + 1 + 1) - 1)
+    with pytest.raises(OSError, match="take 144 B on the disk of .*other"):
+        features(IMAGES[:2], store=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    # What is there already takes no more.
+    again = features(IMAGES[:2], store=tmp_path / "made")
+    np.testing.assert_array_equal(again, made)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,9 +148,7 @@ def test_numbers_are_no_ids():
     with pytest.raises(TypeError, match=r"ids\[0\] is 0; ids must be strings"):
         features(ids=range(20))
     for ids in ("abcdefghijklmnopqrst", 20):
-        with pytest.raises(
-            TypeError, match="ids is .*; it must have a string for each"
-        ):
+        with pytest.raises(TypeError, match="ids is .*; it must be a list"):
             features(ids=ids)
 
 
@@ -219,6 +234,78 @@ def test_a_measurement_makes_a_number():
     assert dtrak.attribute(own, own).method == "kernel-dtrak"
 
 
+def one_picture(**changes):
+    """The arguments of a report, of which some are wrong."""
+    made = dtrak.attribute(IMAGES[:, 0, 0], IMAGES[:2, 0, 0])
+    good = {"path": "none/page.html", "scores": made, "images": IMAGES}
+    return dtrak.write_report(**good | {"queries": IMAGES[:2]} | changes)
+
+
+RETRAIN = functools.partial(dtrak.retrain, n=9, losses=len, subsets=8)
+LDS = functools.partial(dtrak.lds, np.ones((2, 20)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dtrak.featurize(None, PARAMS, IMAGES, SKETCH), "task is None"),
+        (lambda: dtrak.featurize(TASK, PARAMS, IMAGES, 16), "projection is 16"),
+        (lambda: features(IMAGES[0]), r"images have shape \(4, 4, 3\)"),
+        (lambda: features(store=IMAGES), r"an array of float32 \(20, .* as a path"),
+        (lambda: features(ids=range(20)), r"ids\[0\] is 0; ids must be strings"),
+        (lambda: features(bounds=1), "bounds is 1; it must be a list"),
+        (lambda: features(bounds=(1, -1)), r"bounds is \(1, -1\)"),
+        (lambda: dtrak.Task(3, SCHEDULE), "apply is 3; it must be a function"),
+        (lambda: task(schedule=None), "schedule is None; it must be Schedule"),
+        (lambda: task(noise=IMAGES), "noise is an array .*; it must be one of"),
+        (
+            lambda: task(measurement=[["loss"]]),
+            "measurement is .'loss'.; it must be one",
+        ),
+        (lambda: dtrak.Schedule("0.1"), "betas is '0.1'; it must be a list"),
+        (lambda: dtrak.linear_schedule("9"), "steps is '9'; it must be an integer"),
+        (lambda: dtrak.attribute(IMAGES[0], IMAGES[0], method=["trak"]), "method is "),
+        (lambda: dtrak.damping_path(PARAMS, PARAMS, 0.1), "dampings is 0.1"),
+        (
+            lambda: dtrak.damping_path(PARAMS, PARAMS, subsets=[1]),
+            r"must be bool .*3\]",
+        ),
+        (lambda: RETRAIN(IMAGES), r"train is an array of float32 \(20, 4, 4, 3\)"),
+        (lambda: RETRAIN(len, n=IMAGES), "n is an array"),
+        (
+            lambda: RETRAIN(len, ids="abcdefghi"),
+            "ids is 'abcdefghi'; it must be a list",
+        ),
+        (lambda: LDS(PARAMS), "truth is an array"),
+        (lambda: dtrak.load_images(3), "folder is 3; it must be str"),
+        (lambda: dtrak.load_images(".", groups="ab", csv="x"), "groups is 'ab'"),
+        (lambda: dtrak.merge("abc", "d"), "stores is 'abc'; it must be a list"),
+        (
+            lambda: dtrak.models.apply_fn({"w": 1}),
+            "model is {'w': 1}; it must be Module",
+        ),
+        (lambda: one_picture(groups=["a"]), r"groups is \['a'\]; it must be dict"),
+        (lambda: one_picture(truth=1), "truth is 1; it must be RetrainedLosses"),
+        (lambda: one_picture(lds=LDS), "lds is functools.*; give truth="),
+        (
+            lambda: one_picture(images=IMAGES[0]),
+            r"images: images have shape \(4, 4, 3\)",
+        ),
+        (
+            lambda: one_picture(metrics=[{"step": 1}]),
+            "has 'step'; it must have step, loss",
+        ),
+        (lambda: one_picture(counterfactual={}), "it must have settings, rows"),
+        (lambda: one_picture(grops={}), "an option is 'grops'; it must be one of"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, message):
+    """The error has the argument, what it is without the numbers, and what it must be."""
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        call()
+    assert len(str(error.value)) < 500
+
+
 # Noise
 
 
@@ -242,8 +329,11 @@ def test_no_independent_noise_is_shared_by_accident():
     with pytest.raises(ValueError, match="both made with role='train'"):
         dtrak.attribute(train, features_of(other, "train"))
     # Other kinds of noise have no role.
-    common = [features(role=role).fingerprint for role in ("train", "query")]
-    assert common[0] == common[1]
+    train, query = [features(role=role) for role in ("train", "query")]
+    assert train.fingerprint == query.fingerprint
+    dtrak.attribute(train, query)
+    with pytest.raises(ValueError, match="role='query' and .* in each other's place"):
+        dtrak.attribute(query, train)
 
 
 def test_scores_that_tell_nothing_apart_are_warned_of():

@@ -135,6 +135,21 @@ def test_equals_diffusers(name):
         assert error.max() < 3e-5 * norms[layer] + rounding, key
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_bfloat16_errs_as_that_of_diffusers(name):
+    golden = np.load(FOLDER / f"latent_{name}.npz")
+    model, seed = model_of(json.loads(str(golden["config"]))), int(golden["seed"])
+    shapes = parameter_shapes(model)
+    params = to_params(shapes, parameters(seed, tensor_shapes(shapes)), name)
+    outputs_of, inputs = unet(model, seed)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    output = np.asarray(jax.jit(outputs_of)(params, inputs)["output"])
+    expected = golden["output"].transpose(0, 2, 3, 1)
+    error = np.sqrt(np.mean((output - expected) ** 2) / np.mean(expected**2))
+    theirs = float(np.load(FOLDER / "bfloat16.npz")[f"latent_{name}"])
+    assert 0.5 * theirs < error < 1.3 * theirs
+
+
 @pytest.mark.parametrize(
     ("name", "class_name", "count", "tensors"),
     [

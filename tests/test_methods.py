@@ -608,10 +608,10 @@ def test_ensembles_of_what_does_not_belong_together():
     with pytest.raises(ValueError, match="scores is empty"):
         ensemble_mean([])
     reordered = np.array(["b", "a", "c"])
-    for name, value in (
-        ("train_ids", reordered),
-        ("query_ids", np.array(["q", "p"])),
-        ("method", "dtrak"),
+    for name, value, words in (
+        ("train_ids", reordered, "training images"),
+        ("query_ids", np.array(["q", "p"]), "queries"),
+        ("method", "dtrak", "method"),
     ):
-        with pytest.raises(ValueError, match=rf"scores\[0\] differ in {name}"):
+        with pytest.raises(ValueError, match=rf"scores\[0\] differ in {words}"):
             ensemble_mean([plain_scores(), plain_scores(**{name: value})])

@@ -112,6 +112,20 @@ def test_equals_diffusers(path, tmp_path):
         assert error < 4e-5, (name, error)
 
 
+@pytest.mark.parametrize("name", ["unet_attention_everywhere", "unet_one_level"])
+def test_bfloat16_errs_as_that_of_diffusers(name, tmp_path):
+    (path,) = (path for path in GOLDENS if path.stem == name)
+    golden, _ = write_golden(path, tmp_path)
+    model, params = models.from_diffusers(tmp_path, dtype=jnp.bfloat16)
+    x = jnp.asarray(golden["x"].transpose(0, 2, 3, 1), jnp.float32)
+    t = jnp.asarray(golden["t"], jnp.int32)
+    output = np.asarray(jax.jit(models.apply_fn(model))(params, x, t, None))
+    expected = golden["output"].transpose(0, 2, 3, 1)
+    error = np.sqrt(np.mean((output - expected) ** 2) / np.mean(expected**2))
+    theirs = float(np.load(path.with_name("bfloat16.npz"))[name])
+    assert 0.5 * theirs < error < 1.3 * theirs
+
+
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_large_models_equal_diffusers(path, tmp_path):
     """Their derivatives along three directions, in which every layer counts as much."""
@@ -217,6 +231,8 @@ def test_apply_refuses_wrong_input(unet):
     for wrong_x, wrong_t in ((x[0], t), (x, t[:2]), (x[:, :7], t), (x[..., [0, 0]], t)):
         with pytest.raises(ValueError, match=r"x has shape .*\[B, H, W, 1\].* 2\."):
             apply(params, wrong_x, wrong_t, None)
+    with pytest.warns(UserWarning, match="x has 6x8 pixels, .* was made for 8x8"):
+        apply(params, x[:, :6], t, None)
 
 
 def test_reads_old_spellings(small_golden, tmp_path):

@@ -158,6 +158,13 @@ def test_a_folder_in_one_line_of_python(folder):
         own = dtrak.load_images(f"{folder}/a", csv="list.csv", groups=["by"])
     np.testing.assert_array_equal(own.images[0, :, :32], from_pixels(RGB))
     assert (own.captions[0], own.seeds[0], own.groups["by"][0]) == ("a hat", 7, "ada")
+    with pytest.warns(UserWarning, match="list.csv is not read; the setting csv names"):
+        dtrak.load_images(f"{folder}/a", 32)
+    (folder / "a/list.csv").write_text("file,label\nwide.png,10\n")
+    with pytest.warns(
+        UserWarning, match="positions in label_names, such as 0 for '10'"
+    ):
+        dtrak.load_images(f"{folder}/a", 32, csv="list.csv")
     for wrong, message in (
         ({"channels": 4}, "channels is 4; it must be one of: 1, 3"),
         ({"size": 0}, "size is 0; it must be an integer >= 1"),
@@ -242,7 +249,8 @@ def test_a_run_says_once_what_it_did_to_pictures(folder, tmp_path_factory):
         ),
         queries=QueriesConfig(folder=str(queries), csv="list.csv"),
     )
-    run = Run.open(config, workdir)
+    run = Run.at(config, workdir)
+    run.record()
     assert run.counts == {"train": 4, "validation": 2, "generated": 2}
     assert not files.at(workdir / "splits.npz").exists()
     with pytest.warns(UserWarning) as said:
@@ -255,7 +263,7 @@ def test_a_run_says_once_what_it_did_to_pictures(folder, tmp_path_factory):
         assert any(f"1 of 2 {name}, such as same.png (b/" in line for line in lines)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(Run.open(config, workdir).splits.train.images) == 4
+        assert len(Run.at(config, workdir).splits.train.images) == 4
 
 
 def test_nothing_is_said_of_pictures_that_nothing_was_done_to():

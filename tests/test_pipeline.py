@@ -498,4 +498,4 @@ def test_a_refused_command_leaves_the_workdir_free(tmp_path, capsys):
     assert "there are only 1797 examples" in text
     assert not (tmp_path / "w").exists()
     _, config, options = cli.parse(command("train", tmp_path / "w"))
-    assert Run.open(config, options.workdir).config == config
+    assert Run.at(config, options.workdir).config == config

@@ -1139,7 +1139,7 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
         dtrak.write_report(path, scores, train.images, pictures, truth={"x": truth})
     ids, losses = run.splits.train.ids, np.ones((2, 20))
     made = made | {"timesteps": list(range(100, 900, 100))}
-    features = SimpleNamespace(fingerprint=made, losses=losses, ids=ids)
+    features = dtrak.Features("square", tuple(ids), None, None, losses, made)
     given = {"features": features, "schedule": linear_schedule()}
     path = dtrak.write_report(path, scores, train.images, pictures, **given)
     html = path.read_text()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dtrak_jax as dtrak
+from dtrak_jax import host
 from dtrak_jax.attribution import kernel, sets
 
 N, K = 12, 7
@@ -108,5 +109,5 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     refused("a removal set needs kernels decomposed", iterated, query, 1)
     monkeypatch.setattr(sets, "LEAST", 0.9)
     refused("1 - M_ii of a training image is .* larger damping", train, query, 1)
-    monkeypatch.setattr(sets, "host_memory", lambda: 1000)
+    monkeypatch.setattr(host, "memory", lambda: 1000)
     refused("a removal set of 2 images", train, query, 2, error=MemoryError)

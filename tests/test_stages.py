@@ -293,10 +293,15 @@ def test_a_report_shows_all_of_it(finished):
 
 
 @pytest.mark.parametrize(
-    ("column", "queries"),
-    [("query_ids", "validation"), ("query_digests", "generated")],
+    ("column", "queries", "words"),
+    [
+        ("query_ids", "validation", "queries"),
+        ("query_digests", "generated", "pictures of queries"),
+    ],
 )
-def test_an_ensemble_of_other_queries_is_measured_again(workdir, column, queries):
+def test_an_ensemble_of_other_queries_is_measured_again(
+    workdir, column, queries, words
+):
     """Other ids, or the same ids with other pixels: retraining itself is kept."""
     path = workdir / "ensemble" / "outputs.npz"
     saved = files.read_npz(path)
@@ -305,7 +310,7 @@ def test_an_ensemble_of_other_queries_is_measured_again(workdir, column, queries
     changed[chosen] = changed[chosen][::-1]
     files.write_npz(path, **saved | {column: changed})
     run = open_run(command("lds", workdir))
-    with pytest.raises(ValueError, match=f"of other {column} than this run"):
+    with pytest.raises(ValueError, match=f"of other {words} than this run"):
         run.truth()
     type_in("lds", workdir)
     for name, array in files.read_npz(path).items():

@@ -272,7 +272,7 @@ def test_adapters_that_another_program_made_are_attributed(run, tmp_path):
     other = dataclasses.replace(
         config, lora=LoRAConfig(file=str(run.workdir / "adapters" / "diffusers"))
     )
-    params = Run.open(other, tmp_path / "other").params()
+    params = Run.at(other, tmp_path / "other").params()
     jax.tree.map(np.testing.assert_array_equal, params, run.params())
 
     # Other adapters in the same run: all that is made of them is made again, as one.

@@ -15,6 +15,7 @@ N, QUERIES = 20, 3
 VALUES = np.random.default_rng(0).normal(size=(N, QUERIES))
 LABELS = np.arange(N) % 4
 IDS = [f"n{i}" for i in range(N)]
+RANDOM = np.random.default_rng(1)
 
 
 class Trained:
@@ -74,8 +75,13 @@ def test_a_store_continues_and_refuses_what_is_other(tmp_path):
     more, again = Trained(), Trained()
     retrain(more, store=store, subsets=13)
     assert len(more.calls) == 2
-    for changes in ({"seed": 1}, {"ids": IDS[::-1]}, {"query_ids": ["a", "b", "c"]}):
-        with pytest.raises(ValueError, match="Name another store"):
+    for changes, differing in (
+        ({"seed": 1}, "training images"),
+        ({"ids": IDS[::-1]}, "training images"),
+        ({"query_ids": ["a", "b", "c"]}, "queries"),
+        ({"version": "other network"}, "version"),
+    ):
+        with pytest.raises(ValueError, match=f"with other {differing}. Name another"):
             retrain(again, store=store, **changes)
     assert not again.calls
 
@@ -133,11 +139,30 @@ def test_scores_are_matched_by_their_ids():
     with pytest.raises(ValueError, match=r"must be finite, and \[30, 40\]"):
         dtrak.lds(values.T, truth)
     wrong = dataclasses.replace(scores, query_ids=["x", *scores.query_ids[1:]])
-    with pytest.raises(ValueError, match="the query_ids of scores and truth differ"):
+    with pytest.raises(ValueError, match="the ids of queries differ between"):
         dtrak.lds(wrong, truth)
     few = dtrak.RetrainedLosses(truth.outputs[:9], truth.masks[:9].tolist())
     with pytest.raises(ValueError, match="not of the same retrained models"):
         found.less(dtrak.lds(values, few))
+
+
+def test_what_has_no_correlation_is_said():
+    """A constant, of scores or losses, predicts nothing, to rounding or not."""
+    truth, constant = retrain(), np.full((QUERIES, N), 0.1)
+    assert truth.predict(VALUES.T) == pytest.approx(truth.masks @ VALUES)
+    with pytest.raises(
+        ValueError, match="3 of 3 queries, such as '0', have the same p"
+    ):
+        dtrak.lds(constant, truth)
+    still = dataclasses.replace(truth, outputs=np.ones_like(truth.outputs))
+    with pytest.raises(ValueError, match="have the same loss for every subset"):
+        dtrak.lds(VALUES.T, still)
+    one = np.concatenate([VALUES.T[:2], constant[2:]])
+    with pytest.warns(UserWarning, match="1 of 3 queries, such as '2', .* counts as 0"):
+        found = dtrak.lds(one, truth)
+    assert found.per_query[2] == 0 and found.value == pytest.approx(2 / 3)
+    with pytest.warns(UserWarning, match="LDS of trak: 1 of 3 queries"):
+        trust.record({"trak": one}, truth)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +178,7 @@ def test_scores_are_matched_by_their_ids():
         (np.ones((9, 2)), np.ones((8, 4), bool), None, "outputs have shape"),
         (np.ones((9, 2)), np.ones((9, 4), bool), ["a"], "1 ids for 2"),
         (np.ones((9, 2)) * np.nan, np.ones((9, 4), bool), None, "not all finite"),
+        (np.ones((9, 2)), np.ones((9, 4), bool), None, "9 masks are the same subset"),
     ],
 )
 def test_losses_of_ones_own_must_fit_together(outputs, masks, ids, message):
@@ -258,8 +284,10 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
     few = counterfactual(more, queries=1, store=tmp_path)
     (query,) = few.settings["queries"]
     assert few.rows[0] in found.rows and query in found.settings["queries"]
+    with pytest.raises(ValueError, match="with other version"):
+        counterfactual(store=tmp_path, version="2")
     originals = generate(VALUES.mean(axis=0) + 1, np.arange(QUERIES))
-    with pytest.raises(ValueError, match="of other originals than this call"):
+    with pytest.raises(ValueError, match="with other originals"):
         counterfactual(originals=originals, store=tmp_path)
 
 
@@ -281,6 +309,10 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
         ({"sets": {"a": [[0, 1, 2, 20]] * 3}}, "different positions below 20"),
         ({"losses": lambda model: model[:2]}, r"shape \(2,\); .* each query, \[3\]"),
         ({"generate": lambda model, rows: np.ones((3, 1))}, "what generate returns"),
+        (
+            {"generate": lambda *args: generate(*args) + RANDOM.normal(size=(1, 1))},
+            r"generate is random: .* differ by \d",
+        ),
     ],
 )
 def test_counterfactuals_that_do_not_fit_are_refused(changes, message):

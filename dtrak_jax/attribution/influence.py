@@ -17,6 +17,7 @@ from dtrak_jax.attribution import iterative, linalg
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
+from dtrak_jax.checks import instance, items, shown
 from dtrak_jax.features.store import chunks_of
 from dtrak_jax.switches import standard
 
@@ -162,6 +163,17 @@ def _pairs(
         yield phi, kernel, g
 
 
+def _checked(subsets: np.ndarray, n: int) -> np.ndarray:
+    """Returns subsets as an array, or raises a ValueError unless they are bool [M, n]."""
+    subsets = np.asarray(subsets)
+    if subsets.dtype != bool or subsets.ndim != 2 or subsets.shape[1] != n:
+        raise ValueError(
+            f"subsets are {shown(subsets)}; they must be bool [M, {n}], a row for each "
+            "subset and a column for each training image."
+        )
+    return subsets
+
+
 def _inverses(sizes: np.ndarray) -> np.ndarray:
     """Returns 1 / size, and 0 where a size is 0."""
     return np.divide(1, sizes, out=np.zeros(len(sizes)), where=sizes > 0)
@@ -191,7 +203,10 @@ def damping_path(
         [len(dampings), q, M], which is what the scores predict for models trained on
         them, at a fraction of the cost.
     """
-    kernels, dampings = Kernels.of(train), list(map(Damping.of, dampings))
+    kernels = Kernels.of(train)
+    dampings = list(map(Damping.of, items("dampings", dampings)))
+    instance("pooled", pooled, bool, np.bool_)
+    subsets = None if subsets is None else _checked(subsets, kernels.train.shape[-2])
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a path over dampings")
     if pooled:

@@ -72,6 +72,11 @@ def check_features(train: Array, query: Array) -> tuple[Array, Array]:
         )
     if not (isinstance(train, Features) and isinstance(query, Features)):
         return train, query
+    if (train.role, query.role) == ("query", "train"):
+        raise ValueError(
+            "the training features were made with role='query' and the query features "
+            "with role='train': they are in each other's place."
+        )
     free = dict.fromkeys((*EXAMPLES, "noise_of"))
     roles = [features.fingerprint.get("noise_of") for features in (train, query)]
     same = all(train.fingerprint.get(f) == query.fingerprint.get(f) for f in EXAMPLES)

@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 import scipy.linalg
 from etils import epath
 
-from dtrak_jax import files, parallel
+from dtrak_jax import files, host, parallel
 from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
 from dtrak_jax.checks import between, one_of, positive
@@ -58,7 +57,7 @@ class Damping(NamedTuple):
 
 def absolute(value: float) -> Damping:
     """Returns lambda itself, in the units of Phi^T Phi, as the paper gives it."""
-    return Damping(value, absolute=True)
+    return Damping.of(Damping(value, absolute=True))
 
 
 class Kernel(NamedTuple):
@@ -127,7 +126,7 @@ def eigh_bytes(m: int) -> int:
 
 def check_memory(m: int) -> None:
     """Raises a MemoryError if an m x m eigendecomposition does not fit this host."""
-    size, memory = eigh_bytes(m), host_memory()
+    size, memory = eigh_bytes(m), host.memory()
     if size <= memory:
         return
     sizes = {name: int((memory / 8 / c) ** 0.5) for name, c in MATRICES.items()}
@@ -137,11 +136,6 @@ def check_memory(m: int) -> None:
         f"host has {memory / 2**30:.0f}. min(n, k) must be at most {largest}: take a "
         "smaller projection dim, or solver 'cg', which decomposes nothing."
     )
-
-
-def host_memory() -> int:
-    """Returns the bytes of this host's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

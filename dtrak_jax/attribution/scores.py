@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from etils import epath
 from dtrak_jax import files
 from dtrak_jax.attribution.groups import check_columns, group_scores
 from dtrak_jax.attribution.kernel import Damping
-from dtrak_jax.checks import at_least, between, one_of
+from dtrak_jax.checks import at_least, between, instance, one_of, shown
 
 if TYPE_CHECKING:
     from dtrak_jax.report.gallery import Gallery
@@ -85,8 +86,16 @@ class Scores:
     """The degrees of freedom of the errors, see `PairSum`; 0 without errors."""
 
     def __post_init__(self):
+        instance("method", self.method, str)
+        instance("damping", self.damping, Damping, NoneType)
         for name in ("scores", "train_ids", "query_ids"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        for name in ("train_ids", "query_ids"):
+            ids = getattr(self, name)
+            if ids.ndim != 1 or ids.dtype.kind != "U":
+                raise TypeError(
+                    f"{name} is {shown(ids)}; it must be a list of strings."
+                )
         shape = len(self.query_ids), len(self.train_ids)
         if self.errors is None or np.isnan(self.errors).all():
             none = np.broadcast_to(np.float32(np.nan), shape)
@@ -114,11 +123,12 @@ class Scores:
 
         Its arrays are [train]. An unknown id is a KeyError.
         """
-        rows = [row for row, name in enumerate(self.query_ids) if name == query]
+        names = self.query_ids.tolist() if isinstance(query, str) else []
+        rows = [row for row, name in enumerate(names) if name == query]
         if not rows:
             known = ", ".join(map(repr, map(str, self.query_ids[:5])))
             more = ", ..." if len(self.query_ids) > 5 else ""
-            raise KeyError(f"{query!r} is no query's id; they are {known}{more}")
+            raise KeyError(f"{shown(query)} is no query's id; they are {known}{more}")
         alone = dataclasses.replace(
             self,
             scores=self.scores[rows],
@@ -160,6 +170,7 @@ class Scores:
 
     def top(self, count: int, opposing: bool = False) -> Top:
         """Returns every query's highest scores, or the lowest, the strongest first."""
+        instance("opposing", opposing, bool, np.bool_)
         count = at_least("count", count, 1, self.scores.shape[1])
         order = self.scores if opposing else -self.scores
         # Stable, so that equal scores come in the order of the training set.
@@ -253,11 +264,13 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
     if not scores:
         raise ValueError("scores is empty; an ensemble needs those of a model or more.")
     first = scores[0]
+    compared = {"method": "method", "train_ids": "training images"}
+    compared["query_ids"] = "queries"
     for index, member in enumerate(scores):
-        for name in ("method", "train_ids", "query_ids"):
+        for name, what in compared.items():
             if not np.array_equal(getattr(member, name), getattr(first, name)):
                 raise ValueError(
-                    f"scores[{index}] and scores[0] differ in {name}; an ensemble needs "
+                    f"scores[{index}] and scores[0] differ in {what}; an ensemble needs "
                     "scores of one method for the same queries and training examples, in "
                     "the same order."
                 )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
+from dtrak_jax import host
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.attribution.kernel import (
@@ -25,7 +26,6 @@ from dtrak_jax.attribution.kernel import (
     Damping,
     Kernel,
     Kernels,
-    host_memory,
 )
 from dtrak_jax.checks import at_least
 from dtrak_jax.progress import progress
@@ -202,10 +202,10 @@ def removal_set(
     largest = sum(sorted(map(len, members))[-count:])
     joined = len(weights) if pooled else 1
     size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
-    if size > host_memory():
+    if size > host.memory():
         raise MemoryError(
             f"a removal set of {count} {what} among {n} images needs about "
-            f"{size / 2**30:.0f} GiB, this host has {host_memory() / 2**30:.0f}. Take a "
+            f"{size / 2**30:.0f} GiB, this host has {host.memory() / 2**30:.0f}. Take a "
             "smaller count, fewer timesteps or draws, or a smaller projection dim."
         )
     damping = Damping.of(damping)

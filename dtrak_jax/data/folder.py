@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
+from dtrak_jax.checks import instance
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.preprocess import Picture, decode
 from dtrak_jax.data.table import read_table
@@ -42,6 +43,7 @@ def pictures(
       setting: the name that errors give to the folder.
       optional: the other columns of the CSV that are read; prompt is a caption.
     """
+    instance(setting, path, str, os.PathLike)
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ValueError(f"{setting} is {str(path)!r}, which is not a folder.")
@@ -99,6 +101,11 @@ def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
         beside = f"; there are {kinds}" if left_out else ""
         raise ValueError(f"There are no pictures below {root}{beside}.")
     notes = (f"{root}: left out what is no picture ({kinds}).",) if left_out else ()
+    notes += tuple(
+        f"{root}: {table.name} is not read; the setting csv names a CSV that has labels, "
+        "captions or groups."
+        for table in sorted(root.glob("[!.]*.csv"))
+    )
     if any(name.count("/") != 1 for name in names):
         return {name: {} for name in names}, notes
     labels = {name: name.partition("/")[0] for name in names}

@@ -6,6 +6,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from dtrak_jax.checks import shown
+
 GREY = ("1", "L", "LA", "La")
 """Pillow's modes of 8 bits that have no colour."""
 
@@ -142,11 +144,11 @@ def check_colour(name: str, value: str) -> None:
     """Raises a ValueError unless Pillow knows `value` as an opaque colour."""
     try:
         opaque = len(ImageColor.getrgb(value)) == 3
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         opaque = False
     if not opaque:
         raise ValueError(
-            f"{name} is {value!r}; it must be a colour such as 'white' or '#ffffff'."
+            f"{name} is {shown(value)}; it must be a colour such as 'white' or '#ffffff'."
         )
 
 

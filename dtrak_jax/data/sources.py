@@ -4,14 +4,14 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.checks import at_least, instance, items, one_of
 from dtrak_jax.data.artbench import CAPTION, artbench
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
@@ -179,7 +179,10 @@ def load_images(
     at_least("center_crop", center_crop, 0)
     if size is not None:
         at_least("size", size, 1)
-    if groups and not csv:
+    instance("csv", csv, str)
+    for name in items("groups", groups):
+        instance("an entry of groups", name, str)
+    if len(groups) and not csv:
         raise ValueError(f"groups is {groups}, but csv is empty; name the CSV.")
     prepare = functools.partial(
         preprocess,
@@ -191,6 +194,20 @@ def load_images(
     columns = {"optional": GENERATED if csv else COLUMNS, "setting": "folder"}
     images = pictures(folder, prepare, csv, groups, **columns)
     images.images  # noqa: B018
-    for text in remarks({"pictures": images}):
+    for text in (*remarks({"pictures": images}), *_numbered(images.label_names)):
         warnings.warn(text, stacklevel=2)
     return images
+
+
+def _numbered(names: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence on labels that are numbers, but not those of their positions."""
+    if not all(map(str.isdecimal, names)):
+        return
+    differing = [(i, name) for i, name in enumerate(names) if int(name) != i]
+    if differing:
+        position, name = differing[0]
+        yield (
+            f"labels are positions in label_names, such as {position} for {name!r}; "
+            "where a network is given the numbers themselves, pass "
+            "np.array(label_names, int)[labels]."
+        )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dtrak_jax.checks import at_least, one_of, positive
+from dtrak_jax.checks import at_least, between, items, one_of, positive, real_numbers
 from dtrak_jax.diffusion.scheduler_config import read_scheduler
 from dtrak_jax.network import Apply
 
@@ -42,7 +42,10 @@ class Schedule:
 
     def __post_init__(self):
         one_of("prediction", self.prediction, get_args(Prediction))
-        betas, sigmas = (tuple(map(float, s)) for s in (self.betas, self.sigmas))
+        betas, sigmas = (
+            tuple(real_numbers(name, items(name, values), ndim=1).tolist())
+            for name, values in (("betas", self.betas), ("sigmas", self.sigmas))
+        )
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "sigmas", sigmas)
         if self.prediction == "flow":
@@ -212,7 +215,7 @@ def linear_schedule(
     prediction: str = "epsilon",
 ) -> Schedule:
     """Returns a schedule whose beta_t grows linearly (Ho et al. 2020)."""
-    return Schedule(tuple(np.linspace(beta_start, beta_end, steps)), prediction)
+    return Schedule(tuple(_line(steps, beta_start, beta_end)), prediction)
 
 
 def scaled_linear_schedule(
@@ -222,8 +225,14 @@ def scaled_linear_schedule(
     prediction: str = "epsilon",
 ) -> Schedule:
     """Returns a schedule whose sqrt(beta_t) grows linearly (Rombach et al. 2022)."""
-    roots = np.linspace(beta_start**0.5, beta_end**0.5, steps)
+    roots = _line(steps, beta_start, beta_end, 0.5)
     return Schedule(tuple(roots**2), prediction)
+
+
+def _line(steps: int, start: float, end: float, power: float = 1) -> np.ndarray:
+    """Returns numbers from start^power to end^power, once the arguments are checked."""
+    start, end = between("beta_start", start, 0, 1), between("beta_end", end, 0, 1)
+    return np.linspace(start**power, end**power, at_least("steps", steps, 1))
 
 
 def cosine_schedule(steps: int = 1000, prediction: str = "epsilon") -> Schedule:
@@ -236,6 +245,7 @@ def cosine_schedule(steps: int = 1000, prediction: str = "epsilon") -> Schedule:
     def f(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
+    at_least("steps", steps, 1)
     betas = (min(0.999, 1 - f((t + 1) / steps) / f(t / steps)) for t in range(steps))
     return Schedule(tuple(betas), prediction)
 

@@ -113,7 +113,12 @@ def scored_rows(
 ) -> tuple[tuple[dict, np.ndarray], dict]:
     """Returns the `predicted_row` of scores [queries, train], and the row of their
     squares."""
-    linear = predicted_row(method, truth.predict(scores), truth, *rule)
+    predictions = truth.predict(scores)
+    unranked, sentence = truth.unranked(predictions)
+    if unranked.any():
+        text = f"LDS of {method}: {sentence}, and counts as 0."
+        warnings.warn(text, stacklevel=3)
+    linear = predicted_row(method, predictions, truth, *rule)
     squares = np.square(scores, dtype=np.float64)
     squared, _ = predicted_row(method, truth.predict(squares), truth, *rule)
     return linear, squared | {"transform": "squared"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, check_images, seed
+from dtrak_jax.checks import at_least, check_images, function, instance, seed
 from dtrak_jax.diffusion import Schedule, denoising_loss
 from dtrak_jax.digests import digest, digest_rows, digest_tree, settings_text
 from dtrak_jax.evaluation.config import EnsembleConfig
@@ -36,17 +35,15 @@ def timestep_grid(
     """
     steps = schedule.steps
     if np.ndim(timesteps) == 0:
-        timesteps = operator.index(timesteps)
-        if not 1 <= timesteps <= steps:
-            raise ValueError(f"{name} is {timesteps}; the schedule has 1 to {steps}.")
+        timesteps = at_least(name, timesteps, 1, steps)
         parts = (np.arange(timesteps) + 0.5) * steps / timesteps
         return np.floor(parts).astype(np.int32)
-    grid = np.array(timesteps, np.int32)
-    if not len(grid) or grid.min() < 0 or grid.max() >= steps:
+    grid = [at_least(f"an entry of {name}", t, 0, steps - 1) for t in timesteps]
+    if not grid:
         raise ValueError(
-            f"{name} is {timesteps}; it must name one or more of 0 to {steps - 1}."
+            f"{name} is empty; it must name one or more of 0 to {steps - 1}."
         )
-    return grid
+    return np.array(grid, np.int32)
 
 
 def measure(
@@ -183,6 +180,8 @@ class QueryLosses:
     """Noised queries at once; limits memory."""
 
     def __post_init__(self):
+        function("apply", self.apply)
+        instance("schedule", self.schedule, Schedule)
         timestep_grid(self.timesteps, self.schedule, "timesteps")
         images = check_images(self.images, self.bounds)
         cond = as_arrays("cond", self.cond)
@@ -191,6 +190,7 @@ class QueryLosses:
             "images": images,
             "ids": named(self.ids, len(images)),
             "cond": cond,
+            "frozen": as_arrays("frozen", self.frozen),
             "draws": at_least("draws", self.draws, 1),
             "seed": seed("seed", self.seed),
             "batch_size": at_least("batch_size", self.batch_size, 1),

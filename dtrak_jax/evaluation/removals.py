@@ -8,6 +8,7 @@ import numpy as np
 
 from dtrak_jax import data, training
 from dtrak_jax.attribution import Scores
+from dtrak_jax.checks import at_least
 from dtrak_jax.digests import short_digest
 
 RANDOM = "random"
@@ -51,7 +52,7 @@ class Model(NamedTuple):
 
 def check_count(name: str, count: int, n: int) -> None:
     """Raises a ValueError unless something is removed, and something is left."""
-    if not 1 <= count <= n - 1:
+    if at_least(name, count, 1) > n - 1:
         raise ValueError(
             f"{name} is {count}; it must be 1 to {n - 1}, as there are {n} training "
             "images and one must be left."

@@ -14,11 +14,20 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least, between
+from dtrak_jax.checks import (
+    at_least,
+    between,
+    check_ids,
+    function,
+    instance,
+    items,
+    real_numbers,
+)
 from dtrak_jax.digests import digest_tree
 from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
 from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
+    WORDS,
     RetrainedLosses,
     by_subset,
     check_fraction,
@@ -47,6 +56,7 @@ def retrain(
     query_ids: Sequence[str] | None = None,
     seed: int = 0,
     store: epath.PathLike | None = None,
+    version: str = "",
 ) -> RetrainedLosses:
     """Trains a model on each of many random subsets, and measures every query's loss.
 
@@ -64,15 +74,20 @@ def retrain(
       labels: a label for each, of which every subset gets its share; or None.
       query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
       store: a folder that gets a file for each model once it is measured, so that the
-        same call continues where it was stopped. It knows subsets, ids and the settings
-        of `QueryLosses`, and not what `train`, the network or other functions do: if
-        they change, name another one.
+        same call continues where it was stopped. It compares the examples of each model,
+        the queries' ids and the settings of `QueryLosses`; and not what `train`, the
+        network or other functions do.
+      version: a name of these functions, such as "lr 1e-4", which the store compares:
+        give another one, or another store, when they change.
 
     Raises:
       ValueError: a setting is wrong or the store is of other settings, before anything
         is trained; or losses are not finite, of the wrong shape, or the same whatever a
         model was trained on.
     """
+    function("train", train)
+    function("losses", losses)
+    instance("version", version, str)
     _check_sizes(n, subsets, seeds, fraction)
     at_least("seed", seed, 0)
     train_ids, labels = named(ids, n), None if labels is None else np.asarray(labels)
@@ -80,14 +95,16 @@ def retrain(
         raise ValueError(f"labels have shape {labels.shape}; they must be [{n}].")
     masks = subset_masks(train_ids, labels, seed, subsets, fraction)
     query_ids = getattr(losses, "ids", None) if query_ids is None else query_ids
-    made_from = {"measured": np.array(getattr(losses, "made_from", ""))}
+    measured_by = getattr(losses, "made_from", "")
+    made_from = {"measured": np.array(measured_by), "version": np.array(version)}
     if query_ids is not None:
-        made_from["query_ids"] = named(query_ids, len(query_ids))
+        query_ids = check_ids(query_ids, len(items("query_ids", query_ids)))
+        made_from["query_ids"] = np.array(query_ids, str)
     measured: list[np.ndarray] = []
     members = ensemble(masks, seeds)
     for member in progress(members, "retrain", unit="model"):
         rows_from = made_from | {"train_ids": train_ids[member.rows]}
-        path = store and files.at(store) / f"{member.name}.npz"
+        path = None if store is None else files.at(store) / f"{member.name}.npz"
         saved = kept(path, rows_from) or {}
         values = saved.get("outputs")
         if values is None:
@@ -127,8 +144,8 @@ def kept(path: epath.Path | None, made_from: Mapping[str, np.ndarray]) -> dict |
     for name, value in made_from.items():
         if not np.array_equal(saved.get(name), value):
             raise ValueError(
-                f"{path} is of other {name} than this call: its store belongs to other "
-                "settings, data or queries. Name another store."
+                f"{path} is of a call with other {WORDS.get(name, name)}. Name another "
+                "store, or delete this one."
             )
     return saved
 
@@ -138,7 +155,7 @@ def checked(name: str, values: Any, queries: Sequence | None) -> np.ndarray:
 
     `queries` has an item for each query; None if nobody knows how many there are.
     """
-    values = np.asarray(values, np.float64)
+    values = real_numbers("what losses returns", values)
     count = values.size if queries is None else len(queries)
     if values.shape != (count,) or not count:
         raise ValueError(
@@ -187,6 +204,7 @@ class LDS:
 
         It is that of a paired comparison, and sharper than the two intervals.
         """
+        instance("other", other, LDS)
         if self.truth != other.truth:
             raise ValueError("the two LDS are not of the same retrained models.")
         return interval(self.value - other.value, self.samples - other.samples)
@@ -208,8 +226,9 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
 
     For each query: Spearman's correlation, over the subsets of `retrain`, of the sum of
     the scores of a subset's examples and minus the query's loss after training on it.
-    It is 0 for scores that predict nothing. The ceiling is what noise of training
-    leaves to be predicted.
+    It is 0 for scores that predict nothing, and counts as 0, with a warning, for a query
+    whose predictions or losses are the same for all subsets. The ceiling is what noise of
+    training leaves to be predicted.
 
     Args:
       scores: of `attribute`, matched by ids; or an array [queries, train] in the order
@@ -217,9 +236,19 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
       truth: of `retrain`.
 
     Raises:
-      ValueError: scores and truth are of other queries or training examples.
+      ValueError: scores and truth are of other queries or training examples; or no query
+        has a correlation.
     """
+    instance("truth", truth, RetrainedLosses)
     predictions = truth.predict(fitting(scores, truth))
+    unranked, sentence = truth.unranked(predictions)
+    if unranked.all():
+        raise ValueError(
+            f"{sentence}. Scores must differ between training examples, and losses "
+            "between subsets."
+        )
+    if unranked.any():
+        warnings.warn(f"{sentence}, and counts as 0.", stacklevel=2)
     estimate, samples = bootstrap(predictions, truth)
     per_query = spearman(predictions, truth.target)
     shape = truth.outputs.shape[:2]
@@ -247,13 +276,13 @@ def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
             if places.keys() != set(ids.tolist()):
                 differing = min(places.keys() ^ set(ids.tolist()))
                 raise ValueError(
-                    f"the {name} of scores and truth differ, such as by {differing!r}: "
-                    "give `retrain` the ids of `featurize`."
+                    f"the ids of {WORDS[name]} differ between scores and truth, such as "
+                    f"by {differing!r}: give `retrain` the ids of `featurize`."
                 )
             orders.append([places[key] for key in ids.tolist()])
         values = np.asarray(scores.scores)[np.ix_(*orders)]
     else:
-        values = np.asarray(scores)
+        values = real_numbers("scores", scores)
     shape = tuple(map(len, expected.values()))
     if values.shape != shape or not np.isfinite(values).all():
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrak_jax import data, files, training
-from dtrak_jax.checks import check_ids
+from dtrak_jax.checks import check_ids, real_numbers
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 MIN_SUBSETS = 8
 """The fewest subsets of which an interval says anything; what is chosen on one half of
 them and scored on the other needs twice as many."""
+
+WORDS = {
+    "train_ids": "training images",
+    "query_ids": "queries",
+    "query_digests": "pictures of queries",
+    "query_set": "sets of queries",
+    "measured": "settings of losses",
+    "settings": "settings of losses",
+}
+"""The words for what files of losses are compared by, where their names are others."""
 
 
 def check_subsets(count: int) -> None:
@@ -40,9 +50,8 @@ def check_fraction(name: str, fraction: float, n: int) -> None:
 
 def named(ids: Sequence[str] | np.ndarray | None, count: int) -> np.ndarray:
     """Returns the ids of `count` examples once they are checked; "0", "1", ... if None."""
-    ids = list(map(str, range(count))) if ids is None else list(ids)
-    check_ids(ids, count)
-    return np.array(ids, str)
+    ids = map(str, range(count)) if ids is None else check_ids(ids, count)
+    return np.array(list(ids), str)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +73,7 @@ class RetrainedLosses:
     """str [train]; "0", "1", ... if None."""
 
     def __post_init__(self):
-        outputs, masks = np.asarray(self.outputs, np.float64), np.asarray(self.masks)
+        outputs, masks = real_numbers("outputs", self.outputs), np.asarray(self.masks)
         outputs = outputs[:, None] if outputs.ndim == 2 else outputs
         if masks.dtype != bool:
             raise ValueError(f"masks are {masks.dtype}; they must be bool.")
@@ -83,6 +92,11 @@ class RetrainedLosses:
             ("train_ids", named(self.train_ids, masks.shape[1])),
         ):
             object.__setattr__(self, name, value)
+        if (masks == masks[0]).all():
+            raise ValueError(
+                f"all {len(masks)} masks are the same subset; nothing can be learnt from "
+                "models that differ in no example."
+            )
 
     def __repr__(self) -> str:
         subsets, seeds, queries = self.outputs.shape
@@ -105,7 +119,27 @@ class RetrainedLosses:
 
         g(q, S) = sum of tau(q, n) over n in S.
         """
-        return self.masks.astype(np.float64) @ np.asarray(scores, np.float64).T
+        scores, masks = np.asarray(scores, np.float64), self.masks.astype(np.float64)
+        # Sums of a constant would differ by rounding, and ranks take that for an order.
+        first = scores[:, :1]
+        return masks @ (scores - first).T + masks.sum(axis=1, keepdims=True) * first.T
+
+    def unranked(self, predictions: np.ndarray) -> tuple[np.ndarray, str]:
+        """Returns the queries that have no correlation, bool [queries], and a sentence.
+
+        Their predictions [subsets, queries], or their losses, are the same in all subsets.
+        """
+        same, clauses = np.zeros(len(self.query_ids), bool), []
+        for name, values in (("prediction", predictions), ("loss", self.target)):
+            constant = np.ptp(values, axis=0) == 0
+            same |= constant
+            if constant.any():
+                query = str(self.query_ids[np.argmax(constant)])
+                clauses.append(
+                    f"{constant.sum()} of {len(same)} queries, such as {query!r}, have "
+                    f"the same {name} for every subset"
+                )
+        return same, f"{', and '.join(clauses)}: no correlation is defined for them"
 
 
 def subset_masks(
@@ -185,9 +219,9 @@ def load(run: "Run") -> dict[str, RetrainedLosses]:
     Raises:
       ValueError: the losses are not there, or of another config or other images.
     """
-    if names := differing(run):
+    if words := [WORDS.get(name, name) for name in differing(run)]:
         raise ValueError(
-            f"{run.outputs} is missing, or of other {', '.join(names)} than this run; run "
+            f"{run.outputs} is missing, or of other {', '.join(words)} than this run; run "
             "`dtrak-jax retrain` with this config and workdir."
         )
     saved = files.read_npz(run.outputs)

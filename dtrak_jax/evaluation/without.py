@@ -8,6 +8,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, function, instance, real_numbers
 from dtrak_jax.digests import short_digest
 from dtrak_jax.evaluation.changes import distances, flattened, tables
 from dtrak_jax.evaluation.removals import (
@@ -69,6 +70,11 @@ class Counterfactual:
         return {name: getattr(self, name) for name in parts}
 
 
+SAME = 0.01
+"""The difference that rounding may make between two calls of `generate`, in units of the
+originals' standard deviation."""
+
+
 class Functions(NamedTuple):
     """The functions of a user that make pictures without some examples."""
 
@@ -82,18 +88,30 @@ class Functions(NamedTuple):
         return getattr(self.losses, "made_from", "losses") if self.losses else ""
 
     def make(
-        self, model: Removal, originals: np.ndarray, rows: np.ndarray
+        self, model: Removal, originals: np.ndarray, rows: np.ndarray, again: bool
     ) -> dict[str, np.ndarray]:
-        """Trains a model; returns the pictures, and the losses, of some of all queries."""
+        """Trains a model; returns the pictures, and the losses, of some of all queries.
+
+        `again` generates the pictures twice, and refuses a function that is random.
+        """
         trained = self.train(model.rows.copy(), model.seed)
-        images = np.asarray(self.generate(trained, rows.copy()))
-        shape = (len(rows), *originals.shape[1:])
-        _check_pictures("what generate returns", images, shape)
+        images = self.pictures(trained, originals, rows)
+        if again:
+            _check_same(images, self.pictures(trained, originals, rows), originals)
         made = {"images": images}
         if self.losses is not None:
             values = checked(model.choice.name, self.losses(trained), originals)
             made["losses"] = values[rows]
         return made
+
+    def pictures(
+        self, trained: Any, originals: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Returns what a model generates, once its shape and values are checked."""
+        images = np.asarray(self.generate(trained, rows.copy()))
+        shape = (len(rows), *originals.shape[1:])
+        _check_pictures("what generate returns", images, shape)
+        return images
 
 
 @standard()
@@ -111,6 +129,7 @@ def counterfactual(
     losses: Callable[[Any], np.ndarray] | None = None,
     seed: int = 0,
     store: epath.PathLike | None = None,
+    version: str = "",
 ) -> Counterfactual:
     """Retrains without the strongest examples of each query, and makes its picture again.
 
@@ -125,7 +144,8 @@ def counterfactual(
       train: (rows, seed) -> a model trained on the examples with these indices, int
         [m], for as many epochs as the original.
       generate: (model, positions) -> the pictures of the queries with these positions,
-        [m, ...], each from the seed and condition of its original.
+        [m, ...], each from the seed and condition of its original. It is called twice
+        with the first model, to see that it is not random.
       originals: the pictures of all queries [queries, ...], in the order of the scores.
       count: the number of examples to remove.
       sets: the positions of training examples to remove for each query, int [queries,
@@ -137,18 +157,31 @@ def counterfactual(
       losses: model -> the losses of all queries, such as `QueryLosses`, for
         "loss_increase", the loss less that of "everything".
       seed: chooses queries and random examples.
-      store: a folder that gets a file for each model, as of `retrain`.
+      store: a folder that gets a file for each model, as of `retrain`. It compares the
+        examples of each model, its seed, the queries' ids and originals, and the settings
+        of `QueryLosses`; and not what `train`, `generate` and the network do.
+      version: a name of these functions, which the store compares, as of `retrain`.
 
     Raises:
       ValueError: before anything is trained, where arguments do not fit together; or
-        pictures are of another shape than the originals, or not finite.
+        pictures are of another shape than the originals, not finite, or others in a
+        second call of `generate` with the first model.
     """
+    for name, given in (("train", train), ("generate", generate)):
+        function(name, given)
+    if losses is not None:
+        function("losses", losses)
+    instance("embeddings", embeddings, Mapping, NoneType)
+    for name, embed in (embeddings or {}).items():
+        function(f"embeddings[{name!r}]", embed)
+    instance("version", version, str)
     ranked = _ranked(scores)
-    first, originals = next(iter(ranked.values())), np.asarray(originals)
+    first, originals = next(iter(ranked.values())), real_numbers("originals", originals)
     n, total = len(first.train_ids), len(first.query_ids)
     _check_pictures("originals", originals, (total, *originals.shape[1:]))
     check_count("count", count, n)
     at_least("train_seed", train_seed, 0)
+    at_least("seed", seed, 0)
     number = total if queries is None else queries
     at_least("queries", number, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
@@ -162,6 +195,7 @@ def counterfactual(
     models = removals(kept_by_choice, names, n, train_seed)
     functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
+    repeats = False
     for model in progress(models, "counterfactual", unit="model"):
         made_from = {
             "train_ids": first.train_ids[model.rows],
@@ -169,11 +203,14 @@ def counterfactual(
             "originals": originals[positions[model.queries]],
             "seed": np.array(model.seed),
             "measured": np.array(functions.measured),
+            "version": np.array(version),
         }
-        path = store and files.at(store) / _file_name(model, names)
+        path = None if store is None else files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
-            saved = functions.make(model, originals, positions[model.queries])
+            rows = positions[model.queries]
+            saved = functions.make(model, originals, rows, again=not repeats)
+            repeats = True
             if path:
                 files.write_npz(path, **saved, **made_from)
         parts.setdefault(model.choice, []).append(saved)
@@ -207,7 +244,9 @@ def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]
 
 def _fitting(method: str, given: AnyScores, ids: Mapping[str, np.ndarray]) -> Scores:
     """Returns scores that have these ids, or a ValueError."""
-    values = np.asarray(given.scores if isinstance(given, Scores) else given)
+    values = real_numbers(
+        "scores", given.scores if isinstance(given, Scores) else given
+    )
     same = values.shape == tuple(map(len, ids.values()))
     if isinstance(given, Scores):
         same = all(np.array_equal(getattr(given, name), ids[name]) for name in ids)
@@ -257,6 +296,19 @@ def _check_pictures(name: str, images: np.ndarray, shape: tuple[int, ...]) -> No
         )
     if not np.isfinite(images).all():
         raise ValueError(f"{name} have values that are not finite.")
+
+
+def _check_same(first: np.ndarray, second: np.ndarray, originals: np.ndarray) -> None:
+    """Raises a ValueError if two calls of `generate` with one model differ."""
+    difference = np.sqrt(np.mean(np.square(np.subtract(second, first, dtype=float))))
+    spread = np.std(originals, dtype=float)
+    if difference > SAME * spread:
+        raise ValueError(
+            "generate is random: two calls with the same model and positions made "
+            f"pictures that differ by {difference:.3g} in root mean square (the "
+            f"originals' standard deviation is {spread:.3g}). Changes by removal would "
+            "drown in that: make each picture from the seed of its original."
+        )
 
 
 def _result(

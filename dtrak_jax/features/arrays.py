@@ -1,7 +1,7 @@
 """The arguments of a user as arrays that JAX has, or an error."""
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +81,7 @@ def ids_of(ids: Sequence[str] | None, n: int) -> tuple[str, ...]:
     """Returns n ids, which are numbers if None are given, or raises an error."""
     if ids is None:
         return tuple(map(str, range(n)))
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise TypeError(f"ids is {ids!r}; it must have a string for each image.")
-    ids = tuple(ids)
-    check_ids(ids, n)
-    return ids
+    return tuple(check_ids(ids, n))
 
 
 def check_rows(cond, n: int) -> None:

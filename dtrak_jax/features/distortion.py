@@ -32,8 +32,6 @@ def distortion(
     timestep and a draw: give it a handful of images, two or more. The arguments are those
     of `featurize`; a tuple of measurements gives {measurement: errors}.
     """
-    if len(images) < 2:
-        raise ValueError("distortion compares pairs: give two or more images.")
     exact = featurize(task, params, images, Projection("none"), **options)
     projected = featurize(task, params, images, projection, **options)
     if isinstance(exact, Features):
@@ -43,6 +41,8 @@ def distortion(
 
 def _compare(exact: Features, projected: Features) -> Distortion:
     """Compares Gram matrices, one for each pair of a timestep and a draw."""
+    if len(exact.ids) < 2:
+        raise ValueError("distortion compares pairs: give two or more images.")
     off, diagonal = [], []
     for g, phi in zip(exact.by_pair(), projected.by_pair(), strict=True):
         g, phi = g.astype(np.float64), phi.astype(np.float64)

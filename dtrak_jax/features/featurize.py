@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, one_of
+from dtrak_jax import files, host, parallel
+from dtrak_jax.checks import at_least, instance, one_of
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
@@ -25,7 +25,7 @@ from dtrak_jax.features.fingerprint import (
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
 from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
-from dtrak_jax.features.projection import Projection, check_columns
+from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 from dtrak_jax.network import Params, check_prediction
@@ -67,7 +67,8 @@ def featurize(
       cond: a pytree of arrays with n rows that the network is given, or None.
       role: "train" or "query". With noise "independent" an image has other noise in each
         role; without one, noise follows the image's content instead of its id. Other
-        kinds of noise do not depend on it.
+        kinds of noise do not depend on it; `attribute` refuses two sets in each other's
+        place.
       bounds: the least and the largest value that images may have. None warns of values
         that are not in [-1, 1], or look like pixels in [0, 1].
       store: a folder that keeps the features, and is continued; in memory if None.
@@ -80,8 +81,11 @@ def featurize(
     Raises:
       ValueError: wrong images, ids, conditions, parameters or network; or the store
         holds other features. Says what is wrong and what would be right.
+      MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
+    instance("task", task, Task)
+    instance("projection", projection, Projection)
     one_of("role", role, (*get_args(Role), None))
     if isinstance(images, Dataset):
         images, ids = images.images, images.ids if ids is None else ids
@@ -95,6 +99,7 @@ def featurize(
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
+    _check_size(task, params, projection, batch_size, mesh.size, len(images), store)
     programs = step_programs(
         task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
     )
@@ -105,6 +110,7 @@ def featurize(
         "shape": list(layout.shape(len(ids))),
         "pairs": layout.pairs,
         "rows_per_chunk": layout.rows_per_chunk,
+        "role": role,
     }
     target = Store.open_or_create(store, metadata | hashes)
     words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)
@@ -250,6 +256,28 @@ def _finish(
     phi, squared_norms = jax.tree.map(by_pair, *projected)
     losses = np.concatenate([np.concatenate(parts, axis=1) for parts in losses])
     return phi, squared_norms, by_example(losses).reshape(n, -1)[:, : layout.pairs].T
+
+
+def _check_size(
+    task: Task, params: Params, projection: Projection, batch_size, devices, n, store
+) -> None:
+    """Raises a MemoryError or an OSError if features do not fit this host."""
+    p = sum(leaf.size for leaf in variables(task, params, {}))
+    warn_of_dim(projection, p)
+    layout = Layout.of(task, projection, p, batch_size, devices)
+    measurements = len(task.measurements)
+    folder = None if store is None else files.at(store)
+    kept = layout.bytes_written(n, measurements)
+    taken = layout.bytes_in_memory(n, measurements)
+    if folder is None:
+        kept, taken = 0, taken + kept
+    elif not files.is_empty(folder):
+        kept = 0  # Nobody knows how much of it is there.
+    what = f"features of {n} images"
+    if measurements > 1:
+        what += f" by {measurements} measurements"
+    what += f" with {layout.per_example} gradients each of dim={layout.dim}"
+    host.check_fits(what, taken, kept, folder)
 
 
 def _check_network(task: Task, params: Params, frozen, images, cond) -> None:

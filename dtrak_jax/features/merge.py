@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from dtrak_jax import files, parallel
-from dtrak_jax.checks import check_ids
+from dtrak_jax.checks import check_ids, items
 from dtrak_jax.features.fingerprint import EXAMPLES, examples_fingerprint
 from dtrak_jax.features.store import Features, Store, concatenated
 from dtrak_jax.progress import progress
@@ -31,6 +31,7 @@ def merge(
         example's place among all of them; one is unfinished or damaged; or `into`
         holds something else.
     """
+    stores = items("stores", stores)
     if not stores:
         raise ValueError("stores is empty; name the folders of one or more stores.")
     sources = [Store.load(folder) for folder in stores]
@@ -76,4 +77,5 @@ def _joined_metadata(stores: Sequence[epath.PathLike], parts: list[dict]) -> dic
         "shape": [*pairs, n, k],
         "pairs": first["pairs"],
         "rows_per_chunk": first["rows_per_chunk"],
+        "role": first.get("role"),
     } | hashes

@@ -14,6 +14,10 @@ from dtrak_jax.features.task import Task
 CHUNK_ROWS, CHUNK_BYTES = 64, 2**25
 """About how much of a store is written, and lost by a kill, at a time."""
 
+COPIES = 4
+"""The copies of a chunk of features at one time: on the devices and on the host, of one
+chunk that is computed and one that is written."""
+
 
 class Microbatch(NamedTuple):
     """The arguments of S gradients, sum_r weight_r grad f(noised image r of an example).
@@ -86,6 +90,14 @@ class Layout:
         """Returns the bytes of a store of n examples."""
         numbers = measurements * self.per_example * (self.dim + 1) + self.pairs
         return np.dtype(np.float32).itemsize * n * numbers
+
+    def bytes_in_memory(self, n: int, measurements: int) -> int:
+        """Returns the bytes of memory that are taken while such a store is written."""
+        # A round of gradients is whole, however few examples there are.
+        rows = min(self.rows_per_chunk, n)
+        gradients = max(rows * self.per_example, self.size)
+        numbers = COPIES * gradients * self.dim * measurements
+        return np.dtype(np.float32).itemsize * numbers
 
 
 def microbatches(layout: Layout, examples: tuple) -> Iterator[list[Microbatch]]:

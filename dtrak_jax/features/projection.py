@@ -5,6 +5,7 @@ of (seed, row, column) whatever the device or tile, and never hold a p x k matri
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -50,6 +51,16 @@ class Projection:
         number = seed("projection seed", self.seed)
         object.__setattr__(self, "dim", dim)
         object.__setattr__(self, "seed", number)
+
+
+def warn_of_dim(projection: Projection, p: int) -> None:
+    """Warns of features that are longer than the gradients of p numbers."""
+    if projection.kind != "none" and projection.dim > p:
+        warnings.warn(
+            f"dim is {projection.dim}, and a gradient has {p} numbers: the projection "
+            "'none' keeps all of them in less space.",
+            stacklevel=5,
+        )
 
 
 def check_columns(kind: str, dim: int, devices: int) -> None:

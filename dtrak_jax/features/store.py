@@ -35,6 +35,8 @@ class Features:
     """All that decides the values."""
     folder: epath.Path | None = None
     """The store; None in memory."""
+    role: str | None = None
+    """The role that `featurize` was given; None if nobody said it."""
 
     def __repr__(self) -> str:
         *pairs, n, k = self.shape
@@ -243,6 +245,7 @@ class Store:
                 *(name, ids, self.phi[name], norms, losses),
                 fingerprint | alone,
                 self.folder,
+                self.metadata.get("role"),
             )
 
         return {name: features(name) for name in measurements}

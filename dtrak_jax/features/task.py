@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax.checks import at_least, one_of, pattern, seed
+from dtrak_jax.checks import at_least, function, instance, one_of, pattern, seed
 from dtrak_jax.diffusion.schedule import Schedule, in_own_time
 from dtrak_jax.features.measurements import Measurement, named
 from dtrak_jax.network import Apply, mean_of
@@ -83,6 +83,9 @@ class Task:
     variance: Variance = "refuse"
 
     def __post_init__(self):
+        function("apply", self.apply)
+        instance("schedule", self.schedule, Schedule)
+        instance("per_timestep", self.per_timestep, bool, np.bool_)
         one_of("strategy", self.strategy, get_args(Strategy))
         one_of("noise", self.noise, get_args(Noise))
         one_of("variance", self.variance, get_args(Variance))

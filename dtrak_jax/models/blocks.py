@@ -11,6 +11,7 @@ random `keys` [B], one for each example, dropout is on.
 """
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -265,7 +266,8 @@ def unet(
       added: what is added to the embedding of time [B, D], if anything.
 
     Raises:
-      ValueError: x or t does not have the shape that the configuration calls for.
+      ValueError: x or t does not have the shape that the configuration calls for; another
+        height or width than it names is a warning.
     """
     config = module.config
     channels = config.block_out_channels
@@ -275,6 +277,14 @@ def unet(
         raise ValueError(
             f"x has shape {x.shape} and t has shape {t.shape}; they must be "
             f"[B, H, W, {config.in_channels}] and [B], H and W multiples of {2**last}."
+        )
+    size = config.sample_size
+    if size is not None and x.shape[1:3] != (size, size):
+        height, width = x.shape[1:3]
+        warnings.warn(
+            f"x has {height}x{width} pixels, and the network was made for {size}x{size} "
+            "(sample_size): it computes, but knows nothing of this size.",
+            stacklevel=2,
         )
     dtype = param_type(module)
     if config.center_input_sample:

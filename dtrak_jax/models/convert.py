@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dtrak_jax.checks import one_of
+from dtrak_jax.checks import instance, one_of
 from dtrak_jax.files import at, read_json, write_json
 from dtrak_jax.models.autoencoder import AutoencoderKL, autoencoder_config
 from dtrak_jax.models.conditional_unet import UNet2DCondition, conditional_config
@@ -140,6 +140,7 @@ def from_diffusers(
         missing, left over, misshapen or not of floating point; or a file is damaged or
         a pickle.
     """
+    one_of("network", network, FORMATS)
     form = FORMATS[network]
     folder = model_folder(folder, form.part)
     settings = _settings(folder, form)
@@ -155,6 +156,7 @@ def to_diffusers(model: nn.Module, params: dict, folder: epath.PathLike) -> None
     The folder is made if it is missing. Its config.json and
     diffusion_pytorch_model.safetensors are replaced, each in one step.
     """
+    instance("model", model, *FORMATS)
     form = FORMATS[type(model)]
     settings = {"_class_name": form.class_name, **dataclasses.asdict(model.config)}
     if isinstance(model, UNet2D):

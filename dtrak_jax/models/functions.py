@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dtrak_jax.checks import instance
 from dtrak_jax.models.conditional_unet import UNet2DCondition
 from dtrak_jax.models.config import ModelConfig
 from dtrak_jax.models.unet import UNet2D
@@ -20,6 +21,7 @@ UNet = UNet2D | UNet2DCondition
 
 def build(config: ModelConfig) -> UNet2D:
     """Returns the module of a configuration; equal ones give equal modules."""
+    instance("config", config, ModelConfig)
     if config.folder:
         raise ValueError(
             f"model.folder is {config.folder!r}; build the model that `models.resolve` "
@@ -86,10 +88,14 @@ def train_apply_fn(model: UNet) -> TrainApply:
     return apply
 
 
-@functools.cache
 def apply_fn(model: UNet) -> Apply:
     """Returns the function of `train_apply_fn` without keys, which has no dropout."""
+    instance("model", model, nn.Module)
+    return _apply_fn(model)
 
+
+@functools.cache
+def _apply_fn(model: UNet) -> Apply:
     def apply(params, x, t, cond):
         return model.apply({"params": params}, x, t, cond)
 

@@ -1,15 +1,11 @@
 """The footprint of models, features and kernels: disk, and memory of this host."""
 
-import os
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from etils import epath
 
-from dtrak_jax import feature_sets, files, training
+from dtrak_jax import feature_sets, training
 from dtrak_jax.attribution.kernel import KEPT_ON_DISK, eigh_bytes
 from dtrak_jax.evaluation.truth import member_names
 from dtrak_jax.feature_sets import FeatureSet
@@ -17,13 +13,6 @@ from dtrak_jax.features.gradients import variables
 from dtrak_jax.features.microbatches import Layout
 from dtrak_jax.methods import METHODS
 from dtrak_jax.run import Run
-
-COPIES = 4
-"""The copies of a chunk of features at one time: on the devices and on the host, of one
-chunk that is computed and one that is written."""
-
-CGROUP = Path("/sys/fs/cgroup/memory.max")
-"""The file in which Linux has the limit of a container's memory, or "max"."""
 
 
 class Footprint(NamedTuple):
@@ -62,11 +51,8 @@ def features(run: Run, stores: Iterable[FeatureSet], besides_made: bool) -> Foot
             continue
         layout, count = layout_of(run, feature_set), counts[feature_set.examples]
         measurements = len(feature_set.task.measurements)
-        # A round of gradients is whole, however few examples there are.
-        rows = min(layout.rows_per_chunk, count)
-        gradients = max(rows * layout.per_example, layout.size)
-        memory = COPIES * 4 * gradients * layout.dim * measurements
         disk = layout.bytes_written(count, measurements)
+        memory = layout.bytes_in_memory(count, measurements)
         total = total.beside(Footprint(disk, memory))
     return total
 
@@ -97,19 +83,3 @@ def layout_of(run: Run, feature_set: FeatureSet) -> Layout:
     return Layout.of(
         feature_set.task, feature_set.projection, p, settings.batch_size, devices
     )
-
-
-def memory() -> int:
-    """Returns the bytes of this host's memory, or of what a container may use of it."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = CGROUP.read_text().strip() if CGROUP.exists() else "max"
-    return min(total, int(limit)) if limit.isdecimal() else total
-
-
-def free_disk(folder: epath.Path) -> int | None:
-    """Returns the free bytes on the disk of a folder, which need not be there yet; None
-    on gs://, where there is no limit."""
-    if files.is_remote(folder):
-        return None
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    return shutil.disk_usage(existing).free

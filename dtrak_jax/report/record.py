@@ -8,7 +8,7 @@ import numpy as np
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Damping, Scores, pixel_cosine
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, instance
 from dtrak_jax.config import Config, flatten
 from dtrak_jax.data import Dataset
 from dtrak_jax.features import Features
@@ -108,6 +108,8 @@ class Record:
     def __post_init__(self):
         at_least("shown", self.shown, 0)
         at_least("top", self.top, 1)
+        for name in ("removed", "settings", "versions", "provenance", "files"):
+            instance(name, getattr(self, name), Mapping)
 
 
 def _settings(config: Config) -> dict[str, object]:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import NoneType
 
 import numpy as np
 from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
+from dtrak_jax.checks import check_images, instance, items, one_of, shown
 from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion import Schedule
 from dtrak_jax.evaluation import trust
@@ -65,7 +67,11 @@ def write_report(
 
     Raises:
       ValueError: scores, images and queries that do not belong together; says which.
+      TypeError: an argument is of another class.
     """
+    path = files.at(path)
+    _check_options(options)
+    instance("schedule", schedule, Schedule, NoneType)
     by_method, sets = _sets(scores, queries)
     first = next(iter(next(iter(by_method.values())).values()))
     train = _dataset("images", images, first.train_ids)
@@ -78,6 +84,7 @@ def write_report(
             _check_ids(
                 f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
             )
+    instance("groups", groups, Mapping, NoneType)
     if groups:
         train = dataclasses.replace(
             train, groups=train.groups | _columns(groups, train)
@@ -90,7 +97,8 @@ def write_report(
     if truth is not None:
         fields["lds"] = _lds(by_method, truth)
     if isinstance(features, Mapping):
-        features = next(iter(features.values()))
+        features = next(iter(features.values()), None)
+    instance("features", features, Features, NoneType)
     if features is not None:
         _check_ids("features", features.ids, train, "images")
         fields["recipe"] = _recipe(features.fingerprint)
@@ -100,7 +108,32 @@ def write_report(
     fields |= {"train": train, "queries": datasets, "scores": by_method}
     record = Record(**fields | options)
     files.write_bytes(path, page(record).encode())
-    return files.at(path)
+    return path
+
+
+def _check_options(options: Mapping) -> None:
+    """Raises an error for options that are no field of `Record`, or not as it has them."""
+    for name in options:
+        one_of("an option", name, [f.name for f in dataclasses.fields(Record)])
+    if "lds" in options and not isinstance(options["lds"], Mapping):
+        raise TypeError(
+            f"lds is {shown(options['lds'])}; give truth=, which `retrain` returns: the "
+            "page has the LDS of its own scores."
+        )
+    needed = {
+        "a line of metrics": ("step", "loss", "learning_rate"),
+        "counterfactual": ("settings", "rows", "summary", "differences"),
+    }
+    given = [("counterfactual", options.get("counterfactual"))]
+    lines = items("metrics", options.get("metrics", ()))
+    given += [("a line of metrics", line) for line in lines]
+    for name, value in given:
+        instance(name, value, Mapping, NoneType)
+        if value is not None and not value.keys() >= set(needed[name]):
+            raise ValueError(
+                f"{name} has {', '.join(map(repr, value))}; it must have "
+                f"{', '.join(needed[name])}."
+            )
 
 
 def _sets(
@@ -114,13 +147,14 @@ def _sets(
             f"scores are of the sets {sorted(named)} and queries of {sorted(sets)}; they "
             "must be of the same, one or more."
         )
-    by_method = {
-        name: {s.method: s for s in ([of] if isinstance(of, Scores) else of)}
-        for name, of in named.items()
-    }
-    for name, of_set in by_method.items():
-        if not of_set:
+    by_method = {}
+    for name, of_set in named.items():
+        several = [of_set] if isinstance(of_set, Scores) else items("scores", of_set)
+        for given in several:
+            instance("an entry of scores", given, Scores)
+        if not several:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
+        by_method[name] = {given.method: given for given in several}
     return by_method, sets
 
 
@@ -134,6 +168,8 @@ def _lds(
         raise ValueError(
             f"truth is of the sets {sorted(truths)}; scores are of {sorted(by_method)}."
         )
+    for of_set in truths.values():
+        instance("truth", of_set, RetrainedLosses)
     first = next(iter(truths.values()))
     subsets, seeds, _ = first.outputs.shape
     settings = {"subsets": subsets, "seeds": seeds, "resamples": RESAMPLES}
@@ -150,7 +186,10 @@ def _dataset(name: str, images: Images, ids: np.ndarray) -> Dataset:
     """Returns pictures as a data set, with the scores' ids if they have none."""
     if isinstance(images, Dataset):
         return images
-    images = np.asarray(images, np.float32)
+    try:
+        images = check_images(images)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
     if len(images) != len(ids):
         raise ValueError(
             f"{name} has {len(images)} pictures and the scores {len(ids)}; they must be "
@@ -164,15 +203,23 @@ def _check_ids(what: str, ids: np.ndarray, images: Dataset, name: str) -> None:
     if not np.array_equal(ids, images.ids):
         raise ValueError(
             f"the {what} are of other {name}, or in another order: ids must be "
-            f"equal, and begin with {list(ids[:2])} and {list(images.ids[:2])}."
+            f"equal, and begin with {_listed(ids)} and {_listed(images.ids)}."
         )
+
+
+def _listed(ids: Sequence[str]) -> str:
+    """Returns the first two ids as text."""
+    return ", ".join(repr(str(name)) for name in ids[:2])
 
 
 def _columns(
     groups: Mapping[str, Sequence[str]], train: Dataset
 ) -> dict[str, np.ndarray]:
     """Returns columns of groups as text, a name for each training image."""
-    columns = {name: np.asarray(column, str) for name, column in groups.items()}
+    columns = {
+        name: np.array(items(f"groups[{name!r}]", column), str)
+        for name, column in groups.items()
+    }
     for name, column in columns.items():
         if column.shape != (len(train),):
             raise ValueError(
