@@ -24,7 +24,7 @@ from dtrak_jax.models.lora import targets
 from dtrak_jax.planning import footprint
 from dtrak_jax.planning.footprint import Footprint
 from dtrak_jax.run import Run
-from dtrak_jax.training import checkpoint
+from dtrak_jax.training import TrainConfig, checkpoint
 from dtrak_jax.training.step import learning_rate
 
 
@@ -153,14 +153,38 @@ def retrain(run: Run) -> None:
         timestep_grid(settings.timesteps, run.schedule)
     locks.check(run, "ensemble", pixels=False)
     check_fraction("ensemble.fraction", settings.fraction, n)
-    if run.config.is_given:
-        train = run.config.train
-        warnings.warn(
-            f"Models are trained from nothing by `train`, {train.steps:,} steps of "
-            f"{train.batch_size} images with learning rate {train.learning_rate:g}: they "
-            "tell of the given model only if it was trained so.",
-            stacklevel=2,
+    members, whole = settings.subsets * settings.seeds, settings.models
+    check_recipe(run, members + whole, members * settings.fraction + whole)
+
+
+def check_recipe(run: Run, models: int, trainings: float) -> None:
+    """Raises a ValueError unless it is said how a given model was trained; then warns of it.
+
+    So many models are to be trained in the same way, which takes the steps of so many
+    trainings on all images.
+    """
+    train = run.config.train
+    if not run.config.is_given:
+        return
+    if not train.steps:
+        settings = locks.deciding(run.config, ("train",))
+        others = ", ".join(
+            f"{k}={v}" for k, v in settings.items() if k != "train.steps"
         )
+        usual = TrainConfig().steps
+        raise ValueError(
+            f"{models} models are to be trained as the given one was, which its files do "
+            "not tell: name its train.steps (--train.steps N). Unless they are named too, "
+            f"the other settings are {others} (--help train). The {models} models take "
+            f"{trainings:g} times train.steps in all: {trainings * usual:,.0f} steps if it "
+            f"was trained for {usual:,}."
+        )
+    warnings.warn(
+        f"Models are trained from nothing by `train`, {train.steps:,} steps of "
+        f"{train.batch_size} images with learning rate {train.learning_rate:g}: they "
+        "tell of the given model only if it was trained so.",
+        stacklevel=2,
+    )
 
 
 def lds(run: Run) -> None:
@@ -180,6 +204,10 @@ def check_subsets(run: Run, what: str) -> None:
 def removal(run: Run) -> None:
     """Checks how many training images counterfactuals remove, and which models."""
     counterfactual.check(run)
+    queries = min(run.config.counterfactual.queries, run.config.sample.count)
+    # A model for each choice and query, one without random images, and two controls.
+    models = queries * (len(run.config.removal_methods) + 1) + 2
+    check_recipe(run, models, models)
     locks.check(run, "counterfactual", pixels=False)
 
 

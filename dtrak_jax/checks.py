@@ -1,6 +1,7 @@
 """Values that a computation may rely on, or an error that says what would be right."""
 
 import dataclasses
+import difflib
 import math
 import numbers
 import operator
@@ -22,7 +23,30 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"{name} is {value!r}; it must be one of: {known}.")
+        near = alike(value, allowed)
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ValueError(f"{name} is {value!r}{hint}; it must be one of: {known}.")
+
+
+def distinct(name: str, values: Sequence) -> None:
+    """Raises a ValueError that names what is there twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name} has {value!r} twice; name each once.")
+
+
+def alike(value: object, allowed: Collection, first: Sequence[str] = ()) -> str:
+    """Returns the allowed names that are most like a value, "NAME or NAME"; "" if none is.
+
+    Of names that are not nearly the same, those in `first` are taken, if there are any.
+    """
+    texts = [choice for choice in allowed if isinstance(choice, str)]
+    names = (
+        difflib.get_close_matches(str(value), texts, 1, 0.85)
+        or first
+        or difflib.get_close_matches(str(value), texts, 3, 0.6)
+    )
+    return " or ".join(names)
 
 
 def free(default):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from dtrak_jax import cli, help
+from dtrak_jax import cli, files, help
 from dtrak_jax.config import (
     AttributionConfig,
     BaseConfig,
@@ -22,6 +22,8 @@ from dtrak_jax.config import (
     ModelConfig,
     QueriesConfig,
     SampleConfig,
+    TrainConfig,
+    flatten,
 )
 
 
@@ -71,7 +73,7 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
         (["run", "--train.step=5"], "--train.step; did you mean --train.steps?"),
         (["run", "--dim", "5"], "--dim; did you mean --features.dim?"),
         (["run", "--modle", "u"], "--modle; did you mean --model?"),
-        (["run", "--train.no-steps"], "the config is missing"),
+        (["run", "--train.no-steps"], "unrecognized arguments: --train.no-steps"),
         (
             ["run", "--epochs", "5"],
             "no option --epochs; `dtrak-jax COMMAND --help-all`",
@@ -160,6 +162,7 @@ def test_a_model_and_pictures_are_a_run(folders):
         data=PICTURES,
         sample=SampleConfig(count=16),
         attribution=METHODS,
+        train=TrainConfig(steps=0),
     )
     assert cli.parse(line)[1] == expected
     dim = FeaturesConfig(dim=8)
@@ -174,6 +177,31 @@ def test_a_model_and_pictures_are_a_run(folders):
     assert cli.parse(line)[1] == expected
 
 
+def test_how_a_given_model_was_trained_is_said_once(folders):
+    """By a flag or a config that has another recipe than the default; then it is known."""
+    line = ["lds", "--model", "unet", "--images", "pictures", "--workdir", "w"]
+
+    def recipe(*more):
+        return cli.parse([*line, *more])[1].train
+
+    assert recipe("--train.batch-size", "5") == TrainConfig(steps=0, batch_size=5)
+    named = cli.parse([*line, "--train.steps", "8000", "--train.seed", "3"])[1]
+    assert named.train == TrainConfig(seed=3)
+    files.write_json("w/config.json", {"config": flatten(named)})
+    assert recipe("--train.batch-size", "5") == TrainConfig(seed=3, batch_size=5)
+    line[2] = "pictures"
+    assert recipe() == TrainConfig(steps=0)
+    Path("given.py").write_text(
+        "from dtrak_jax.config import *\n"
+        "def get_config():\n    return Config(model=ModelConfig(folder='unet'))"
+    )
+    line[1:5] = ["given.py"]
+    assert recipe("--train.seed", "7") == TrainConfig(seed=7)
+    line[1] = str(DIGITS)
+    expected = cli.load_config(str(DIGITS)).train
+    assert recipe("--model", "unet") == expected
+
+
 def test_a_stable_diffusion_comes_with_its_adapters(folders):
     line = ["run", "--model", "sd", "--images", "pictures", "--workdir", "w"]
     assert "sd is a Stable Diffusion: also name trained adapters" in refusal(*line)
@@ -183,6 +211,7 @@ def test_a_stable_diffusion_comes_with_its_adapters(folders):
         data=PICTURES,
         sample=SampleConfig(count=16),
         attribution=METHODS,
+        train=TrainConfig(steps=0),
     )
     assert cli.parse([*line, "--lora", "lora.safetensors"])[1] == expected
     index = {"_class_name": "FluxPipeline", "text_encoder": ["", "CLIP"]}

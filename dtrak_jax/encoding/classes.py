@@ -13,9 +13,20 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 
     A label is the number itself where all labels are numbers, and otherwise its position
     in the list of the source's labels, which of a folder is sorted, as in torchvision.
+
+    Raises:
+      ValueError: two labels are one number.
     """
     if all(map(str.isdecimal, names)):
-        return {name: int(name) for name in names}
+        numbers = {name: int(name) for name in names}
+        first = {number: name for name, number in reversed(numbers.items())}
+        for name, number in numbers.items():
+            if first[number] != name:
+                raise ValueError(
+                    f"the labels {first[number]!r} and {name!r} are both class {number}; "
+                    "write them alike, or name one otherwise."
+                )
+        return numbers
     return {name: number for number, name in enumerate(names)}
 
 

@@ -34,7 +34,7 @@ def passes(run: Run) -> dict[str, float]:
     settings, specs = config.features, {arm.spec for arm in arms(config)}
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
     members = ensemble.subsets * ensemble.seeds
-    models = members * member_steps(config) / config.train.steps + ensemble.models
+    models = members * ensemble.fraction + ensemble.models
     noised = ensemble.draws * timestep_count(ensemble.timesteps)
     pairs = settings.draws * timestep_count(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
