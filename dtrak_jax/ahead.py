@@ -1,7 +1,8 @@
 """The checks of each stage before a command writes anything.
 
 Every function takes the run and raises the error that the stage itself would raise later,
-from settings, names of files and shapes alone: no training image is decoded.
+from settings, names of files and shapes. Training images are decoded where their files
+were written since an earlier stage, or where settings changed that may decide their pixels.
 """
 
 import warnings
@@ -30,7 +31,8 @@ from dtrak_jax.training.step import learning_rate
 
 def data(run: Run) -> None:
     """Checks the pictures, the queries that are given, and CLIP."""
-    train, validation = run.chosen
+    # What an earlier stage has seen must still be there.
+    train, validation = run.recorded or run.chosen
     given = {"train": train, "validation": validation}
     if run.config.queries.folder:
         given["generated"] = run.generated
@@ -50,7 +52,7 @@ def has_network(run: Run) -> bool:
 
 def model(run: Run) -> None:
     """Checks the network, its weights if it is given, and the base of text-to-image."""
-    locks.check(run, locks.BASE, pixels=False)
+    locks.check(run, locks.BASE)
     if has_network(run):
         run.param_shapes  # noqa: B018
         if run.config.is_given:
@@ -62,7 +64,7 @@ def train(run: Run) -> None:
     if run.config.is_given:
         return
     learning_rate(run.config.train)
-    locks.check(run, "checkpoints", pixels=False)
+    locks.check(run, "checkpoints")
     if run.config.base.folder:
         check_rank(run)
 
@@ -151,7 +153,7 @@ def retrain(run: Run) -> None:
     settings, n = run.config.ensemble, len(run.chosen.train)
     if has_network(run):
         timestep_grid(settings.timesteps, run.schedule)
-    locks.check(run, "ensemble", pixels=False)
+    locks.check(run, "ensemble")
     check_fraction("ensemble.fraction", settings.fraction, n)
     members, whole = settings.subsets * settings.seeds, settings.models
     check_recipe(run, members + whole, members * settings.fraction + whole)
@@ -208,7 +210,7 @@ def removal(run: Run) -> None:
     # A model for each choice and query, one without random images, and two controls.
     models = queries * (len(run.config.removal_methods) + 1) + 2
     check_recipe(run, models, models)
-    locks.check(run, "counterfactual", pixels=False)
+    locks.check(run, "counterfactual")
 
 
 def ablate(run: Run) -> None:

@@ -27,10 +27,11 @@ class Splits(NamedTuple):
     validation: Dataset
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Returns ids, labels, captions, groups and digests of all images: splits.npz."""
+        """Returns ids, labels, captions, groups, digests and stamps of all: splits.npz."""
         columns = {"label_names": np.array(self.train.label_names, str)}
         for role, images in self._asdict().items():
-            described = images.columns() | {"digests": images.digests}
+            described = images.columns()
+            described |= {"stamps": images.stamps, "digests": images.digests}
             columns |= {f"{role}_{name}": column for name, column in described.items()}
         return columns
 
