@@ -23,7 +23,7 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        near = alike(value, allowed)
+        near = alike(value, allowed) if len(allowed) > 1 else ""
         hint = f" (did you mean {near}?)" if near else ""
         raise ValueError(f"{name} is {value!r}{hint}; it must be one of: {known}.")
 

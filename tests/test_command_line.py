@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from dtrak_jax import cli, files, help
+from dtrak_jax import ahead, cli, files, help, pipeline
 from dtrak_jax.config import (
     AttributionConfig,
     BaseConfig,
@@ -25,6 +25,8 @@ from dtrak_jax.config import (
     TrainConfig,
     flatten,
 )
+from dtrak_jax.planning import messages, work
+from dtrak_jax.run import Run
 
 
 def refusal(*words):
@@ -55,6 +57,15 @@ def test_every_option_of_the_help_is_one():
                 values = value if isinstance(value, tuple) else (value,)
                 words += [flag, *map(str, values)]
     assert cli.parse(["plan", str(DIGITS), *words])[1] == config
+
+
+def test_every_stage_is_checked_announced_and_explained(tmp_path):
+    """The tables of what stages have beside their row in `pipeline.STAGES` agree."""
+    names = [stage.name for stage in pipeline.STAGES]
+    assert list(help.SECTION_OF) == list(messages.AFTER) == names
+    assert [*ahead.CHECKS, "report"] == names
+    run = Run(Config(), tmp_path)
+    assert all(work.describe(name, run) for name in names)
 
 
 def test_the_short_help_fits_on_a_screen(monkeypatch):
@@ -94,6 +105,23 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
             ["run", "--model", ".", "--images", ".", "--lora", "."],
             "no Stable Diffusion",
         ),
+        (
+            ["run", str(DIGITS), "--attribution.methods", "trak", "dtrk"],
+            "attribution.methods is 'dtrk' (did you mean dtrak?); it must be one of: 'dtr",
+        ),
+        (["run", str(DIGITS), "--attribution.methods", "trak", "trak"], "'trak' twice"),
+        (
+            ["run", str(DIGITS), "--features.measurements", "l1", "l1-norm"],
+            "features.measurements has 'l1' twice",
+        ),
+        (
+            ["run", str(DIGITS), "--train.steps", "many"],
+            "'many'; it must be an integer",
+        ),
+        (["run", str(DIGITS), "--train.steps", "0"], "train.steps is 0; it must be an"),
+        (["run", str(DIGITS), "--data.train", "-1"], "data.train is -1; it must be an"),
+        (["run", str(DIGITS), "--features.timesteps"], "features.timesteps is empty"),
+        (["run", str(DIGITS), "--data.groups", "a", "a"], "data.groups"),
         (["methods", "--train.steps", "5"], "methods takes no config"),
     ],
 )
@@ -109,6 +137,10 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
         (["run", "-h"], "--help SECTION"),
         (["lds", "--help"], "--ensemble.subsets INT"),
         (["run", str(DIGITS), "--help", "train"], "(default: 0.002)"),
+        (
+            ["run", "--help", "data"],
+            "0 takes all that validation leaves. (default: 0)",
+        ),
         (["--help", "clip"], "--clip.folder TEXT"),
         (["--help-all"], "--report.top INT"),
         (["--version"], version("dtrak-jax")),
@@ -118,7 +150,7 @@ def test_what_is_asked_for(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.parse(words)
     assert stopped.value.code == 0
-    assert said in capsys.readouterr().out
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_of_a_flag_that_is_there_twice_the_last_one_counts():

@@ -201,6 +201,8 @@ def test_labels_are_the_classes_of_a_conditional_model(tmp_path):
     assert classes_of(["b"], ("a", "b"), CLASSES, "x").tolist() == [1]
     with pytest.raises(ValueError, match="label '3', which is none of .*: 2, 7"):
         classes_of(["3"], names, CLASSES, "x")
+    with pytest.raises(ValueError, match="labels '01' and '1' are both class 1"):
+        classes_of(["1"], ("01", "1"), CLASSES, "x")
     few = dataclasses.replace(CLASSES, num_class_embeds=5)
     with pytest.raises(ValueError, match="'7', which is class 7; .* classes 0 to 4"):
         classes_of(["7"], names, few, "x")

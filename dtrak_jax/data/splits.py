@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.checks import check_ids
+from dtrak_jax.checks import alike, check_ids
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.sources import open_source, open_validation
@@ -95,7 +95,11 @@ def _labelled(config: DataConfig, source: Dataset) -> Dataset:
         numbers |= {str(number): number for number in range(len(numbers))}
     for name in names:
         if name not in numbers:
-            raise ValueError(f"data.labels has {name!r}; it must be one of: {allowed}.")
+            near = alike(name, numbers)
+            hint = f" (did you mean {near}?)" if near else ""
+            raise ValueError(
+                f"data.labels has {name!r}{hint}; it must be one of: {allowed}."
+            )
     chosen = [numbers[name] for name in names]
     kept = source.take(np.flatnonzero(np.isin(source.labels, chosen)))
     return replace(kept, notes=notes)

@@ -50,7 +50,8 @@ def read_table(
         if wrong or (optional and more and not chosen and not groups):
             needed = [*required, *(f"{name} (data.groups)" for name in groups)]
             either = f", and {' or '.join(optional)}" if optional else ""
-            near = [alike(name, header) for name in columns if name not in header]
+            missing = [*columns, *(() if chosen else optional)]
+            near = [alike(name, header) for name in missing if name not in header]
             hint = (
                 f" Did you mean {' and '.join(filter(None, near))}?"
                 if any(near)

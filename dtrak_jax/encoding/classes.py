@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dtrak_jax.checks import alike
 from dtrak_jax.data import Dataset
 from dtrak_jax.models import ModelConfig
 
@@ -47,9 +48,11 @@ def classes_of(
     numbers = class_numbers(names)
     for label in sorted(set(map(str, labels))):
         if label not in numbers:
+            near = alike(label, numbers)
+            hint = f" Did you mean {near}?" if near else ""
             raise ValueError(
                 f"{what} have the label {label!r}, which is none of the training "
-                f"images': {', '.join(numbers)}."
+                f"images': {', '.join(numbers)}.{hint}"
             )
         count = model.num_class_embeds
         if model.class_embed_type is None and numbers[label] >= count:
