@@ -1,7 +1,8 @@
 """The checks of each stage before a command writes anything.
 
 Every function takes the run and raises the error that the stage itself would raise later,
-from settings, names of files and shapes alone: no training image is decoded.
+from settings, names of files and shapes. Training images are decoded where their files
+were written since an earlier stage, or where settings changed that may decide their pixels.
 """
 
 import warnings
@@ -24,13 +25,14 @@ from dtrak_jax.models.lora import targets
 from dtrak_jax.planning import footprint
 from dtrak_jax.planning.footprint import Footprint
 from dtrak_jax.run import Run
-from dtrak_jax.training import checkpoint
+from dtrak_jax.training import TrainConfig, checkpoint
 from dtrak_jax.training.step import learning_rate
 
 
 def data(run: Run) -> None:
     """Checks the pictures, the queries that are given, and CLIP."""
-    train, validation = run.chosen
+    # What an earlier stage has seen must still be there.
+    train, validation = run.recorded or run.chosen
     given = {"train": train, "validation": validation}
     if run.config.queries.folder:
         given["generated"] = run.generated
@@ -50,7 +52,7 @@ def has_network(run: Run) -> bool:
 
 def model(run: Run) -> None:
     """Checks the network, its weights if it is given, and the base of text-to-image."""
-    locks.check(run, locks.BASE, pixels=False)
+    locks.check(run, locks.BASE)
     if has_network(run):
         run.param_shapes  # noqa: B018
         if run.config.is_given:
@@ -62,7 +64,7 @@ def train(run: Run) -> None:
     if run.config.is_given:
         return
     learning_rate(run.config.train)
-    locks.check(run, "checkpoints", pixels=False)
+    locks.check(run, "checkpoints")
     if run.config.base.folder:
         check_rank(run)
 
@@ -145,16 +147,40 @@ def retrain(run: Run) -> None:
     settings, n = run.config.ensemble, len(run.chosen.train)
     if has_network(run):
         timestep_grid(settings.timesteps, run.schedule)
-    locks.check(run, "ensemble", pixels=False)
+    locks.check(run, "ensemble")
     check_fraction("ensemble.fraction", settings.fraction, n)
-    if run.config.is_given:
-        train = run.config.train
-        warnings.warn(
-            f"Models are trained from nothing by `train`, {train.steps:,} steps of "
-            f"{train.batch_size} images with learning rate {train.learning_rate:g}: they "
-            "tell of the given model only if it was trained so.",
-            stacklevel=2,
+    members, whole = settings.subsets * settings.seeds, settings.models
+    check_recipe(run, members + whole, members * settings.fraction + whole)
+
+
+def check_recipe(run: Run, models: int, trainings: float) -> None:
+    """Raises a ValueError unless it is said how a given model was trained; then warns of it.
+
+    So many models are to be trained in the same way, which takes the steps of so many
+    trainings on all images.
+    """
+    train = run.config.train
+    if not run.config.is_given:
+        return
+    if not train.steps:
+        settings = locks.deciding(run.config, ("train",))
+        others = ", ".join(
+            f"{k}={v}" for k, v in settings.items() if k != "train.steps"
         )
+        usual = TrainConfig().steps
+        raise ValueError(
+            f"{models} models are to be trained as the given one was, which its files do "
+            "not tell: name its train.steps (--train.steps N). Unless they are named too, "
+            f"the other settings are {others} (--help train). The {models} models take "
+            f"{trainings:g} times train.steps in all: {trainings * usual:,.0f} steps if it "
+            f"was trained for {usual:,}."
+        )
+    warnings.warn(
+        f"Models are trained from nothing by `train`, {train.steps:,} steps of "
+        f"{train.batch_size} images with learning rate {train.learning_rate:g}: they "
+        "tell of the given model only if it was trained so.",
+        stacklevel=2,
+    )
 
 
 def lds(run: Run) -> None:
@@ -174,7 +200,11 @@ def check_subsets(run: Run, what: str) -> None:
 def removal(run: Run) -> None:
     """Checks how many training images counterfactuals remove, and which models."""
     counterfactual.check(run)
-    locks.check(run, "counterfactual", pixels=False)
+    queries = min(run.config.counterfactual.queries, run.config.sample.count)
+    # A model for each choice and query, one without random images, and two controls.
+    models = queries * (len(run.config.removal_methods) + 1) + 2
+    check_recipe(run, models, models)
+    locks.check(run, "counterfactual")
 
 
 def ablate(run: Run) -> None:

@@ -2,29 +2,25 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.metadata
 import re
 import runpy
 import sys
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import tyro
-
-from dtrak_jax import files, help
+from dtrak_jax import files, flags, help
 from dtrak_jax.config import (
     AttributionConfig,
     BaseConfig,
     Config,
     DataConfig,
-    FeaturesConfig,
     LoRAConfig,
     ModelConfig,
     QueriesConfig,
     SampleConfig,
+    TrainConfig,
+    flatten,
 )
 
 GENERATED = 16
@@ -35,25 +31,6 @@ METHODS = ("dtrak", "trak", "pixel-cosine")
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 """The class of diffusers that text-to-image takes, versions 1 and 2."""
-
-SHORT = {
-    "--model": ("--model.folder", "--base.folder"),
-    "--images": ("--data.name", "--data.source"),
-    "--queries": ("--queries.folder",),
-    "--lora": ("--lora.file",),
-}
-"""Short flags, and those of the settings that they stand for."""
-
-OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
-"""Flags of no setting."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are raised."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the message as a ValueError."""
-        raise ValueError(message)
 
 
 def parse(
@@ -66,7 +43,7 @@ def parse(
       commands: what there is, {name: summary}.
 
     Raises:
-      SystemExit: help was asked for, and printed; or a setting cannot be read.
+      SystemExit: help was asked for, and printed.
       ValueError: something is missing, unknown or wrong; says what is right.
     """
     if list(arguments) in ([], ["--help"], ["-h"]):
@@ -77,27 +54,26 @@ def parse(
         sys.exit(0)
     # All settings are the same for all commands.
     command, *words = ["run"] * arguments[0].startswith("--help") + list(arguments)
-    known(command, commands, "command")
+    flags.known(command, commands, "command")
     path, words = split_config(words)
     asked = [word for word in words if word.startswith("--help") or word == "-h"]
     if asked:
-        config = load_config(path) if path else Config()
+        config = load_config(path) if path else without_file("")
         print(help_page(command, commands, asked[0], words, config))
         sys.exit(0)
-    check_flags(words)
-    options, flags = parser().parse_known_args(words)
+    flags.check_flags(words)
+    options = flags.parser().parse_args([flags.dashed(word) for word in words])
     if command == "methods":
         if words or path:
             raise ValueError("methods takes no config and no settings.")
         return command, None, options
     config = chosen(load_config(path) if path else None, options)
-    config = tyro.cli(
-        Config,
-        prog=f"dtrak-jax {command}",
-        default=config,
-        args=flags,
-        add_help=False,
-    )
+    changes = flags.settings_in(options)
+    unknown = config.train == TrainConfig()
+    config = flags.changed(config, changes)
+    if unknown and config.is_given:
+        config = dataclasses.replace(config, train=recipe_in(options.workdir, config))
+        config = flags.changed(config, {"train": changes.get("train", {})})
     planned = options.topology or options.stages or options.output
     if command != "plan" and planned:
         raise ValueError("--topology, --stages and --output are for `dtrak-jax plan`.")
@@ -117,57 +93,6 @@ def split_config(words: Sequence[str]) -> tuple[str, list[str]]:
     return "", list(words)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of everything but settings."""
-    options = Parser(allow_abbrev=False, add_help=False)
-    for flag in (*SHORT, *OPTIONS):
-        options.add_argument(flag, default="")
-    return options
-
-
-def check_flags(words: Sequence[str]) -> None:
-    """Raises a ValueError if a flag is unknown, or says what another one does too.
-
-    Of a flag that is there twice the last one counts, as scripts need it, and a warning
-    says so.
-    """
-    settings = [help.flag(name) for s in help.SECTIONS for name in help.names_of(s)]
-    given = [
-        re.sub(r"\.no-", ".", word.partition("=")[0].replace("_", "-"))
-        for word in words
-        if word.startswith("--")
-    ]
-    for flag in given:
-        known(flag, (*SHORT, *OPTIONS, "--help", *settings), "option")
-        if given.count(flag) > 1:
-            text = f"{flag} is there {given.count(flag)} times; the last one counts."
-            warnings.warn(text, stacklevel=2)
-        for long in SHORT.get(flag, ()):
-            if long in given:
-                raise ValueError(f"{flag} decides {long}; leave one of them out.")
-
-
-def known(name: str, names: Collection[str], what: str) -> None:
-    """Raises a ValueError that suggests the nearest of `names`, unless it has `name`."""
-    if name in names:
-        return
-    last = name.strip("-").rpartition(".")[2]
-    alike = (
-        difflib.get_close_matches(name, names, 1, 0.85)
-        # A setting may be called without its section, or with another one's.
-        or [other for other in names if other.rpartition(".")[2].strip("-") == last]
-        or difflib.get_close_matches(name, names, 3, 0.6)
-    )
-    hint = f"did you mean {' or '.join(alike)}?"
-    if not alike:
-        hint = (
-            "`dtrak-jax COMMAND --help-all` lists all."
-            if what == "option"
-            else f"there are {', '.join(names)}."
-        )
-    raise ValueError(f"there is no {what} {name}; {hint}")
-
-
 def help_page(
     command: str,
     commands: Mapping[str, str],
@@ -183,7 +108,7 @@ def help_page(
     )
     if not section:
         return help.short(command, commands[command], config)
-    known(section, help.SECTIONS, "section")
+    flags.known(section, help.SECTIONS, "section")
     return help.sections([section], config)
 
 
@@ -221,34 +146,55 @@ def chosen(config: Config | None, options: argparse.Namespace) -> Config:
       FileNotFoundError: a folder or file is not there; names the flag.
       ValueError: something is missing.
     """
-    for flag in SHORT:
+    for flag in flags.SHORT:
         path = getattr(options, flag[2:])
         if path and not files.at(path).exists():
             raise FileNotFoundError(f"{flag} is {path!r}: there is nothing there.")
     sections = {}
     if config is None:
         check_complete(options)
-        config = Config()
-        sections = {
-            "data": DataConfig(
-                source="folder", name=options.images, train=0, validation=0
-            ),
-            "sample": SampleConfig(count=0 if options.queries else GENERATED),
-            "attribution": AttributionConfig(methods=METHODS),
-            "features": FeaturesConfig(timesteps=5, draws=2),
-        }
+        config = without_file(options.queries)
     if options.model:
         sections |= model_sections(options.model, options.lora or config.lora.file)
     elif options.lora:
         sections["lora"] = LoRAConfig(file=options.lora)
     if options.images:
-        data, csv = sections.get("data", config.data), table_in(options.images)
-        data = dataclasses.replace(data, source="folder", name=options.images, csv=csv)
-        sections["data"] = data
+        place = {"name": options.images, "csv": table_in(options.images)}
+        sections["data"] = dataclasses.replace(config.data, source="folder", **place)
     if options.queries:
         csv = table_in(options.queries)
         sections["queries"] = QueriesConfig(folder=options.queries, csv=csv)
     return dataclasses.replace(config, **sections)
+
+
+def without_file(queries: str) -> Config:
+    """Returns the config of a given model and pictures, of which all count, but for
+    where they are."""
+    return Config(
+        data=DataConfig(train=0, validation=0),
+        sample=SampleConfig(count=0 if queries else GENERATED),
+        queries=QueriesConfig(folder=queries),
+        features=FeaturesConfig(timesteps=5, draws=2),
+        attribution=AttributionConfig(methods=METHODS),
+    )
+
+
+def recipe_in(workdir: str, config: Config) -> TrainConfig:
+    """Returns how a given model was trained, as an earlier command in a run directory was
+    told; `steps` is 0 where none was, since defaults are those of other models."""
+    path = files.at(workdir) / "config.json"
+    saved = files.read_json(path)["config"] if workdir and path.exists() else {}
+    given = ("model.folder", "lora.file")
+    settings = flatten(config)
+    if any(saved.get(name) != settings[name] for name in given):
+        return TrainConfig(steps=0)
+    recipe = {
+        field.name: saved[f"train.{field.name}"]
+        for field in dataclasses.fields(TrainConfig)
+        if f"train.{field.name}" in saved
+    }
+    lists = {k: tuple(v) for k, v in recipe.items() if isinstance(v, list)}
+    return TrainConfig(**recipe | lists)
 
 
 def table_in(folder: str) -> str:

@@ -1,6 +1,7 @@
 """Values that a computation may rely on, or an error that says what would be right."""
 
 import dataclasses
+import difflib
 import math
 import numbers
 import operator
@@ -40,7 +41,9 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if not _is_hashable(value) or value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"{name} is {shown(value)}; it must be one of: {known}.")
+        near = alike(value, allowed) if len(allowed) > 1 else ""
+        hint = f" (did you mean {near}?)" if near else ""
+        raise ValueError(f"{name} is {shown(value)}{hint}; it must be one of: {known}.")
 
 
 def _is_hashable(value: object) -> bool:
@@ -90,6 +93,27 @@ def real_numbers(name: str, value: object, ndim: int | None = None) -> np.ndarra
             f"{name} is {shown(value)}; it must be an array of real numbers"
             f"{'' if ndim is None else f' with {ndim} axes'}."
         ) from error
+
+
+def distinct(name: str, values: Sequence) -> None:
+    """Raises a ValueError that names what is there twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{name} has {value!r} twice; name each once.")
+
+
+def alike(value: object, allowed: Collection, first: Sequence[str] = ()) -> str:
+    """Returns the allowed names that are most like a value, "NAME or NAME"; "" if none is.
+
+    Of names that are not nearly the same, those in `first` are taken, if there are any.
+    """
+    texts = [choice for choice in allowed if isinstance(choice, str)]
+    names = (
+        difflib.get_close_matches(str(value), texts, 1, 0.85)
+        or first
+        or difflib.get_close_matches(str(value), texts, 3, 0.6)
+    )
+    return " or ".join(names)
 
 
 def free(default):

@@ -14,7 +14,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dtrak_jax.checks import at_least, check_choices, free, pattern, positive, seed
+from dtrak_jax.checks import (
+    at_least,
+    check_choices,
+    distinct,
+    free,
+    pattern,
+    positive,
+    seed,
+)
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.diffusion.config import DiffusionConfig, SampleConfig
 from dtrak_jax.encoding.config import BaseConfig, ClipConfig
@@ -84,6 +92,9 @@ class FeaturesConfig:
         if not self.measurements:
             raise ValueError("features.measurements is empty; name one or more.")
         check_choices("features", self)
+        distinct(
+            "features.measurements", tuple(MEASUREMENTS[m] for m in self.measurements)
+        )
         for name in ("noise_batch", "draws", "dim", "batch_size"):
             at_least(f"features.{name}", getattr(self, name), 1)
         check_columns(self.projection, self.dim, self.proj_devices)
@@ -122,6 +133,7 @@ class AttributionConfig:
         if not self.methods:
             raise ValueError("attribution.methods is empty; name one or more.")
         check_choices("attribution", self)
+        distinct("attribution.methods", self.methods)
         positive("attribution.damping", self.damping)
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:
@@ -145,6 +157,7 @@ class ReportConfig:
 
     def __post_init__(self):
         check_choices("report", self)
+        distinct("report.methods", self.methods)
         at_least("report.queries", self.queries, 0)
         at_least("report.top", self.top, 1)
 
@@ -172,6 +185,8 @@ class Config:
     def __post_init__(self):
         self._check_base()
         self._check_methods()
+        if not self.is_given:
+            at_least("train.steps", self.train.steps, 1)
         if not self.is_latent:
             self.model.check_variance()
         takes_classes = self.model.folder or self.model.takes_classes

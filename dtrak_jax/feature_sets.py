@@ -177,7 +177,9 @@ def path(run: "Run", feature_set: FeatureSet) -> epath.Path:
         "projection": projection.kind != "none" and dataclasses.astuple(projection),
         "network": run.network.settings,
         "params": run.params_digest(feature_set.model),
-        "examples": locks.examples_digest(run, feature_set.examples),
+        "examples": locks.examples_digest(
+            run, run.examples(feature_set.examples), feature_set.examples
+        ),
         "trajectory": digest(*map(str, locks.samples_made_from(run).values()))
         if feature_set.images
         else "",

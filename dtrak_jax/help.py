@@ -7,7 +7,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Literal
 
 from dtrak_jax.config import Config
@@ -155,9 +155,14 @@ def form(kind: object) -> str:
         return f"{{{','.join(map(str, choices))}}}"
     if typing.get_origin(kind) is tuple:
         return f"{form(choices[0])} ..."
-    if choices:
+    if is_union(kind):
         return "|".join(map(form, choices))
     return {int: "INT", float: "NUMBER", str: "TEXT", NoneType: "None"}[kind]
+
+
+def is_union(kind: object) -> bool:
+    """Returns whether a type is one of several."""
+    return typing.get_origin(kind) in (typing.Union, UnionType)
 
 
 def _settings(names: Sequence[str], config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from etils import epath
 
 from dtrak_jax import files, parallel, training
 from dtrak_jax.config import Config, flatten
+from dtrak_jax.data import Dataset
 from dtrak_jax.digests import digest, digest_tree
 
 if TYPE_CHECKING:
@@ -48,17 +49,17 @@ OTHER = {
 }
 
 
-def check(run: "Run", folder: str, pixels: bool = True) -> None:
+def check(run: "Run", folder: str) -> None:
     """Raises a ValueError that names what a folder's models were trained with, if this
     run would train them with something else.
 
-    Without `pixels` no image is decoded, and nothing written: settings and ids are
-    compared alone.
+    Nothing is written. Images are decoded where there are models, and splits.npz is not
+    of these settings of the data.
     """
     path, saved = run.workdir / folder, _recorded(run, folder)
     if saved is None:
         return
-    current = _made_from(run, folder, pixels)
+    current = _made_from(run, folder)
     defaults = deciding(Config(), TRAINED[folder])
     differing = files.differences(
         {name: {**defaults, **saved["settings"]}.get(name) for name in defaults},
@@ -68,10 +69,6 @@ def check(run: "Run", folder: str, pixels: bool = True) -> None:
     other = [p for p in OTHER if p in saved and saved[p] != current.get(p, saved[p])]
     if other and not differing:
         differing = files.differences(saved["data"], current["data"])
-        splits = run.workdir / "splits.npz"
-        if not differing and splits.exists():
-            # It names an image. A process may be alone here, so `run.splits` must wait.
-            run.chosen.recorded_in(files.read_npz(splits))
         differing = differing or [OTHER[other[0]]]
     if differing:
         raise ValueError(
@@ -85,8 +82,10 @@ def claim(run: "Run", folder: str) -> None:
     """Records what a folder's models are trained with, or raises as `check` does."""
     check(run, folder)
     path = run.workdir / folder / RECORD
-    # All processes look at the pictures together.
-    made_from = _made_from(run, folder, pixels=True)
+    if folder != BASE:
+        # All processes look at the pictures together.
+        run.splits  # noqa: B018
+    made_from = _made_from(run, folder)
     if parallel.is_main_process() and _recorded(run, folder) is None:
         files.write_json(path, made_from)
     parallel.barrier(f"write {path}")
@@ -117,12 +116,17 @@ def data_settings(config: Config) -> dict[str, object]:
     return {n: v for n, v in settings.items() if n not in ("data.flip", "data.groups")}
 
 
-def examples_digest(run: "Run", name: str) -> str:
+def splits_made_from(run: "Run") -> np.ndarray:
+    """Returns the settings that decide splits.npz, as this file has them."""
+    described = [data_settings(run.config), run.space.image_shape]
+    return np.array(json.dumps(described))
+
+
+def examples_digest(run: "Run", examples: Dataset, name: str) -> str:
     """Returns the hash of all that the network is given of "train" or of queries."""
-    examples, base = run.examples(name), run.space.digest
-    if base:
+    if base := run.space.digest:
         return digest(examples.digest, base, *map(str, examples.captions))
-    classes = run.space.cond(name)
+    classes = run.space.classes_if_taken(examples, name)
     return (
         examples.digest
         if classes is None
@@ -149,21 +153,23 @@ def schedule_digest(schedule) -> str:
     return digest_tree(dataclasses.astuple(schedule))
 
 
-def _made_from(run: "Run", folder: str, pixels: bool) -> dict:
-    """Returns what models of a folder are trained with; with `pixels` also the hash of
-    the images, which are decoded for it."""
+def _made_from(run: "Run", folder: str) -> dict:
+    """Returns what models of a folder are trained with."""
     settings = {"settings": deciding(run.config, TRAINED[folder])}
     if folder == BASE:
         return settings
+    # A process may be alone here, so `run.splits` must wait.
+    train = (run.recorded or run.chosen).train
     made_from = settings | {
         "data": data_settings(run.config),
-        "ids": digest(*map(str, run.chosen.train.ids)),
+        "ids": digest(*map(str, train.ids)),
+        "images": examples_digest(run, train, "train"),
     }
     if run.config.model.folder or run.config.is_latent:
         # A folder decides what settings decide otherwise.
         made_from["network"] = digest(run.network.settings)
         made_from["schedule"] = schedule_digest(run.schedule)
-    return made_from | ({"images": examples_digest(run, "train")} if pixels else {})
+    return made_from
 
 
 def _recorded(run: "Run", folder: str) -> dict | None:

@@ -55,6 +55,12 @@ def progress(
     return bar
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things in words, such as "1 query" or "2,000 queries"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def in_notebook() -> bool:
     """Returns whether this process is the kernel of a notebook, such as Colab's."""
     return "ipykernel.zmqshell" in sys.modules
@@ -137,8 +143,10 @@ class Lines:
 
     def _print(self, *facts: str) -> None:
         """Prints a line of what is done and these facts."""
-        of = "" if self.total is None else f"/{self.total}"
-        parts = [f"{self.n}{of} {self.unit}s", *facts, self.postfix]
+        done = counted(self.n, self.unit)
+        if self.total is not None:
+            done = f"{self.n}/{counted(self.total, self.unit)}"
+        parts = [done, *facts, self.postfix]
         if not self.quiet:
             # In one piece, as two threads may print.
             sys.stderr.write(f"{self.desc}: {', '.join(filter(None, parts))}\n")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable
 
@@ -91,31 +90,36 @@ class Run:
         return data.load(self.config.data, size, channels)
 
     @functools.cached_property
-    def splits(self) -> data.Splits:
-        """The training and validation images, those that the first stage saw.
-
-        Other settings of the data choose anew.
+    def recorded(self) -> data.Splits | None:
+        """The images, those that the first stage saw; None if it saw none by these
+        settings. Nothing is written.
 
         Raises:
           ValueError: the source has other ids, labels, groups or pixels than then.
         """
-        path = self.workdir / "splits.npz"
-        described = [locks.data_settings(self.config), self.space.image_shape]
-        settings = np.array(json.dumps(described))
+        path, settings = self.workdir / "splits.npz", locks.splits_made_from(self)
         saved = files.read_npz(path) if path.exists() else {}
         # Files of earlier versions do not say by which settings images were chosen.
         same = bool(saved) and saved.get("settings", settings) == settings
-        if not parallel.agreed(same):
+        return self.chosen.recorded_in(saved) if same else None
+
+    @functools.cached_property
+    def splits(self) -> data.Splits:
+        """The training and validation images, those that the first stage saw, see
+        `recorded`. Other settings of the data choose anew, in splits.npz."""
+        path = self.workdir / "splits.npz"
+        if not parallel.agreed(self.recorded is not None):
             if parallel.is_main_process():
                 sets = self.chosen._asdict()
                 if self.config.queries.folder:
                     sets["generated"] = self.generated
                 for text in data.remarks(sets, self.config.is_latent):
                     warnings.warn(text, stacklevel=2)
+                settings = locks.splits_made_from(self)
                 files.write_npz(path, settings=settings, **self.chosen.columns())
             parallel.barrier(f"write {path}")
-            saved = files.read_npz(path)
-        return self.chosen.recorded_in(saved)
+            vars(self)["recorded"] = self.chosen.recorded_in(files.read_npz(path))
+        return self.recorded
 
     @property
     def is_sampled(self) -> bool:

@@ -228,6 +228,7 @@ def test_pictures_may_move(run, made, tmp_path):
         ({"train": {"seed": 7}}, "train.seed is 42 there and 7 here.*delete .*checkp"),
         ({"data": {"train": 11}}, "data.train is 12 there and 11 here"),
         ({"data": {"center_crop": 4}}, "data.center_crop is 0 there and 4 here"),
+        ({"data": {"seed": 7}}, "data.seed is 42 there and 7 here"),
         ({"data": {"flip": True}}, "data.flip is False there and True here"),
         ({"diffusion": {"steps": 900}}, "diffusion.steps is 1000 there and 900 here"),
     ],
@@ -239,6 +240,7 @@ def test_a_model_of_other_settings_is_refused(run, sections, message):
     for command in ("train", "featurize"):
         with pytest.raises(ValueError, match=message):
             pipeline.run(command, changed(config, **sections), workdir)
+        assert content(workdir) == before
     pipeline.run("attribute", config, workdir)
     assert content(workdir) == before
 
@@ -256,8 +258,35 @@ def test_a_model_of_other_pictures_is_refused(run, made, tmp_path):
             pipeline.run(command, other, workdir)
     for path in folder.iterdir():
         path.rename(path.with_suffix(".jpg.png"))
-    with pytest.raises(ValueError, match="have other ids .* such as 00.jpg.png"):
+    with pytest.raises(ValueError, match="there are other training images there"):
         pipeline.run("sample", other, workdir)
+
+
+def test_an_overwritten_picture_is_noticed_before_anything_is_written(
+    run, made, tmp_path
+):
+    """A file that is only written anew is looked at, and is the same picture."""
+    (config, workdir), before = run, content(run[1])
+    folder = shutil.copytree(made[2], tmp_path / "pictures")
+    moved = changed(config, data={"name": str(folder)})
+    ids = files.read_npz(workdir / "splits.npz")
+    train, validation = (
+        folder / ids[f"{role}_ids"][0] for role in ("train", "validation")
+    )
+    os.utime(train, (0, 0))
+    pipeline.run("attribute", moved, workdir)
+    assert {p.name for p, b in content(workdir).items() if before.get(p) != b} == {
+        "config.json"
+    }
+    before = content(workdir)
+    for path in (train, validation):
+        pixels = path.read_bytes()
+        files.write_bytes(path, png(np.zeros((8, 8), np.uint8)))
+        for command in ("train", "sample", "featurize", "attribute", "lds", "report"):
+            with pytest.raises(ValueError, match=f"1 of .* changed .* {path.name}"):
+                pipeline.run(command, moved, workdir)
+        assert content(workdir) == before
+        path.write_bytes(pixels)
 
 
 def test_a_mistake_without_a_model_is_forgotten(run):

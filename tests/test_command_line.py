@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from dtrak_jax import cli, help
+from dtrak_jax import ahead, cli, files, help, pipeline
 from dtrak_jax.config import (
     AttributionConfig,
     BaseConfig,
@@ -22,7 +22,11 @@ from dtrak_jax.config import (
     ModelConfig,
     QueriesConfig,
     SampleConfig,
+    TrainConfig,
+    flatten,
 )
+from dtrak_jax.planning import messages, work
+from dtrak_jax.run import Run
 
 
 def refusal(*words):
@@ -55,6 +59,15 @@ def test_every_option_of_the_help_is_one():
     assert cli.parse(["plan", str(DIGITS), *words])[1] == config
 
 
+def test_every_stage_is_checked_announced_and_explained(tmp_path):
+    """The tables of what stages have beside their row in `pipeline.STAGES` agree."""
+    names = [stage.name for stage in pipeline.STAGES]
+    assert list(help.SECTION_OF) == list(messages.AFTER) == names
+    assert [*ahead.CHECKS, "report"] == names
+    run = Run(Config(), tmp_path)
+    assert all(work.describe(name, run) for name in names)
+
+
 def test_the_short_help_fits_on_a_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = help.short("run", cli.COMMANDS["run"], Config()).splitlines()
@@ -71,7 +84,7 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
         (["run", "--train.step=5"], "--train.step; did you mean --train.steps?"),
         (["run", "--dim", "5"], "--dim; did you mean --features.dim?"),
         (["run", "--modle", "u"], "--modle; did you mean --model?"),
-        (["run", "--train.no-steps"], "the config is missing"),
+        (["run", "--train.no-steps"], "unrecognized arguments: --train.no-steps"),
         (
             ["run", "--epochs", "5"],
             "no option --epochs; `dtrak-jax COMMAND --help-all`",
@@ -92,6 +105,23 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
             ["run", "--model", ".", "--images", ".", "--lora", "."],
             "no Stable Diffusion",
         ),
+        (
+            ["run", str(DIGITS), "--attribution.methods", "trak", "dtrk"],
+            "attribution.methods is 'dtrk' (did you mean dtrak?); it must be one of: 'dtr",
+        ),
+        (["run", str(DIGITS), "--attribution.methods", "trak", "trak"], "'trak' twice"),
+        (
+            ["run", str(DIGITS), "--features.measurements", "l1", "l1-norm"],
+            "features.measurements has 'l1' twice",
+        ),
+        (
+            ["run", str(DIGITS), "--train.steps", "many"],
+            "'many'; it must be an integer",
+        ),
+        (["run", str(DIGITS), "--train.steps", "0"], "train.steps is 0; it must be an"),
+        (["run", str(DIGITS), "--data.train", "-1"], "data.train is -1; it must be an"),
+        (["run", str(DIGITS), "--features.timesteps"], "features.timesteps is empty"),
+        (["run", str(DIGITS), "--data.groups", "a", "a"], "data.groups"),
         (["methods", "--train.steps", "5"], "methods takes no config"),
     ],
 )
@@ -107,6 +137,10 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
         (["run", "-h"], "--help SECTION"),
         (["lds", "--help"], "--ensemble.subsets INT"),
         (["run", str(DIGITS), "--help", "train"], "(default: 0.002)"),
+        (
+            ["run", "--help", "data"],
+            "0 takes all that validation leaves. (default: 0)",
+        ),
         (["--help", "clip"], "--clip.folder TEXT"),
         (["--help-all"], "--report.top INT"),
         (["--version"], version("dtrak-jax")),
@@ -116,7 +150,7 @@ def test_what_is_asked_for(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.parse(words)
     assert stopped.value.code == 0
-    assert said in capsys.readouterr().out
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_of_a_flag_that_is_there_twice_the_last_one_counts():
@@ -162,6 +196,7 @@ def test_a_model_and_pictures_are_a_run(folders):
         sample=SampleConfig(count=16),
         attribution=METHODS,
         features=FEATURES,
+        train=TrainConfig(steps=0),
     )
     assert cli.parse(line)[1] == expected
     dim = dataclasses.replace(FEATURES, dim=8)
@@ -176,6 +211,31 @@ def test_a_model_and_pictures_are_a_run(folders):
     assert cli.parse(line)[1] == expected
 
 
+def test_how_a_given_model_was_trained_is_said_once(folders):
+    """By a flag or a config that has another recipe than the default; then it is known."""
+    line = ["lds", "--model", "unet", "--images", "pictures", "--workdir", "w"]
+
+    def recipe(*more):
+        return cli.parse([*line, *more])[1].train
+
+    assert recipe("--train.batch-size", "5") == TrainConfig(steps=0, batch_size=5)
+    named = cli.parse([*line, "--train.steps", "8000", "--train.seed", "3"])[1]
+    assert named.train == TrainConfig(seed=3)
+    files.write_json("w/config.json", {"config": flatten(named)})
+    assert recipe("--train.batch-size", "5") == TrainConfig(seed=3, batch_size=5)
+    line[2] = "pictures"
+    assert recipe() == TrainConfig(steps=0)
+    Path("given.py").write_text(
+        "from dtrak_jax.config import *\n"
+        "def get_config():\n    return Config(model=ModelConfig(folder='unet'))"
+    )
+    line[1:5] = ["given.py"]
+    assert recipe("--train.seed", "7") == TrainConfig(seed=7)
+    line[1] = str(DIGITS)
+    expected = cli.load_config(str(DIGITS)).train
+    assert recipe("--model", "unet") == expected
+
+
 def test_a_stable_diffusion_comes_with_its_adapters(folders):
     line = ["run", "--model", "sd", "--images", "pictures", "--workdir", "w"]
     assert "sd is a Stable Diffusion: also name trained adapters" in refusal(*line)
@@ -186,6 +246,7 @@ def test_a_stable_diffusion_comes_with_its_adapters(folders):
         sample=SampleConfig(count=16),
         attribution=METHODS,
         features=FEATURES,
+        train=TrainConfig(steps=0),
     )
     assert cli.parse([*line, "--lora", "lora.safetensors"])[1] == expected
     index = {"_class_name": "FluxPipeline", "text_encoder": ["", "CLIP"]}

@@ -465,6 +465,7 @@ def test_a_csv_gives_labels_and_captions(gallery):
     [
         ("", r"has the columns \(none\); it must have file, and label or caption, ea"),
         ("file,artist\nb.png,x\n", "has the columns file, artist; it must have"),
+        ("file,lable\nb.png,x\n", "each once. Did you mean lable"),
         ("name,label\nb.png,x\n", "has the columns name, label; it must have"),
         ("file,label\n", "lists no files"),
         ("file,label\nb.png,x\nno.png,x\n", "line 3: there is no file .*no.png"),
@@ -593,7 +594,7 @@ def test_groups_that_cannot_be_are_refused():
         DataConfig(groups=("artist",))
     with pytest.raises(ValueError, match="data.groups is .*, but data.csv is empty"):
         DataConfig(source="folder", name="x", groups=("artist",))
-    with pytest.raises(ValueError, match="name each column once"):
+    with pytest.raises(ValueError, match="name each once"):
         DataConfig(source="folder", name="x", csv="y", groups=("a", "a"))
 
 
@@ -716,6 +717,12 @@ def test_captions_by_a_template(tmp_path):
         ValueError, match="{artist}'; a field is 'artist'; .* of: 'labe"
     ):
         from_artbench(path, **style)
+    with pytest.raises(ValueError, match=r"'artits' \(did you mean artist\?\); it"):
+        from_artbench(path, groups=("artist",), caption="{label} {artits}")
+    with pytest.raises(ValueError, match="each once. Did you mean artist"):
+        from_artbench(path, groups=("artits",))
+    with pytest.raises(ValueError, match=r"'ukioye' \(did you mean ukiyo_e\?\); it"):
+        from_artbench(path, labels=("ukioye",))
 
 
 def test_captions_may_not_change():

@@ -12,12 +12,16 @@ from conftest import NO_ATTENTION, UNET_APPLY_FN
 
 import dtrak_jax as dtrak
 from dtrak_jax import ahead, models
+from dtrak_jax import pipeline as stages
 from dtrak_jax.config import (
     Config,
+    CounterfactualConfig,
     DataConfig,
     DiffusionConfig,
+    EnsembleConfig,
     ModelConfig,
     SampleConfig,
+    TrainConfig,
 )
 from dtrak_jax.diffusion import sampling_timesteps
 from dtrak_jax.encoding.classes import classes_of
@@ -197,6 +201,8 @@ def test_labels_are_the_classes_of_a_conditional_model(tmp_path):
     assert classes_of(["b"], ("a", "b"), CLASSES, "x").tolist() == [1]
     with pytest.raises(ValueError, match="label '3', which is none of .*: 2, 7"):
         classes_of(["3"], names, CLASSES, "x")
+    with pytest.raises(ValueError, match="labels '01' and '1' are both class 1"):
+        classes_of(["1"], ("01", "1"), CLASSES, "x")
     few = dataclasses.replace(CLASSES, num_class_embeds=5)
     with pytest.raises(ValueError, match="'7', which is class 7; .* classes 0 to 4"):
         classes_of(["7"], names, few, "x")
@@ -225,6 +231,37 @@ def test_wrong_settings_of_sampling_are_refused_ahead(pipeline, tmp_path):
         config = Config(model=model, sample=sample, data=data)
         with pytest.raises(ValueError, match=message):
             ahead.sample(Run(config, tmp_path))
+
+
+def test_models_are_trained_only_as_the_given_one_was(pipeline, tmp_path):
+    """Nothing is written where nobody says how that was, and nothing trained by default."""
+    config = Config(
+        data=DataConfig(train=20, validation=3),
+        model=ModelConfig(folder=str(pipeline)),
+        train=TrainConfig(steps=0, batch_size=7),
+        sample=SampleConfig(count=2, steps=2),
+        ensemble=EnsembleConfig(models=1),
+        counterfactual=CounterfactualConfig(count=5),
+    )
+    for command, count, steps in (
+        ("retrain", 193, "776,000"),
+        ("lds", 193, "776,000"),
+        ("ablate", 193, "776,000"),
+        ("counterfactual", 8, "64,000"),
+    ):
+        message = f"{count} models .*--train.steps N.*batch_size=7.* {steps} steps if"
+        with pytest.raises(ValueError, match=message):
+            stages.run(command, config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    check, needed = stages.check, stages.needed("run", config)
+    check(Run.at(config, tmp_path / "w"), needed)
+    named = dataclasses.replace(config, train=TrainConfig(steps=300))
+    with pytest.warns(UserWarning, match="from nothing by `train`, 300 steps of 128"):
+        ahead.retrain(Run(named, tmp_path / "w"))
+    with pytest.raises(
+        ValueError, match="train.steps is 0; it must be an integer >= 1"
+    ):
+        dataclasses.replace(config, model=NO_ATTENTION)
 
 
 def test_a_network_that_does_not_use_its_parameters_is_refused(images):

@@ -360,7 +360,10 @@ def run(line, capsys):
         ({"train__warmup": "2"}, "train.warmup is 2.0; it must be a finite number"),
         ({"features__noise": "shared"}, "'common', 'independent'"),
         ({"features__dim": "0"}, "features.dim is 0"),
-        ({"features__measurements": "square l3"}, "invalid choice 'l3'"),
+        (
+            {"features__measurements": "square l3"},
+            "features.measurements is 'l3'; it must be",
+        ),
         ({"features__measurements": "square"}, "attribution.methods has 'trak', which"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
         ({"counterfactual__sets": "pixel-dot"}, "counterfactual.sets is 'pixel-dot'"),
@@ -381,8 +384,7 @@ def test_wrong_settings_are_refused_before_anything_starts(
 ):
     code, said = run(command("train", tmp_path / "w", **changes), capsys)
     assert code == 2
-    # The message comes wrapped in a box.
-    assert message in " ".join(said.replace("│", " ").split())
+    assert message in said
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 

@@ -68,11 +68,11 @@ def test_a_log_file_has_a_line_now_and_then_however_long_a_step_takes(
     monkeypatch.setattr(progress, "EVERY", 0.01)
     told, until = "", time.monotonic() + 60
     for _ in progress.progress(range(1), "compile", unit="program"):
-        while told.count("compile: 0/1 programs\n") < 2:
+        while told.count("compile: 0/1 program\n") < 2:
             assert time.monotonic() < until
             told += capsys.readouterr().err
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("compile: 1/1 programs, took")
+    assert last.startswith("compile: 1/1 program, took")
     time.sleep(0.05)
     assert capsys.readouterr().err == ""
 

@@ -110,4 +110,4 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(sets, "LEAST", 0.9)
     refused("1 - M_ii of a training image is .* larger damping", train, query, 1)
     monkeypatch.setattr(host, "memory", lambda: 1000)
-    refused("a removal set of 2 images", train, query, 2, error=MemoryError)
+    refused("kernels from which 2 images among 12", train, query, 2, error=MemoryError)

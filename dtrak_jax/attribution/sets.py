@@ -202,12 +202,11 @@ def removal_set(
     largest = sum(sorted(map(len, members))[-count:])
     joined = len(weights) if pooled else 1
     size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
-    if size > host.memory():
-        raise MemoryError(
-            f"a removal set of {count} {what} among {n} images needs about "
-            f"{size / 2**30:.0f} GiB, this host has {host.memory() / 2**30:.0f}. Take a "
-            "smaller count, fewer timesteps or draws, or a smaller projection dim."
-        )
+    host.check_fits(
+        f"kernels from which {count} {what} among {n} images are removed (count, "
+        "timesteps, draws, dim)",
+        size,
+    )
     damping = Damping.of(damping)
     make = _of_all_pairs if pooled else _of_each_pair
     removables = list(make(kernels, query, damping, weights, members))

@@ -7,9 +7,10 @@ from PIL import Image
 
 from dtrak_jax.checks import one_of
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data.folder import stamp
 from dtrak_jax.data.preprocess import Picture, decode
 from dtrak_jax.data.table import read_table
-from dtrak_jax.files import at
+from dtrak_jax.files import at, is_remote
 
 CSV = "ArtBench-10.csv"
 FOLDERS = ("artbench-10-imagefolder", "artbench-10-imagefolder-split")
@@ -61,6 +62,8 @@ def artbench(
     return Dataset(
         ids=np.array(ids),
         read=read,
+        # Files in a bucket are not asked one by one.
+        stamp=None if is_remote(root) else lambda index: stamp(folder / ids[index]),
         labels=np.array([label_names.index(row["label"]) for row in rows]),
         label_names=tuple(label_names),
         groups={name: np.array([row[name] for row in rows]) for name in groups},

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dtrak_jax.checks import at_least, check_choices, seed
+from dtrak_jax.checks import at_least, check_choices, distinct, seed
 from dtrak_jax.data.preprocess import check_colour
 
 SourceName = Literal["digits", "hands", "tfds", "folder", "artbench"]
@@ -73,11 +73,11 @@ class DataConfig:
             )
         if self.groups and self.source == "folder" and not self.csv:
             raise ValueError(
-                f"data.groups is {self.groups}, but data.csv is empty; name the CSV "
-                "that has these columns."
+                f"data.groups is {self.groups}, but data.csv is empty; name the CSV in "
+                "the folder that has these columns, such as data.csv='captions.csv'."
             )
-        if len(set(self.groups)) < len(self.groups):
-            raise ValueError(f"data.groups is {self.groups}; name each column once.")
+        distinct("data.groups", self.groups)
+        distinct("data.labels", self.labels)
         at_least("data.center_crop", self.center_crop, 0)
         check_colour("data.background", self.background)
         at_least("data.train", self.train, 0)

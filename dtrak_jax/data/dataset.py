@@ -47,6 +47,8 @@ class Dataset:
     """For each column of `DataConfig.groups`, str [n]."""
     seeds: np.ndarray | None = None
     """uint32 [n], of generated images; None if nobody knows them."""
+    stamp: Callable[[int], tuple[int, int]] | None = field(default=None, repr=False)
+    """Returns the size of an image's file and when it was written; None without files."""
     recorded: np.ndarray | None = field(default=None, repr=False)
     """The `digests` that the images must have, str [n]; None if nobody knows."""
     notes: tuple[str, ...] = field(default=(), repr=False)
@@ -66,6 +68,7 @@ class Dataset:
             self,
             ids=self.ids[rows],
             read=lambda index: self.read(rows[index]),
+            stamp=self.stamp and (lambda index: self.stamp(rows[index])),
             labels=None if self.labels is None else self.labels[rows],
             captions=None if self.captions is None else self.captions[rows],
             groups={name: column[rows] for name, column in self.groups.items()},
@@ -93,15 +96,20 @@ class Dataset:
         decoded = vars(self).get("decoded")
         if decoded is None or decoded.images is None:
             decoded = vars(self)["decoded"] = self._decode(math.inf)
-        if self.recorded is not None:
-            changed = np.flatnonzero(decoded.digests != self.recorded)
-            if len(changed):
-                raise ValueError(
-                    f"{len(changed)} of {len(self)} images have changed since the "
-                    f"first stage of this run saw them, such as {self.ids[changed[0]]}. "
-                    "Restore them, or name another --workdir."
-                )
+        self._compare(decoded.digests, np.arange(len(self)))
         return decoded.images
+
+    def _compare(self, digests: np.ndarray, rows: np.ndarray) -> None:
+        """Raises a ValueError if images have other digests than are recorded."""
+        if self.recorded is None:
+            return
+        changed = rows[digests != self.recorded[rows]]
+        if len(changed):
+            raise ValueError(
+                f"{len(changed)} of {len(self)} images have changed since the "
+                f"first stage of this run saw them, such as {self.ids[changed[0]]}. "
+                "Restore them, or name another --workdir."
+            )
 
     @functools.cached_property
     def decoded(self) -> Decoded:
@@ -149,6 +157,12 @@ class Dataset:
         return self.decoded.digests if self.recorded is None else self.recorded
 
     @functools.cached_property
+    def stamps(self) -> np.ndarray:
+        """The `stamp` of every image, int64 [n, 2]; [0, 2] without files."""
+        files = range(len(self)) if self.stamp else ()
+        return np.array([self.stamp(i) for i in files], np.int64).reshape(-1, 2)
+
+    @functools.cached_property
     def digest(self) -> str:
         """The hash of all ids and pixels in their order."""
         return digest(*map(str, self.ids), *map(str, self.digests))
@@ -162,7 +176,7 @@ class Dataset:
         return {"label": np.array(self.label_names, str)[self.labels]} | self.groups
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Returns what splits.npz has beside digests, by the names that it has there."""
+        """Returns what splits.npz has beside digests and stamps, by its names there."""
         columns = {"ids": self.ids, "labels": self.labels, "captions": self.captions}
         columns |= {f"group_{name}": column for name, column in self.groups.items()}
         return {name: c for name, c in columns.items() if c is not None}
@@ -172,7 +186,8 @@ class Dataset:
 
         `saved` has the `columns` and the `digests` that an earlier stage saw, with
         "train_" or "validation_" before their names. Other ids, labels, captions or
-        groups are a ValueError here, and other pixels one in `images`.
+        groups are a ValueError, and so are other pixels: here where the stamp is another
+        too, which costs decoding these images, and otherwise in `images`.
         """
         columns = {"labels": np.array([]), "captions": np.array([])} | self.columns()
         for name, column in columns.items():
@@ -188,6 +203,11 @@ class Dataset:
         recorded = replace(self, recorded=saved.get(f"{role}_digests"))
         if "decoded" in vars(self):
             vars(recorded)["decoded"] = self.decoded
+        stamps = saved.get(f"{role}_stamps", self.stamps)
+        if stamps.shape == self.stamps.shape:
+            rows = np.flatnonzero((stamps != self.stamps).any(axis=1))
+            if len(rows) and recorded.recorded is not None:
+                recorded._compare(self.take(rows).decoded.digests, rows)
         return recorded
 
     def named_as(self, names: tuple[str, ...]) -> "Dataset":

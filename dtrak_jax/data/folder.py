@@ -69,6 +69,7 @@ def pictures(
     return Dataset(
         ids=np.array(ids),
         read=lambda index: prepare(decode(root / ids[index])),
+        stamp=lambda index: stamp(root / ids[index]),
         labels=labels,
         label_names=tuple(map(str, label_names)),
         captions=named.get("prompt", named.get("caption")),
@@ -76,6 +77,12 @@ def pictures(
         seeds=named["seed"].astype(np.uint32) if "seed" in named else None,
         notes=notes,
     )
+
+
+def stamp(path: os.PathLike) -> tuple[int, int]:
+    """Returns the size of a file and the nanosecond when it was last written."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _find(root: Path) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:

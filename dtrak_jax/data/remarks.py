@@ -40,6 +40,8 @@ def _changes(name: str, images: Dataset) -> str:
     """Returns the count of images to which something was done."""
     counts = images.decoded.changes.most_common()
     listed = ", ".join(f"{count} {change}" for change, count in counts)
+    if len(images) == 1:
+        name = "query" if name == "queries" else name.removesuffix("s")
     return f"{len(images)} {name}: {listed}." if counts else ""
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.checks import check_ids
+from dtrak_jax.checks import alike, check_ids
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.sources import open_source, open_validation
@@ -27,10 +27,11 @@ class Splits(NamedTuple):
     validation: Dataset
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Returns ids, labels, captions, groups and digests of all images: splits.npz."""
+        """Returns ids, labels, captions, groups, digests and stamps of all: splits.npz."""
         columns = {"label_names": np.array(self.train.label_names, str)}
         for role, images in self._asdict().items():
-            described = images.columns() | {"digests": images.digests}
+            described = images.columns()
+            described |= {"stamps": images.stamps, "digests": images.digests}
             columns |= {f"{role}_{name}": column for name, column in described.items()}
         return columns
 
@@ -94,7 +95,11 @@ def _labelled(config: DataConfig, source: Dataset) -> Dataset:
         numbers |= {str(number): number for number in range(len(numbers))}
     for name in names:
         if name not in numbers:
-            raise ValueError(f"data.labels has {name!r}; it must be one of: {allowed}.")
+            near = alike(name, numbers)
+            hint = f" (did you mean {near}?)" if near else ""
+            raise ValueError(
+                f"data.labels has {name!r}{hint}; it must be one of: {allowed}."
+            )
     chosen = [numbers[name] for name in names]
     kept = source.take(np.flatnonzero(np.isin(source.labels, chosen)))
     return replace(kept, notes=notes)

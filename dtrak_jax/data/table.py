@@ -8,6 +8,8 @@ from pathlib import PurePath
 
 from etils import epath
 
+from dtrak_jax.checks import alike
+
 
 def read_table(
     path: epath.Path,
@@ -48,9 +50,16 @@ def read_table(
         if wrong or (optional and more and not chosen and not groups):
             needed = [*required, *(f"{name} (data.groups)" for name in groups)]
             either = f", and {' or '.join(optional)}" if optional else ""
+            missing = [*columns, *(() if chosen else optional)]
+            near = [alike(name, header) for name in missing if name not in header]
+            hint = (
+                f" Did you mean {' and '.join(filter(None, near))}?"
+                if any(near)
+                else ""
+            )
             raise ValueError(
                 f"{path} has the columns {', '.join(header) or '(none)'}; it must have "
-                f"{', '.join(needed)}{either}, each once."
+                f"{', '.join(needed)}{either}, each once.{hint}"
             )
         for row in reader:
             where = f"{path}, line {above + reader.line_num}"

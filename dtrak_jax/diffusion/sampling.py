@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
-from dtrak_jax.checks import at_least, between, check_choices
+from dtrak_jax.checks import at_least, between, check_choices, seed
 from dtrak_jax.diffusion.schedule import Schedule
 from dtrak_jax.network import Apply, Params, check_prediction, rows_of
 from dtrak_jax.parallel import P, Program
 from dtrak_jax.progress import progress
-from dtrak_jax.rng import LARGEST_SEED, fold_in, normal, stream
+from dtrak_jax.rng import fold_in, normal, stream
 from dtrak_jax.switches import standard
 
 SamplerKind = Literal["ddim", "ancestral"]
@@ -126,8 +126,8 @@ def sample(
       images in the order of `sampling_timesteps`, float32 [n, steps, *shape].
     """
     count = len(seeds)
-    for seed in seeds:
-        at_least("a seed", seed, 0, LARGEST_SEED)
+    for value in seeds:
+        seed("a seed", value)
     for leaf in jax.tree.leaves(cond):
         if len(leaf) != count:
             raise ValueError(f"cond has {len(leaf)} rows; there are {count} seeds.")

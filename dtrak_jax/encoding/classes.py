@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dtrak_jax.checks import alike
 from dtrak_jax.data import Dataset
 from dtrak_jax.models import ModelConfig
 
@@ -13,9 +14,20 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 
     A label is the number itself where all labels are numbers, and otherwise its position
     in the list of the source's labels, which of a folder is sorted, as in torchvision.
+
+    Raises:
+      ValueError: two labels are one number.
     """
     if all(map(str.isdecimal, names)):
-        return {name: int(name) for name in names}
+        numbers = {name: int(name) for name in names}
+        first = {number: name for name, number in reversed(numbers.items())}
+        for name, number in numbers.items():
+            if first[number] != name:
+                raise ValueError(
+                    f"the labels {first[number]!r} and {name!r} are both class {number}; "
+                    "write them alike, or name one otherwise."
+                )
+        return numbers
     return {name: number for number, name in enumerate(names)}
 
 
@@ -36,9 +48,11 @@ def classes_of(
     numbers = class_numbers(names)
     for label in sorted(set(map(str, labels))):
         if label not in numbers:
+            near = alike(label, numbers)
+            hint = f" Did you mean {near}?" if near else ""
             raise ValueError(
                 f"{what} have the label {label!r}, which is none of the training "
-                f"images': {', '.join(numbers)}."
+                f"images': {', '.join(numbers)}.{hint}"
             )
         count = model.num_class_embeds
         if model.class_embed_type is None and numbers[label] >= count:

@@ -127,9 +127,7 @@ class Pixels:
 
     def cond(self, name: str) -> np.ndarray | None:
         """Returns the classes of a set, int32 [n], or None."""
-        if not self.model.config.takes_classes:
-            return None
-        return self.classes(self.run.examples(name), name)
+        return self.classes_if_taken(self.run.examples(name), name)
 
     def check_conditions(self, examples: Dataset, name: str) -> None:
         """Raises a ValueError unless there is a class for each example, if one is needed."""
@@ -144,6 +142,11 @@ class Pixels:
                 "that it was trained with.",
                 stacklevel=2,
             )
+
+    def classes_if_taken(self, examples: Dataset, name: str) -> np.ndarray | None:
+        """Returns the classes of examples if the network is given any, else None."""
+        takes_classes = self.model.config.takes_classes
+        return self.classes(examples, name) if takes_classes else None
 
     def classes(self, examples: Dataset, name: str) -> np.ndarray:
         """Returns the classes of examples that are called `name`, int32 [n].

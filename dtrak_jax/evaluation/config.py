@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dtrak_jax.checks import at_least, between, check_choices, free, one_of, seed
+from dtrak_jax.checks import (
+    at_least,
+    between,
+    check_choices,
+    distinct,
+    free,
+    one_of,
+    seed,
+)
 from dtrak_jax.methods import METHODS, MethodName
 
 
@@ -78,6 +86,7 @@ class CounterfactualConfig:
         at_least("counterfactual.count", self.count, 1)
         seed("counterfactual.seed", self.seed)
         for name in ("methods", "squared"):
+            distinct(f"counterfactual.{name}", getattr(self, name))
             if "random" in getattr(self, name):
                 raise ValueError(
                     f"counterfactual.{name} has 'random', which is always there; leave "
@@ -115,6 +124,8 @@ class AblationConfig:
             if not getattr(self, name):
                 raise ValueError(f"ablation.{name} is empty; name one or more.")
         check_choices("ablation", self)
+        for name in ("studies", "timesteps", "dims"):
+            distinct(f"ablation.{name}", getattr(self, name))
         for name in ("draws", "noise_seeds", "most_draws"):
             at_least(f"ablation.{name}", getattr(self, name), 1)
         for dim in self.dims:

@@ -1,6 +1,7 @@
 """The featurize stage: from images to gradient features."""
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, get_args
 
@@ -198,7 +199,9 @@ def _write_missing(
     """Computes and writes the features that are missing in the store."""
     ids, chunks = target.metadata["ids"], target.missing_chunks()
     done = len(ids) - sum(chunk.stop - chunk.start for chunk in chunks)
-    description = f"featurize {target.folder.name}" if target.folder else "featurize"
+    # Folders of runs end with a hash, as "train-1f0c64ab".
+    name = re.sub("-[0-9a-f]{8}$", "", target.folder.name) if target.folder else ""
+    description = f"featurize {name}".strip()
     with progress(None, description, len(ids), "image", done) as bar:
         how = programs, network, examples
         started = ((chunk, _start(*how, chunk, bar.update)) for chunk in chunks)

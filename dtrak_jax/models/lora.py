@@ -54,11 +54,17 @@ class LoRAConfig:
     """Leave out a file's adapters of the text encoder, instead of refusing the file."""
 
     def __post_init__(self):
-        decided = (self.rank, self.alpha, self.targets)
-        if self.file and decided != (128, None, LoRAConfig.targets):
+        defaults = {"rank": 128, "alpha": None, "targets": LoRAConfig.targets}
+        given = {
+            n: getattr(self, n) for n in defaults if getattr(self, n) != defaults[n]
+        }
+        if self.file and given:
+            listed = ", ".join(
+                f"lora.{name}={value!r}" for name, value in given.items()
+            )
             raise ValueError(
-                f"lora.file is {self.file!r}, which decides lora.rank, lora.alpha and "
-                f"lora.targets; they are {decided}, and must be left out."
+                f"lora.file is {self.file!r}, which decides the rank, alpha and targets of "
+                f"its adapters; leave out {listed}."
             )
         at_least("lora.rank", self.rank, 1)
         if self.alpha is not None:

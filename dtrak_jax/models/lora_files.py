@@ -12,6 +12,7 @@ What would compute something else than x W + s (x A) B is refused.
 import collections
 import json
 import re
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -80,6 +81,12 @@ def read_lora(
     tensors = {name: tensors[name] for name in tensors if name not in text}
     modules = _modules(path, tensors, weight_shapes(base))
     settings = _settings(path, tensors)
+    if not settings and not any("alpha" in parts for parts in modules.values()):
+        warnings.warn(
+            f"{path} tells no alpha: its adapters are taken at scale 1, as diffusers does. "
+            "If they were trained with another one, give the file its alpha.",
+            stacklevel=2,
+        )
     adapters, scales = {}, {}
     for name, parts in sorted(modules.items()):
         alpha = parts.pop("alpha", None)

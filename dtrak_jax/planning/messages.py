@@ -37,7 +37,7 @@ def before(command: str, run: Run, stages: Sequence[str], taken: Footprint) -> N
     seconds = work.seconds(stages, run)
     if seconds:
         took = work.duration(seconds)
-        lines.append(f"From nothing, all of it takes about {took} on these devices.")
+        lines.append(f"From nothing, it takes about {took} here, beside compiling.")
     if taken.disk:
         lines.append(f"What stays on disk takes {size_text(taken.disk)}.")
     if taken.memory:
@@ -57,7 +57,9 @@ def after(run: Run, stage: str, following: str | None) -> None:
     said = f"{stage}: {made}; next: {coming}."
     if not place:
         # Whoever called the command for its report says where that is.
-        recipe = ", with `train` set to how the given model was trained"
+        recipe = (
+            ", with `train` (at least --train.steps) as the given model was trained"
+        )
         how = recipe if run.config.is_given and not following else ""
         said = f"next: {coming} measures how far the scores can be trusted{how}."
     print(said, file=sys.stderr)

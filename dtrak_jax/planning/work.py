@@ -15,6 +15,7 @@ from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
+from dtrak_jax.progress import counted
 from dtrak_jax.run import Run
 
 WORTH_TIMING = 200_000
@@ -34,7 +35,7 @@ def passes(run: Run) -> dict[str, float]:
     settings, specs = config.features, {arm.spec for arm in arms(config)}
     stores = {""}.union(*(METHODS[name].folders(config) for name in config.methods))
     members = ensemble.subsets * ensemble.seeds
-    models = members * member_steps(config) / config.train.steps + ensemble.models
+    models = members * ensemble.fraction + ensemble.models
     noised = ensemble.draws * timestep_count(ensemble.timesteps)
     pairs = settings.draws * timestep_count(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
@@ -83,16 +84,18 @@ def describe(stage: str, run: Run) -> str:
         "encode": "latents of pictures, text embeddings of captions",
         "train": "nothing, as the model is given"
         if config.is_given
-        else f"{config.train.steps:,} steps of {config.train.batch_size} images",
-        "sample": f"{config.sample.count:,} images in {config.sample.steps} steps"
+        else f"{counted(config.train.steps, 'step')} of "
+        f"{counted(config.train.batch_size, 'image')}",
+        "sample": f"{counted(config.sample.count, 'image')} in "
+        f"{counted(config.sample.steps, 'step')}"
         if run.is_sampled
         else "nothing, as the queries are given",
         "retrain": f"{ensemble.subsets} x {ensemble.seeds} models of "
         f"{member_steps(config):,} steps{more}",
-        "featurize": f"gradients of {images:,} images",
+        "featurize": f"gradients of {counted(images, 'image')}",
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
         "lds": "scores against retrained models",
-        "counterfactual": f"{removal.queries:,} images for each of "
+        "counterfactual": f"{counted(removal.queries, 'image')} for each of "
         f"{len(config.removal_methods) + 1} choices of {removal.count:,} to remove, a "
         "model each",
         "ablate": f"the studies {', '.join(config.ablation.studies)}",

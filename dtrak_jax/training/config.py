@@ -10,7 +10,7 @@ class TrainConfig:
     """AdamW with linear warm-up, half-cosine decay and clipping."""
 
     steps: int = 8000
-    """Training steps."""
+    """Training steps; 0, for a model that is given, where nobody says how it was trained."""
     batch_size: int = 128
     """Pictures in a step, over all devices together."""
     learning_rate: float = 1e-4
@@ -44,7 +44,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_choices("train", self)
-        for name in ("steps", "batch_size", "save_every", "log_every"):
+        at_least("train.steps", self.steps, 0)
+        for name in ("batch_size", "save_every", "log_every"):
             at_least(f"train.{name}", getattr(self, name), 1)
         positive("train.learning_rate", self.learning_rate)
         between("train.warmup", self.warmup, 0, 1)

@@ -1,0 +1,151 @@
+"""The flags of a command line, and the settings that they change."""
+
+import argparse
+import dataclasses
+import re
+import typing
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from types import NoneType
+from typing import Literal, NoReturn
+
+from dtrak_jax import help
+from dtrak_jax.checks import alike
+from dtrak_jax.config import Config
+
+SHORT = {
+    "--model": ("--model.folder", "--base.folder"),
+    "--images": ("--data.name", "--data.source"),
+    "--queries": ("--queries.folder",),
+    "--lora": ("--lora.file",),
+}
+"""Short flags, and those of the settings that they stand for."""
+
+OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
+"""Flags of no setting."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the message as a ValueError."""
+        raise ValueError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all flags; of settings it has those that are there, as words."""
+    options = Parser(allow_abbrev=False, add_help=False)
+    for flag in (*SHORT, *OPTIONS):
+        options.add_argument(flag, default="")
+    absent = {"default": argparse.SUPPRESS}
+    for section, kind in help.SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            name = f"{section}.{field.name}"
+            how = absent | {"dest": name}
+            if field.type is bool:
+                negated = help.flag(f"{section}.no-{field.name}")
+                options.add_argument(help.flag(name), action="store_true", **how)
+                options.add_argument(negated, action="store_false", **how)
+            else:
+                many = "*" if help.form(field.type).endswith("...") else None
+                options.add_argument(help.flag(name), nargs=many, **how)
+    return options
+
+
+def dashed(word: str) -> str:
+    """Returns a flag with dashes for the underscores of its name; other words unchanged."""
+    flag, equals, value = word.partition("=")
+    is_flag = flag.startswith("--")
+    return flag.replace("_", "-") + equals + value if is_flag else word
+
+
+def settings_in(options: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """Returns the settings of a command line, {section: {name: value}}."""
+    sections: dict[str, dict[str, object]] = {}
+    for name, words in vars(options).items():
+        section, dot, setting = name.partition(".")
+        if dot:
+            kind = help.SECTIONS[section].__dataclass_fields__[setting].type
+            sections.setdefault(section, {})[setting] = value_of(name, kind, words)
+    return sections
+
+
+def value_of(name: str, kind: object, words: str | list[str] | bool) -> object:
+    """Returns the value of a setting of some type that is written as words.
+
+    Raises:
+      ValueError: a number cannot be read, or there is none.
+    """
+    kinds = typing.get_args(kind) if help.is_union(kind) else (kind,)
+    many = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is tuple]
+    if isinstance(words, list) and len(kinds) > 1 and len(words) == 1:
+        words = words[0]
+    if isinstance(words, list):
+        if not words and len(kinds) > 1:
+            raise ValueError(f"{name} is empty; name one number or more.")
+        return tuple(value_of(name, many[0], word) for word in words)
+    if kinds[-1] is NoneType and words == "None":
+        return None
+    if typing.get_origin(kinds[0]) is Literal:
+        # What is no choice is refused by the settings themselves.
+        choices = {str(choice): choice for choice in typing.get_args(kinds[0])}
+        return choices.get(words, words)
+    if kinds[0] not in (int, float):
+        return words
+    try:
+        return kinds[0](words)
+    except ValueError as error:
+        what = "an integer" if kinds[0] is int else "a number"
+        raise ValueError(f"{name} is {words!r}; it must be {what}.") from error
+
+
+def changed(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:
+    """Returns a config with some settings of some sections changed."""
+    return dataclasses.replace(
+        config,
+        **{
+            section: dataclasses.replace(getattr(config, section), **settings)
+            for section, settings in changes.items()
+        },
+    )
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Raises a ValueError if a flag is unknown, or says what another one does too.
+
+    Of a flag that is there twice the last one counts, as scripts need it, and a warning
+    says so.
+    """
+    settings = [help.flag(name) for s in help.SECTIONS for name in help.names_of(s)]
+    given = [
+        re.sub(r"\.no-", ".", dashed(word).partition("=")[0])
+        for word in words
+        if word.startswith("--")
+    ]
+    for flag in given:
+        known(flag, (*SHORT, *OPTIONS, "--help", *settings), "option")
+        if given.count(flag) > 1:
+            text = f"{flag} is there {given.count(flag)} times; the last one counts."
+            warnings.warn(text, stacklevel=2)
+        for long in SHORT.get(flag, ()):
+            if long in given:
+                raise ValueError(f"{flag} decides {long}; leave one of them out.")
+
+
+def known(name: str, names: Collection[str], what: str) -> None:
+    """Raises a ValueError that suggests the nearest of `names`, unless it has `name`."""
+    if name in names:
+        return
+    last = name.strip("-").rpartition(".")[2]
+    # A setting may be called without its section, or with another one's.
+    same = [other for other in names if other.rpartition(".")[2].strip("-") == last]
+    near = alike(name, names, same)
+    hint = f"did you mean {near}?"
+    if not near:
+        hint = (
+            "`dtrak-jax COMMAND --help-all` lists all."
+            if what == "option"
+            else f"there are {', '.join(names)}."
+        )
+    raise ValueError(f"there is no {what} {name}; {hint}")
