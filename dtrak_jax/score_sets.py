@@ -31,7 +31,9 @@ def load(run: "Run", method: str, queries: str) -> Scores:
                 scores = dataclasses.replace(scores, made_from=made_from(run, method))
                 scores.save(_path(run, method, name))
         parallel.barrier(f"scores of {method}")
-    return Scores.load(_path(run, method, queries))
+    scores = Scores.load(_path(run, method, queries))
+    # Those of now, also where scores are not made from them.
+    return dataclasses.replace(scores, columns=run.splits.train.groupings)
 
 
 def is_made(run: "Run", method: str, queries: str) -> bool:
@@ -47,6 +49,10 @@ def made_from(run: "Run", method: str) -> str:
     parts = [method, *(images.digest for images in examples)]
     if row.measurement:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
+    if row.measurement and run.config.features.draws > 1:
+        # Errors of groups are made within each draw.
+        columns = run.splits.train.groupings
+        parts += ["errors", *(f"{name} {digest(*columns[name])}" for name in columns)]
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

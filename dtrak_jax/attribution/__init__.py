@@ -5,6 +5,7 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
     damping_path,
@@ -39,6 +40,7 @@ __all__ = [
     "GRID",
     "Damping",
     "Kernels",
+    "PairSum",
     "Scores",
     "absolute",
     "damping_path",
