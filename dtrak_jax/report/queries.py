@@ -19,16 +19,17 @@ FREQUENT = 12
 
 
 class Entry(NamedTuple):
-    """A training image in a list, or a cluster of near-duplicates by the highest of them."""
+    """A picture in a list: a training image, or the first of several near-duplicates."""
 
     index: int
+    """Its row of the training images."""
     score: float
     error: float
     """NaN if there is none."""
     above: bool
     """True if it stands out."""
     copies: Sequence[str]
-    """The ids of all that are near-duplicates, itself among them; none if it is alone."""
+    """The ids of all near-duplicates, itself among them; none if it is alone."""
     width: float = 0.0
     """The length of its bar, as a part of the largest score and error of its query."""
     whisker: tuple[float, float] | None = None
@@ -49,19 +50,19 @@ def query_set(
     `shown` says how many queries, and how many images of each.
     """
     count, top = min(shown[0], len(images.ids)), shown[1]
-    errors = {m: uncertainty(s, recipe) for m, s in scores.items()}
+    merged = {m: s.merged() for m, s in scores.items()}
     return {
         "name": name,
         "images": images,
         "count": count,
         "twins": twins(images, train),
         "strongest": {
-            m: strongest(s, errors[m][0], count, top, standing[m])
+            m: strongest(s, uncertainty(merged[m], recipe)[0], count, top, standing[m])
             for m, s in scores.items()
         },
-        "uncertainty": {m: text for m, (_, text) in errors.items()},
+        "uncertainty": {m: uncertainty(s, recipe)[1] for m, s in scores.items()},
         "verdicts": {m: verdicts(s, count, standing[m]) for m, s in scores.items()},
-        "agreement": agreement(*scores.values(), top) if len(scores) == 2 else None,
+        "agreement": agreement(*merged.values(), top) if len(merged) == 2 else None,
     }
 
 
@@ -103,11 +104,19 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
     each of the first `count` queries."""
     if standing.supporting is None:
         return [(standing.why, [])] * count
+    pictures, rows = scores.merged(), picture_rows(scores)
     reasons_and_ids = []
-    for row, above in zip(scores.scores[:count], standing.supporting, strict=False):
-        order = np.argsort(-row, kind="stable")[: above.sum()]
-        reasons_and_ids.append(("", scores.train_ids[order].tolist()))
+    for i in range(count):
+        order = np.argsort(-pictures.scores[i], kind="stable")
+        order = order[standing.supporting[i, rows[order]]]
+        reasons_and_ids.append(("", pictures.train_ids[order].tolist()))
     return reasons_and_ids
+
+
+def picture_rows(scores: Scores) -> np.ndarray:
+    """Returns the row of the training images of each column of `scores.merged()`."""
+    rows = {train_id: row for row, train_id in enumerate(scores.train_ids.tolist())}
+    return np.array([rows[name] for name in scores.merged().train_ids.tolist()])
 
 
 def most_alike(
@@ -127,21 +136,27 @@ def most_alike(
 def strongest(
     scores: Scores, errors: np.ndarray, count: int, top: int, standing: Standing
 ) -> list[dict[str, list[Entry]]]:
-    """Returns {side: entries} of each of the first `count` queries."""
+    """Returns {side: entries} of each of the first `count` queries.
+
+    Entries are pictures, and so are the errors: near-duplicates are one, see
+    `Scores.merged`.
+    """
     sides = {
         "supporting": (1, standing.supporting),
         "opposing": (-1, standing.opposing),
     }
+    pictures, rows = scores.merged(), picture_rows(scores)
     lists = []
     for i in range(count):
+        values = pictures.scores[i]
         entries = {
             side: [
                 Entry(
-                    *(index, scores.scores[i, index], errors[i, index]),
-                    above is not None and bool(above[i, index]),
-                    copies(scores, index),
+                    *(rows[column], values[column], errors[i, column]),
+                    above is not None and bool(above[i, rows[column]]),
+                    copies(scores, rows[column]),
                 )
-                for index in _highest(sign * scores.scores[i], top, scores.copies)
+                for column in _highest(sign * values, top)
             ]
             for side, (sign, above) in sides.items()
         }
@@ -163,15 +178,11 @@ def copies(scores: Scores, index: int) -> list[str]:
     return ids if len(ids) > 1 else []
 
 
-def _highest(row: np.ndarray, top: int, clusters: np.ndarray | None) -> np.ndarray:
-    """Returns the columns of the highest scores above 0, one of each cluster."""
-    order = np.argsort(-row, kind="stable")
-    # With few training images the supporting ones would run into the opposing ones.
-    order = order[row[order] > 0]
-    if clusters is not None:
-        _, first = np.unique(clusters[order], return_index=True)
-        order = order[np.sort(first)]
-    return order[:top]
+def _highest(values: np.ndarray, top: int) -> np.ndarray:
+    """Returns the columns of the highest values above 0: with few training images the
+    supporting ones would run into the opposing ones."""
+    order = np.argsort(-values, kind="stable")[:top]
+    return order[values[order] > 0]
 
 
 def _drawn(entry: Entry, scale: float) -> Entry:
@@ -191,16 +202,18 @@ def agreement(a: Scores, b: Scores, top: int) -> dict:
     """
     constant = np.minimum(np.ptp(a.scores, axis=1), np.ptp(b.scores, axis=1)) == 0
     rho = np.where(constant, np.nan, spearman(a.scores.T, b.scores.T))
+    top = min(top, len(a.train_ids))
     tops = zip(a.top(top).index, b.top(top).index, strict=True)
     common = np.array([len(np.intersect1d(*pair)) for pair in tops])
     return {"rho": rho, "median": np.median(rho), "common": common}
 
 
 def frequent_supporters(method: str, scores: Sequence[Scores], top: int) -> dict:
-    """Returns the training images most often among a query's `top` supporters, of the
-    method's scores for all sets of queries."""
-    tops = [s.top(top) for s in scores]
-    supporters = np.concatenate([t.index[t.scores > 0] for t in tops])
+    """Returns the pictures most often among a query's `top` supporters, of the method's
+    scores for all sets of queries; near-duplicates are one."""
+    rows = picture_rows(scores[0])
+    tops = [s.merged().top(min(top, len(rows))) for s in scores]
+    supporters = np.concatenate([rows[t.index[t.scores > 0]] for t in tops])
     counts = np.bincount(supporters, minlength=len(scores[0].train_ids))
     order = np.argsort(-counts, kind="stable")[:FREQUENT]
     return {
