@@ -1286,7 +1286,11 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     more[1, 4] = 50
     ids = np.array([f"generated-{i}" for i in range(12)])
     scores = [
-        dataclasses.replace(run.scores(m, "generated"), scores=more, query_ids=ids)
+        dataclasses.replace(
+            run.scores(m, "generated"),
+            **{"scores": more, "query_ids": ids, "errors": abs(more) / 9, "freedom": 4},
+            columns={"licence": HANDS, "label": HANDS},
+        )
         for m in ("dtrak", "trak")
     ]
     train, pictures = run.splits.train, rng.uniform(-1, 1, (12, 8, 8, 1))
@@ -1297,6 +1301,8 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     html = path.read_text()
     assert verdicts(html, "query")[2:4] == [f"{train.ids[4]} stands out."] * 2
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
+    assert "by licence" in html and "by label" not in html
+    assert "± one standard error (4 degrees of freedom)." in html
     assert not Outline(html).open
     made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
     made |= {"noise": "common", "projection": "sketch"}
