@@ -1288,7 +1288,10 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     scores = [
         dataclasses.replace(
             run.scores(m, "generated"),
-            **{"scores": more, "query_ids": ids, "errors": abs(more) / 9, "freedom": 4},
+            scores=more,
+            query_ids=ids,
+            errors=abs(more) / 9,
+            freedom=4,
             columns={"licence": HANDS, "label": HANDS},
         )
         for m in ("dtrak", "trak")
