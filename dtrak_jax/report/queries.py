@@ -115,8 +115,9 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
 
 def picture_rows(scores: Scores) -> np.ndarray:
     """Returns the row of the training images of each column of `scores.merged()`."""
-    rows = {train_id: row for row, train_id in enumerate(scores.train_ids.tolist())}
-    return np.array([rows[name] for name in scores.merged().train_ids.tolist()])
+    if scores.copies is None:
+        return np.arange(len(scores.train_ids))
+    return np.flatnonzero(scores.copies == scores.train_ids)
 
 
 def most_alike(
