@@ -15,6 +15,7 @@ from dtrak_jax.config import (
     BaseConfig,
     Config,
     DataConfig,
+    FeaturesConfig,
     LoRAConfig,
     ModelConfig,
     QueriesConfig,

@@ -336,7 +336,7 @@ def test_a_given_model_and_given_queries(one_device, monkeypatch, tmp_path):
     page = (run.workdir / "report.html").read_text()
     assert "00.png" in page
     # Too few timesteps to tell that its weights are random, and too few queries.
-    assert "Nothing here tells" in page and "stands out.</p>" not in page
+    assert "Nothing here tells" in page and "Not judged: that takes" in page
     begun = run.json("config")["begun"]
     assert begun["begun"].endswith(" UTC") and begun["begun"] in page
     monkeypatch.setattr("dtrak_jax.provenance.beginning", dict)

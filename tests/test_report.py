@@ -35,11 +35,13 @@ from dtrak_jax.diffusion.config import build_schedule
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, of_run
 from dtrak_jax.report import page as page_of
-from dtrak_jax.report.groups import matrix, right
+from dtrak_jax.report.groups import matrix, ranking, right
 from dtrak_jax.report.learning import baseline
-from dtrak_jax.report.queries import agreement
+from dtrak_jax.report.queries import agreement, anchors
+from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.text import signed
 from dtrak_jax.report.trust import STYLES
+from dtrak_jax.report.uncertainty import uncertainty
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 TIMESTEPS = (100, 300)
@@ -278,9 +280,10 @@ def section(html, name):
 
 
 def lists(html):
-    """The alt texts of every list of training images, by its class, in order."""
+    """The ids of every list of training images, by its class, in order."""
     found = re.findall(r'<ol class="thumbs (\w+)">(.*?)</ol>', html, re.DOTALL)
-    return [(kind, re.findall(r'alt="([^"]*)"', items)) for kind, items in found]
+    alt = 'alt="(?:training|generated) image ([^"]*)"'
+    return [(kind, re.findall(alt, items)) for kind, items in found]
 
 
 def estimate(value, key="lds"):
@@ -411,7 +414,7 @@ def test_every_shown_image_and_score_is_there_in_order(whole):
     assert [found for found in lists(html) if found[0] != "plain"] == expected
     for shown in ("generated-0", "validation-1", "<p>label dog</p>", "Showing 2 of 5"):
         assert shown in html
-    assert "<h3>validation-2</h3>" not in html
+    assert 'id="query-validation-2"' not in html
     assert "scores/dtrak-validation.npz" in html and "--report.queries" in html
 
 
@@ -442,6 +445,163 @@ def test_the_page_is_sound_html(name, request):
     regions = re.findall('role="region" aria-label="([^"]+)"', html)
     assert len(regions) == len(set(regions)) == html.count('class="scroll"')
     assert '<html lang="en">' in html and '<meta charset="utf-8">' in html
+
+
+@pytest.mark.parametrize("name", ["whole", "described"])
+def test_the_answer_comes_first_then_the_evidence_then_the_details(name, request):
+    """The contents name the sections in the order of the page."""
+    html, _ = request.getfixturevalue(name)
+    begin = '<section id="(.*?)"|<p class="part">(.*?)<'
+    order = [a or b for a, b in re.findall(begin, html)]
+    answer = ["answer", "generated", "validation", "groups", "frequent"]
+    evidence = ["trust", "counterfactual", "health"]
+    details = ["reading", "distributions", "damping", "ablations", "model", "features"]
+    details += ["provenance", "configuration", "files"]
+    expected = answer + ["The evidence"] + evidence + ["The details"] + details
+    left_out = {"whole": {"groups"}, "described": {"trust", "damping", "ablations"}}
+    assert order == [part for part in expected if part not in left_out[name]]
+    contents = re.search('<nav aria-label="Contents">.*?</nav>', html, re.DOTALL)[0]
+    links = re.findall('href="#(.*?)"|<b>(The .*?)</b>', contents)
+    unlisted = {"model", "files", "The answer"}
+    assert [a or b for a, b in links if {a, b}.isdisjoint(unlisted)] == [
+        part for part in order if part not in unlisted
+    ]
+    assert html.index("<header") < html.index("<main") < html.index('id="answer"')
+
+
+def test_every_query_has_a_place_and_a_link_to_it(whole):
+    html, _ = whole
+    for query in ("generated-0", "generated-1", "validation-0", "validation-1"):
+        assert html.count(f'<article class="query" id="query-{query}">') == 1
+        assert f'href="#query-{query}" aria-label="Link to {query}">#</a>' in html
+        assert f'<a href="#query-{query}" title="{query}"><img' in html
+    ids = ("a b", "a-b", HOSTILE, "ü/1.png")
+    sets = {name: SimpleNamespace(ids=np.array(ids)) for name in ("one", "two 2")}
+    places = [place for of_set in anchors(sets).values() for place in of_set]
+    assert len(set(places)) == 8
+    assert all(re.fullmatch(r"query-[\w.-]+", place) for place in places)
+    assert places[0] == "query-a-b" and places[3] == "query-ü-1.png"
+
+
+def test_text_can_be_read_on_white_and_on_black(whole):
+    """The contrast of WCAG 2: 4.5 for text, 3 for lines; print is light."""
+    css = re.search("<style>(.*?)</style>", whole[0], re.DOTALL)[1]
+    assert css.count("prefers-color-scheme") == 1
+    assert "@media screen and (prefers-color-scheme: dark)" in css
+
+    def luminance(colour):
+        digits = colour * 2 if len(colour) == 3 else colour
+        value = np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+        linear = np.where(
+            value > 0.04045, ((value + 0.055) / 1.055) ** 2.4, value / 12.92
+        )
+        return linear @ (0.2126, 0.7152, 0.0722)
+
+    for block in re.findall(r":root {(.*?)}", css, re.DOTALL):
+        colours = dict(re.findall("--([a-z]+): #([0-9a-f]+)", block))
+        light = {name: luminance(colour) for name, colour in colours.items()}
+        for name, least in {
+            **dict.fromkeys(("text", "muted", "support", "oppose"), 4.5),
+            "faint": 3,
+        }.items():
+            high, low = sorted((light[name], light["background"]), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= least, name
+
+
+def with_fields(run, **fields):
+    """Gives all scores errors, a tenth of each, and further fields."""
+    run.made = {
+        key: dataclasses.replace(s, errors=abs(s.scores) / 10, freedom=2, **fields)
+        for key, s in run.made.items()
+    }
+    return run
+
+
+BAR = re.compile(
+    r'class="bar[^"]*" style="[^"]*width:([0-9.]+)%"></span>'
+    r'(?:<span class="whisker" style="left:([0-9.]+)%;width:([0-9.]+)%">)?'
+)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_scores_have_their_errors_beside_them(tmp_path):
+    """As numbers, and as whiskers on the scale of the bars, which they do not leave."""
+    run = make(tmp_path)
+    html = page(run)
+    assert html.count("No errors: one draw.") == 2 * 2 * 2
+    assert "whisker" not in section(html, "generated") and "±" not in section(
+        html, "validation"
+    )
+    found = section(page(with_fields(run)), "generated")
+    assert found.count("± one standard error (2 degrees of freedom).") == 2 * 2
+    score = run.scores("dtrak", "generated").top(1)
+    shown = f'<b>{signed(score.scores[0, 0])}</b><span class="error">± '
+    assert f"{shown}{score.errors[0, 0]:#.2g}</span>" in found
+    for items in re.findall('<div class="method">.*?</div>', found, re.DOTALL):
+        bars = np.array(BAR.findall(items), float)
+        assert len(bars) == 6
+        np.testing.assert_allclose(bars[:, 1], 0.9 * bars[:, 0], atol=0.11)
+        np.testing.assert_allclose(bars[:, 2], 0.2 * bars[:, 0], atol=0.11)
+        assert bars[:, 1:].sum(axis=1).max() == pytest.approx(100, abs=0.11)
+
+
+def test_it_is_said_what_the_errors_are_or_why_there_are_none(tmp_path):
+    one, *_ = make(tmp_path).made.values()
+    several = Recipe(TIMESTEPS, 2, True, "common", "sketch", 64)
+    averaged = several._replace(per_timestep=False)
+    pixels = dataclasses.replace(one, method="pixel-cosine")
+    spread = dataclasses.replace(one, spread=np.full_like(one.scores, 0.5))
+    both = dataclasses.replace(spread, errors=np.full_like(one.scores, 0.25))
+    for scores, recipe, expected in (
+        (one, several._replace(draws=1), "No errors: one draw"),
+        (one, averaged, "No errors: features are averaged over draws"),
+        (one, None, "No errors: nothing tells them"),
+        (pixels, several, "No errors: this method draws no noise"),
+        (spread, several, "± the standard deviation of several models' scores"),
+        (
+            both,
+            several,
+            "± one standard error (0 degrees of freedom); models differ by 2",
+        ),
+    ):
+        errors, text = uncertainty(scores, recipe)
+        assert text.startswith(expected)
+        assert np.isnan(errors).all() == expected.startswith("No errors")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_groups_have_the_errors_that_scores_have_of_them(tmp_path):
+    run = describe(make(tmp_path, sets=("validation",)))
+    columns = {"contributor": HANDS}
+    errors = {"contributor": np.full((5, 3), 0.25)}
+    html = page(with_fields(run, columns=columns, group_errors=errors))
+    found = rankings(section(html, "validation"))
+    assert all("± 0.25" in rest[1] for table in found for _, rest in table)
+    # The mean over queries has none, and of other groups these errors are not.
+    assert "±" not in "".join(str(t) for t in rankings(section(html, "groups")))
+    run.splits.train.groups = {"contributor": HANDS[::-1]}
+    assert "± 0.25" not in page(run)
+    found = ranking(
+        np.array(["a", "b"]), np.array([2.0, -1]), np.full(2, 0.5), np.ones(2), 8
+    )
+    assert found["zero"] == 1.5 / 4
+    assert [place.whisker for place in found["places"]] == [(0.75, 0.25), (0, 0.25)]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_near_duplicates_are_one_entry(tmp_path):
+    run = make(tmp_path, shown=5)
+    train = run.splits.train.ids
+    copies = train.copy()
+    copies[[4, 6, 9]] = train[4]
+    for scores in run.made.values():
+        scores.scores[:, [9, 4, 6]] = 50, 40, 30
+    found = section(page(with_fields(run, copies=copies)), "generated")
+    assert found.count("<small>3 copies: train-004, train-006, train-009</small>") == 10
+    for kind, ids in lists(found):
+        assert (ids[0] == train[4]) == (kind == "supporting") and len(ids) == 3
+        assert train[6] not in ids and train[9] not in ids
+    assert found.count('<b>+120</b><span class="error">± 12</span>') == 10
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -483,7 +643,8 @@ def test_images_are_embedded(tmp_path, channels):
 @pytest.mark.usefixtures("no_figures")
 def test_large_images_are_scaled_down_and_not_pixelated(tmp_path):
     html = page(make(tmp_path, n=2, size=200, shown=1, sets=("generated",)))
-    source = re.search(r"base64,([^\"]*)", html)[1]
+    article = html[html.index("<article") :]
+    source = re.search(r"base64,([^\"]*)", article)[1]
     assert Image.open(io.BytesIO(base64.b64decode(source))).size == (128, 128)
     assert '<body class="">' in html
 
@@ -609,11 +770,13 @@ def test_of_many_groups_the_ends_and_the_own_one_are_listed(tmp_path):
     run.queries["validation"].groups = {"artist": np.full(5, "07")}
     run.scores("dtrak", "validation").scores[:] = -np.arange(20)
     html = page(run)
-    everything, query = rankings(html)
+    short, query, everything = rankings(html)
+    names = [name for name, _ in short]
+    assert names == ["00", "01", "02", "03", "18", "19"]
     assert [name for name, _ in query] == [
         *("00", "01", "02", "03", "04", "05", "07*", "18", "19"),
     ]
-    assert "… 1 more" in html and "… 10 more" in html and "1 image<" in html
+    assert "… 1 more" in html and "… 14 more" in html and "1 image<" in html
     assert len(everything) == 20
     # Of the mean over queries, each relative to its largest.
     assert everything[-1][1][1:] == ("−1.00", "1 image, first for 0 of 5")
@@ -637,10 +800,10 @@ def test_captions_are_beside_pictures(described):
     html, run = described
     train = run.splits.train
     items = re.findall("<li title.*?</li>", html, re.DOTALL)
-    shown = [item for item in items if 'alt="train-' in item]
+    shown = [item for item in items if 'alt="training image train-' in item]
     assert shown
     for item in shown:
-        index = int(re.search('alt="train-([0-9]+)"', item)[1])
+        index = int(re.search('image train-([0-9]+)"', item)[1])
         assert f"<q>{train.captions[index]}</q><span>{HANDS[index]}</span>" in item
         assert f" · contributor {HANDS[index]} · " in item
     for name, count in (("generated", 1), ("counterfactual", 1), ("model", 2)):
@@ -675,7 +838,9 @@ def test_pictures_have_a_size_that_one_can_see(tmp_path, size):
     for images in (run.splits.train, *run.queries.values()):
         images.images = np.tile(grey.astype(np.float32), (len(images.ids), 1, 1, 1))
     html = page(run)
-    sources = re.findall(r'<img src="data:image/(\w+);base64,([^"]*)" alt="(\w*)', html)
+    sources = re.findall(
+        r'<img src="data:image/(\w+);base64,([^"]*)" alt="(\w*)[^"]*" tabindex', html
+    )
     assert '<body class="pixelated">' in html or size == 256
     for kind, source, alt in sources:
         picture = Image.open(io.BytesIO(base64.b64decode(source)))
@@ -803,11 +968,11 @@ def test_scores_are_not_trusted_before_they_are_measured(tmp_path):
     write_lds(run)
     html = page(run)
     assert "has not been measured" not in html
-    reading = words(section(html, "reading"))
+    short = words(section(html, "answer"))
     expected = "D-TRAK 0.611 [0.581, 0.631]; TRAK 0.411 [0.381, 0.431]; noise ceiling"
-    assert f"validation images: {expected} 0.820 [0.790, 0.840]" in reading
-    assert f"generated images: {expected} not known, with one seed" in reading
-    assert "0.661" not in reading, "an oracle is no headline"
+    assert f"validation images is {expected} 0.820 [0.790, 0.840]" in short
+    assert f"generated images is {expected} not known, with one seed" in short
+    assert "0.661" not in short, "an oracle is no headline"
 
 
 def test_lds_of_every_row_is_told_with_its_rule(whole):
@@ -867,6 +1032,8 @@ def test_images_after_removal_with_their_distance(tmp_path):
     run = make(tmp_path, shown=1)
     write_counterfactual(run)
     html = page(run)
+    short = "median distance of pixels (L2) random 2.468; D-TRAK 2.468; all data"
+    assert short in words(section(html, "answer"))
     found = section(html, "counterfactual")
     alts = re.findall(r'alt="([^"]*)"', found)
     expected = ["D-TRAK", "D-TRAK squared", "random"]
@@ -977,8 +1144,8 @@ def test_committed_results_render(tmp_path, path):
 
 
 def verdicts(html, name):
-    """What is said of every query and method of a set."""
-    found = re.findall('<p class="verdict">(.*?)</p>', section(html, name), re.DOTALL)
+    """What is said of every query and method of a set, but for the errors."""
+    found = re.findall('<p class="verdict">(.*?)<span', section(html, name), re.DOTALL)
     return [words(text).strip() for text in found]
 
 
@@ -993,8 +1160,14 @@ def test_what_stands_out_is_told_and_all_else_is_pale(tmp_path):
         assert told[:2] + told[4:] == ["No training image stands out."] * 8
         items = re.findall("<li title.*?</li>", section(html, name), re.DOTALL)
         bright = [item for item in items if 'class="below"' not in item]
-        assert len(bright) == 2 and all(f'alt="{planted}"' in item for item in bright)
+        assert len(bright) == 2 and all(f'image {planted}"' in item for item in bright)
+        assert ["<i>stands out</i>" in item for item in items] == [
+            item in bright for item in items
+        ]
     assert "for 1 of 5 generated images" in words(section(html, "health"))
+    assert html.count(', for which an image stands out"') == 2
+    rows = Outline(html).tables["Queries for which something stands out"]
+    assert ["generated", "TRAK", "1 of 5"] in rows and len(rows) == 1 + 4
     assert words(section(html, "generated")).count("Most alike in pixels: train-") == 5
 
 
@@ -1025,8 +1198,11 @@ def test_a_model_of_static_gets_no_confident_page(tmp_path, told_by, monkeypatch
             "Not judged: the model has learnt next to nothing."
         }
         items = re.findall("<li title.*?</li>", section(html, name), re.DOTALL)
-        assert items and all('class="below"' in i for i in items if 'alt="train' in i)
+        assert items and all('class="below"' in item for item in items)
     assert "stands out for" not in words(section(html, "groups"))
+    assert "which an image stands out" not in html
+    _, *rows = Outline(html).tables["Queries for which something stands out"]
+    assert all(row[2:] == ["not judged"] * 2 for row in rows)
     if told_by == "features":
         # A few timesteps may be those at which nobody can learn anything.
         monkeypatch.setattr("dtrak_jax.report.learning.LEAST_TIMESTEPS", 3)
@@ -1053,17 +1229,22 @@ def test_health_is_told_in_words(tmp_path):
     run = make(tmp_path)
     for scores in run.made.values():
         scores.scores[:, 7] = 9
-    run.queries["generated"].images[2] = run.splits.train.images[5]
+    run.queries["generated"].images[1] = run.splits.train.images[5]
     write_lds(run)
     html = page(run)
     health = words(section(html, "health"))
     for text in (
         "Nothing here tells: its loss is not known at enough timesteps.",
         "D-TRAK: train-007 is first for 10 of 10 queries. Either the queries are much",
-        "1 of 5 generated images are, pixel for pixel, such as generated-2",
+        "1 of 5 generated images are, pixel for pixel, such as generated-1",
         "D-TRAK, validation images: the LDS is 0.611 [0.581, 0.631], better than chance",
     ):
         assert text in health
+    same = "The same picture, pixel for pixel, as training image train-005"
+    assert words(html).count(same) == 1
+    assert same in words(
+        html[html.index('id="query-generated-1"') :].split("</a", 1)[1]
+    )
     assert 'class="alarm"' not in html
     for result in run.results["lds"]["queries"].values():
         for row in result["rows"]:
@@ -1094,7 +1275,7 @@ def test_provenance_and_whole_file_names(tmp_path):
     html = page(run)
     assert "…" not in re.sub("<style>.*?</style>", "", html, flags=re.DOTALL)
     images = re.findall("<img [^>]*>", section(html, "generated"))
-    assert all("tabindex" in image for image in images)
+    assert sum("tabindex" in image for image in images) == len(images) - 2
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -1105,7 +1286,14 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     more[1, 4] = 50
     ids = np.array([f"generated-{i}" for i in range(12)])
     scores = [
-        dataclasses.replace(run.scores(m, "generated"), scores=more, query_ids=ids)
+        dataclasses.replace(
+            run.scores(m, "generated"),
+            scores=more,
+            query_ids=ids,
+            errors=abs(more) / 9,
+            freedom=4,
+            columns={"licence": HANDS, "label": HANDS},
+        )
         for m in ("dtrak", "trak")
     ]
     train, pictures = run.splits.train, rng.uniform(-1, 1, (12, 8, 8, 1))
@@ -1116,6 +1304,8 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     html = path.read_text()
     assert verdicts(html, "query")[2:4] == [f"{train.ids[4]} stands out."] * 2
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
+    assert "by licence" in html and "by label" not in html
+    assert "± one standard error (4 degrees of freedom)." in html
     assert not Outline(html).open
     made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
     made |= {"noise": "common", "projection": "sketch"}
@@ -1143,7 +1333,10 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     given = {"features": features, "schedule": linear_schedule()}
     path = dtrak.write_report(path, scores, train.images, pictures, **given)
     html = path.read_text()
-    assert "has learnt next to nothing" in html and "stands out.</p>" not in html
+    assert "has learnt next to nothing" in html
+    assert set(verdicts(html, "query")) == {
+        "Not judged: the model has learnt next to nothing."
+    }
     assert "par4ms" in html and "They are projected (sketch) to 64" in words(html)
     bad = {
         "pictures and the scores": {"images": train.images[:3]},
@@ -1168,14 +1361,15 @@ MEASURE = """<!doctype html><title></title>
   const page = document.querySelector("iframe").contentDocument;
   for (const details of page.querySelectorAll("details")) details.open = true;
   const images = [...page.images];
-  const before = images[0].getBoundingClientRect().width;
-  images[0].focus();
+  const first = page.querySelector(".picture img");
+  const before = first.getBoundingClientRect().width;
+  first.focus();
   document.title = JSON.stringify({
     width: page.documentElement.scrollWidth,
     height: page.documentElement.scrollHeight,
     broken: images.filter(image => !image.naturalWidth).length,
     images: images.length,
-    larger: images[0].getBoundingClientRect().width / before,
+    larger: first.getBoundingClientRect().width / before,
   });
 })</script>"""
 
@@ -1184,7 +1378,7 @@ MEASURE = """<!doctype html><title></title>
 @pytest.mark.parametrize("name", ["whole", "described"])
 def test_browser_lays_it_out_on_a_narrow_screen(name, request, tmp_path):
     html, _ = request.getfixturevalue(name)
-    assert f'alt="{LONG}"' in html, "an id that does not fit must be among the shown"
+    assert f'image {LONG}"' in html, "an id that does not fit must be among the shown"
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "measure.html").write_text(MEASURE, encoding="utf-8")
 

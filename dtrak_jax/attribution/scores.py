@@ -181,6 +181,23 @@ class Scores:
         )
         return Top(self.train_ids[index], scores, index, errors)
 
+    def merged(self) -> "Scores":
+        """Returns the scores of pictures: a cluster of `copies` is one training example,
+        with the id of its first image and the sum of its images' scores and errors."""
+        if self.copies is None:
+            return self
+        names, first = np.unique(self.copies, return_index=True)
+        order, arrays = np.argsort(first), {}
+        for name in ("scores", "errors", "spread"):
+            array = getattr(self, name)
+            if array is not None:
+                sums = [
+                    array[:, self.copies == picture].sum(axis=1) for picture in names
+                ]
+                arrays[name] = np.stack(sums, axis=1)[:, order]
+        ids, plain = self.train_ids[first[order]], {"columns": {}, "group_errors": {}}
+        return dataclasses.replace(self, **arrays, train_ids=ids, copies=ids, **plain)
+
     def group(self, column: str | Sequence[str] | np.ndarray) -> Groups:
         """Returns the groups' scores, each the sum of its training examples' scores.
 

@@ -172,7 +172,8 @@ def spectrum(scores: Scores, kernels: Sequence[str]) -> Markup:
         for i, (values, value) in enumerate(zip(eigenvalues, lambdas, strict=True)):
             shown = np.where(values > 0, values, np.nan)[::-1]
             ranks = np.arange(1, len(values) + 1)
-            axes.plot(ranks, shown, color=colours[i], label=labels.get(i))
+            style = {"color": colours[i], "linestyle": DASHES[i % len(DASHES)]}
+            axes.plot(ranks, shown, label=labels.get(i), **style)
             crossing = max(1, int(np.sum(values > value)))
             axes.plot(crossing, value, "o", color=colours[i], markersize=5)
         axes.plot([], [], "o", color=INK, markersize=5, label="λ")

@@ -14,6 +14,9 @@ from dtrak_jax.report.text import grouped
 LISTED = 8
 """Groups listed for a query, if there are more: the first, the last two, its own."""
 
+LISTED_IN_SHORT = 6
+"""Groups listed for all queries where the page begins, likewise."""
+
 LISTED_FOR_ALL = 20
 """Groups listed for all queries of a set, if there are more."""
 
@@ -22,8 +25,8 @@ MATRIX = 10
 
 
 class Place(NamedTuple):
-    """A group in a ranking; its bar is a part of the width from the lowest to the highest
-    value, 0 among them."""
+    """A group in a ranking; its bar and its error are parts of the width from the lowest to
+    the highest end of a value or an error, 0 among them."""
 
     rank: int
     name: str
@@ -32,7 +35,11 @@ class Place(NamedTuple):
     own: bool
     left: float
     width: float
-    above: bool = False
+    error: float
+    """NaN if there is none."""
+    whisker: tuple[float, float] | None
+    """The beginning and the length of the error."""
+    above: bool
     """True if it stands out."""
 
 
@@ -100,7 +107,7 @@ def _of_set(
         "foreign": sum(name is not None and name not in of_train for name in own),
         "methods": {
             method: _of_method(
-                *(s.group(train.groups[column]), own, count),
+                *(_groups(s, column, train.groups[column]), own, count),
                 standing[method].groups.get(column),
             )
             for method, s in scores.items()
@@ -108,23 +115,32 @@ def _of_set(
     }
 
 
+def _groups(scores: Scores, column: str, members: np.ndarray) -> Groups:
+    """Returns the groups of a column, with errors if the scores were made with it."""
+    named = np.array_equal(scores.columns.get(column, ()), members)
+    return scores.group(column if named else members)
+
+
 def _of_method(
     groups: Groups, own: Sequence[str | None], count: int, above: np.ndarray | None
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
-    names, sums, _, sizes = groups
+    names, sums, errors, sizes = groups
     largest = np.abs(sums).max(axis=1, keepdims=True)
     relative = np.divide(sums, largest, out=np.zeros_like(sums), where=largest > 0)
+    mean, none = relative.mean(axis=0), np.full(len(names), np.nan)
     first = names[sums.argmax(axis=1)].tolist()
+    standing = np.zeros(sums.shape, bool) if above is None else above
     return {
         "queries": [
-            ranking(names, row, sizes, name, LISTED)
-            if above is None
-            else ranking(names, row, sizes, name, LISTED, above[i])
-            for i, (row, name) in enumerate(zip(sums[:count], own, strict=False))
+            ranking(names, row, error, sizes, LISTED, name, stands)
+            for row, error, name, stands in zip(
+                *(sums[:count], errors, own, standing), strict=False
+            )
         ],
         "above": None if above is None else int(above.any(axis=1).sum()),
-        "all": ranking(names, relative.mean(axis=0), sizes, None, LISTED_FOR_ALL),
+        "short": ranking(names, mean, none, sizes, LISTED_IN_SHORT),
+        "all": ranking(names, mean, none, sizes, LISTED_FOR_ALL),
         "first": Counter(first),
         "matrix": matrix(own, first),
         "right": right(own, first, names.tolist()),
@@ -134,23 +150,28 @@ def _of_method(
 def ranking(
     names: np.ndarray,
     values: np.ndarray,
+    errors: np.ndarray,
     sizes: np.ndarray,
-    own: str | None,
     listed: int,
-    above: Sequence[bool] = (),
+    own: str | None = None,
+    above: Sequence[bool] | None = None,
 ) -> dict:
     """Returns the groups from the highest value to the lowest, and where 0 is.
 
     Of more than `listed` groups only the first, the last two and the own one are there.
     """
-    low, high = min(0.0, values.min()), max(0.0, values.max())
-    span = (high - low) or 1.0
+    reach = np.nan_to_num(errors)
+    low = min(0.0, (values - reach).min())
+    span = (max(0.0, (values + reach).max()) - low) or 1.0
     order = np.argsort(-values, kind="stable")
     places = [
         Place(
             *(rank, str(names[i]), float(values[i]), int(sizes[i]), names[i] == own),
-            *((min(values[i], 0) - low) / span, abs(values[i]) / span),
-            bool(len(above)) and bool(above[i]),
+            *((min(values[i], 0) - low) / span, abs(values[i]) / span, errors[i]),
+            None
+            if np.isnan(errors[i])
+            else ((values[i] - errors[i] - low) / span, 2 * errors[i] / span),
+            above is not None and bool(above[i]),
         )
         for rank, i in enumerate(order, 1)
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.stats
 
 from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.report.queries import twins
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import between, grouped, method_name, number
@@ -160,13 +161,9 @@ def _first(method: str, scores: list[Scores]) -> Finding:
 
 def _copies(record: Record) -> Iterator[Finding]:
     """Says which queries are training images, if any are."""
-    pixels = {image.tobytes() for image in record.train.images}
     for name, images in record.queries.items():
-        copies = [
-            str(query_id)
-            for query_id, image in zip(images.ids, images.images, strict=True)
-            if image.tobytes() in pixels
-        ]
+        same = twins(images, record.train)
+        copies = [str(images.ids[i]) for i, ids in enumerate(same) if ids]
         if copies:
             yield Finding(
                 "bad",

@@ -13,7 +13,14 @@ from dtrak_jax.report.features import features
 from dtrak_jax.report.figures import data_uri
 from dtrak_jax.report.groups import groupings
 from dtrak_jax.report.health import alarm, findings, is_untrained
-from dtrak_jax.report.queries import frequent_supporters, most_alike, query_set
+from dtrak_jax.report.overview import overview
+from dtrak_jax.report.queries import (
+    anchors,
+    frequent_supporters,
+    most_alike,
+    picture_rows,
+    query_set,
+)
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import standings
 from dtrak_jax.report.text import grouped
@@ -32,7 +39,7 @@ TEMPLATES.filters |= {
     function.__name__: function
     for function in (
         *(text.capitalized, text.correlation, text.damping, text.listed),
-        *(text.method_name, text.number, text.signed, data_uri),
+        *(text.method_name, text.number, text.plus_minus, text.signed, data_uri),
     )
 }
 
@@ -60,6 +67,8 @@ def page(record: Record) -> str:
     captioned = any(d.captions is not None for d in (train, *queries.values()))
     absolute = record.damping is not None and record.damping.absolute
     removal, lds = record.counterfactual, record.lds
+    places = anchors(queries)
+    grouping_views = groupings(train, queries, scores, shown, standing)
     return TEMPLATES.get_template("page.html").render(
         record=record,
         train=train,
@@ -78,12 +87,19 @@ def page(record: Record) -> str:
         untrained=untrained,
         alarm=alarm(record),
         findings=grouped(findings(record, standing), lambda finding: finding.title),
-        groupings=groupings(train, queries, scores, shown, standing),
+        groupings=grouping_views,
+        overview=overview(standing, grouping_views),
+        copied=any(len(picture_rows(s)) < len(s.train_ids) for _, s in every),
         lds=lds,
         trust=trust(lds, list(by_method), absolute) if lds else [],
         sets=[
-            query_set(n, queries[n], s, (shown, top), standing[n])
-            | {"alike": most_alike(record.pixels.get(n), alike.get(n))}
+            query_set(
+                *(n, queries[n], train, s, (shown, top), standing[n], record.recipe)
+            )
+            | {
+                "alike": most_alike(record.pixels.get(n), alike.get(n)),
+                "anchors": places[n],
+            }
             for n, s in scores.items()
         ],
         frequent=[frequent_supporters(*item, top) for item in by_method.items()],

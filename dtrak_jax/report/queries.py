@@ -1,40 +1,102 @@
 """Queries: their strongest training images, and whether methods agree on them."""
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.evaluation.statistics import spearman
+from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.standing import Standing
+from dtrak_jax.report.text import grouped
+from dtrak_jax.report.uncertainty import uncertainty
 
 FREQUENT = 12
 """Frequent supporters shown for each method."""
 
 
+class Entry(NamedTuple):
+    """A picture in a list: a training image, or the first of several near-duplicates."""
+
+    index: int
+    """Its row of the training images."""
+    score: float
+    error: float
+    """NaN if there is none."""
+    above: bool
+    """True if it stands out."""
+    copies: Sequence[str]
+    """The ids of all near-duplicates, itself among them; none if it is alone."""
+    width: float = 0.0
+    """The length of its bar, as a part of the largest score and error of its query."""
+    whisker: tuple[float, float] | None = None
+    """The beginning and the length of the error, likewise."""
+
+
 def query_set(
     name: str,
     images: Dataset,
+    train: Dataset,
     scores: Mapping[str, Scores],
     shown: tuple[int, int],
     standing: Mapping[str, Standing],
+    recipe: Recipe | None,
 ) -> dict:
     """Returns what methods found for the first queries of a set.
 
     `shown` says how many queries, and how many images of each.
     """
     count, top = min(shown[0], len(images.ids)), shown[1]
+    merged = {m: s.merged() for m, s in scores.items()}
     return {
         "name": name,
         "images": images,
         "count": count,
+        "twins": twins(images, train),
         "strongest": {
-            m: strongest(s, count, top, standing[m]) for m, s in scores.items()
+            m: strongest(s, uncertainty(merged[m], recipe)[0], count, top, standing[m])
+            for m, s in scores.items()
         },
+        "uncertainty": {m: uncertainty(s, recipe)[1] for m, s in scores.items()},
         "verdicts": {m: verdicts(s, count, standing[m]) for m, s in scores.items()},
-        "agreement": agreement(*scores.values(), top) if len(scores) == 2 else None,
+        "agreement": agreement(*merged.values(), top) if len(merged) == 2 else None,
     }
+
+
+def anchors(sets: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """Returns the place of each query in the page, "query-ID", no two alike.
+
+    Characters that a link cannot hold become hyphens. Where another query has the name
+    already, the name of its set is added.
+    """
+    taken, places = set(), {}
+    for name, images in sets.items():
+        places[name] = []
+        for query_id in images.ids.tolist():
+            place = "query-" + _slug(query_id)
+            while place in taken:
+                place += f"-{_slug(name)}"
+            taken.add(place)
+            places[name].append(place)
+    return places
+
+
+def _slug(text: str) -> str:
+    """Returns text of letters, digits, dots and hyphens only."""
+    return re.sub(r"[^\w.-]", "-", text)
+
+
+def twins(images: Dataset, train: Dataset) -> list[list[str]]:
+    """Returns the ids of the training images that each query is, pixel for pixel."""
+    pairs = zip(train.ids.tolist(), train.images, strict=True)
+    ids = grouped(pairs, lambda pair: pair[1].tobytes())
+    return [
+        [train_id for train_id, _ in ids.get(image.tobytes(), ())]
+        for image in images.images
+    ]
 
 
 def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
@@ -42,11 +104,20 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
     each of the first `count` queries."""
     if standing.supporting is None:
         return [(standing.why, [])] * count
+    pictures, rows = scores.merged(), picture_rows(scores)
     reasons_and_ids = []
-    for row, above in zip(scores.scores[:count], standing.supporting, strict=False):
-        order = np.argsort(-row, kind="stable")[: above.sum()]
-        reasons_and_ids.append(("", scores.train_ids[order].tolist()))
+    for i in range(count):
+        order = np.argsort(-pictures.scores[i], kind="stable")
+        order = order[standing.supporting[i, rows[order]]]
+        reasons_and_ids.append(("", pictures.train_ids[order].tolist()))
     return reasons_and_ids
+
+
+def picture_rows(scores: Scores) -> np.ndarray:
+    """Returns the row of the training images of each column of `scores.merged()`."""
+    if scores.copies is None:
+        return np.arange(len(scores.train_ids))
+    return np.flatnonzero(scores.copies == scores.train_ids)
 
 
 def most_alike(
@@ -64,31 +135,64 @@ def most_alike(
 
 
 def strongest(
-    scores: Scores, count: int, top: int, standing: Standing
-) -> list[dict[str, list[tuple]]]:
-    """Returns {side: images} of each of the first `count` queries.
+    scores: Scores, errors: np.ndarray, count: int, top: int, standing: Standing
+) -> list[dict[str, list[Entry]]]:
+    """Returns {side: entries} of each of the first `count` queries.
 
-    An image is (index, score, share of the largest score of the query, whether it stands
-    out).
+    Entries are pictures, and so are the errors: near-duplicates are one, see
+    `Scores.merged`.
     """
-    above = {"supporting": standing.supporting, "opposing": standing.opposing}
-    sides = {"supporting": scores.top(top), "opposing": scores.top(top, opposing=True)}
-    largest = np.abs(scores.scores).max(axis=1)
-    return [
-        {
+    sides = {
+        "supporting": (1, standing.supporting),
+        "opposing": (-1, standing.opposing),
+    }
+    pictures, rows = scores.merged(), picture_rows(scores)
+    lists = []
+    for i in range(count):
+        values = pictures.scores[i]
+        entries = {
             side: [
-                (
-                    *(index, score, abs(score) / largest[i]),
-                    above[side] is not None and bool(above[side][i, index]),
+                Entry(
+                    *(rows[column], values[column], errors[i, column]),
+                    above is not None and bool(above[i, rows[column]]),
+                    copies(scores, rows[column]),
                 )
-                for index, score in zip(images.index[i], images.scores[i], strict=True)
-                # With few training images one list would run into the other.
-                if (score < 0 if side == "opposing" else score > 0)
+                for column in _highest(sign * values, top)
             ]
-            for side, images in sides.items()
+            for side, (sign, above) in sides.items()
         }
-        for i in range(count)
-    ]
+        ends = [
+            abs(e.score) + np.nan_to_num(e.error) for of in entries.values() for e in of
+        ]
+        scale = max(ends, default=1.0)
+        lists.append(
+            {side: [_drawn(e, scale) for e in of] for side, of in entries.items()}
+        )
+    return lists
+
+
+def copies(scores: Scores, index: int) -> list[str]:
+    """Returns the ids of a training image and its near-duplicates; [] if it is alone."""
+    if scores.copies is None:
+        return []
+    ids = scores.train_ids[scores.copies == scores.copies[index]].tolist()
+    return ids if len(ids) > 1 else []
+
+
+def _highest(values: np.ndarray, top: int) -> np.ndarray:
+    """Returns the columns of the highest values above 0: with few training images the
+    supporting ones would run into the opposing ones."""
+    order = np.argsort(-values, kind="stable")[:top]
+    return order[values[order] > 0]
+
+
+def _drawn(entry: Entry, scale: float) -> Entry:
+    """Returns an entry with its bar, and with its whisker if it has an error."""
+    size, whisker = abs(float(entry.score)), None
+    if not np.isnan(entry.error):
+        low = max(0.0, size - entry.error)
+        whisker = low / scale, (size + entry.error - low) / scale
+    return entry._replace(width=size / scale, whisker=whisker)
 
 
 def agreement(a: Scores, b: Scores, top: int) -> dict:
@@ -99,16 +203,18 @@ def agreement(a: Scores, b: Scores, top: int) -> dict:
     """
     constant = np.minimum(np.ptp(a.scores, axis=1), np.ptp(b.scores, axis=1)) == 0
     rho = np.where(constant, np.nan, spearman(a.scores.T, b.scores.T))
+    top = min(top, len(a.train_ids))
     tops = zip(a.top(top).index, b.top(top).index, strict=True)
     common = np.array([len(np.intersect1d(*pair)) for pair in tops])
     return {"rho": rho, "median": np.median(rho), "common": common}
 
 
 def frequent_supporters(method: str, scores: Sequence[Scores], top: int) -> dict:
-    """Returns the training images most often among a query's `top` supporters, of the
-    method's scores for all sets of queries."""
-    tops = [s.top(top) for s in scores]
-    supporters = np.concatenate([t.index[t.scores > 0] for t in tops])
+    """Returns the pictures most often among a query's `top` supporters, of the method's
+    scores for all sets of queries; near-duplicates are one."""
+    rows = picture_rows(scores[0])
+    tops = [s.merged().top(min(top, len(rows))) for s in scores]
+    supporters = np.concatenate([rows[t.index[t.scores > 0]] for t in tops])
     counts = np.bincount(supporters, minlength=len(scores[0].train_ids))
     order = np.argsort(-counts, kind="stable")[:FREQUENT]
     return {

@@ -57,6 +57,11 @@ def signed(score: float) -> str:
     return f"{score:+#.3g}".removesuffix(".").replace("-", "−")
 
 
+def plus_minus(error: float) -> str:
+    """Returns an error with two significant digits behind ±; "" for NaN."""
+    return "" if math.isnan(error) else f"± {error:#.2g}".removesuffix(".")
+
+
 def correlation(value: float) -> str:
     """Returns a correlation with two decimals; NaN is "undefined"."""
     return "undefined" if math.isnan(value) else f"{value:+.2f}".replace("-", "−")

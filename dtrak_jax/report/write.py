@@ -55,7 +55,8 @@ def write_report(
       features: of the training images, which tell how they were made.
       schedule: the model's, if it works on these pixels: then the features' losses tell
         whether it was trained.
-      groups: {column: a name for each training image}, beyond those of a `Dataset`.
+      groups: {column: a name for each training image}, beyond those of a `Dataset` and of
+        the scores.
       truth: of `retrain`, for the LDS; or {set: truth}.
       **options: further fields of `report.Record`, such as `shown` (the queries of a set
         that are shown), `top` (their images on each side), `metrics` (lines of step, loss
@@ -85,10 +86,9 @@ def write_report(
                 f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
             )
     instance("groups", groups, Mapping, NoneType)
-    if groups:
-        train = dataclasses.replace(
-            train, groups=train.groups | _columns(groups, train)
-        )
+    columns = {n: c for n, c in first.columns.items() if n != "label"}
+    columns |= train.groups | _columns(groups or {}, train)
+    train = dataclasses.replace(train, groups=columns)
     fields = {
         "pixels": similarities(train, datasets),
         "damping": first.damping,
