@@ -203,8 +203,9 @@ def test_an_ensembles_error_is_no_smaller_than_with_noise_of_its_own():
 def test_intervals_hold_the_score_of_many_draws(images):
     """95% intervals of two draws hold the scores that 64 further ones give in 95%.
 
-    They hold 97% of D-TRAK's and 98% of TRAK's, of which a timestep has .64 and .92 of
-    the variance: with a degree of freedom for each timestep they would hold 90% and 85%.
+    They hold 96% of D-TRAK's and 98% of TRAK's, and of groups' 95% and 96%. The first
+    timestep has most of the variance: with a degree of freedom for each of them it would
+    be 92% and 88%.
     """
     timesteps, many, blocks = (100, 300, 500), 64, 40
     task = dtrak.Task(

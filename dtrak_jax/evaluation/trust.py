@@ -75,10 +75,8 @@ def retrain(
       query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
       store: a folder that gets a file for each model once it is measured, so that the
         same call continues where it was stopped. It compares the examples of each model,
-        the queries' ids and the settings of `QueryLosses`; and not what `train`, the
-        network or other functions do.
-      version: a name of these functions, such as "lr 1e-4", which the store compares:
-        give another one, or another store, when they change.
+        the queries' ids and the settings of `QueryLosses`, and no other functions.
+      version: a name of these, such as "lr 1e-4", which the store compares too.
 
     Raises:
       ValueError: a setting is wrong or the store is of other settings, before anything

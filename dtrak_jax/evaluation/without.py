@@ -81,11 +81,24 @@ class Functions(NamedTuple):
     train: Callable[[np.ndarray, int], Any]
     generate: Callable[[Any, np.ndarray], np.ndarray]
     losses: Callable[[Any], np.ndarray] | None
+    version: str
+
+    def check(self, embeddings: Mapping[str, Callable] | None) -> None:
+        """Raises a TypeError unless these and the embeddings are functions."""
+        instance("version", self.version, str)
+        instance("embeddings", embeddings, Mapping, NoneType)
+        functions = {f"embeddings[{n!r}]": f for n, f in (embeddings or {}).items()}
+        functions |= {"train": self.train, "generate": self.generate}
+        functions |= {"losses": self.losses} if self.losses is not None else {}
+        for name, value in functions.items():
+            function(name, value)
 
     @property
-    def measured(self) -> str:
-        """The hash of what the losses are of, as far as it is known; "" without losses."""
-        return getattr(self.losses, "made_from", "losses") if self.losses else ""
+    def made_from(self) -> dict[str, np.ndarray]:
+        """What a store compares of them: the version, and what the losses are of, as far
+        as it is known, or "" without losses."""
+        measured = getattr(self.losses, "made_from", "losses") if self.losses else ""
+        return {"measured": np.array(measured), "version": np.array(self.version)}
 
     def make(
         self, model: Removal, originals: np.ndarray, rows: np.ndarray, again: bool
@@ -157,9 +170,8 @@ def counterfactual(
       losses: model -> the losses of all queries, such as `QueryLosses`, for
         "loss_increase", the loss less that of "everything".
       seed: chooses queries and random examples.
-      store: a folder that gets a file for each model, as of `retrain`. It compares the
-        examples of each model, its seed, the queries' ids and originals, and the settings
-        of `QueryLosses`; and not what `train`, `generate` and the network do.
+      store: a folder that gets a file for each model, as of `retrain`. It compares its
+        examples and seed, ids and originals, and the settings of `QueryLosses`.
       version: a name of these functions, which the store compares, as of `retrain`.
 
     Raises:
@@ -167,14 +179,8 @@ def counterfactual(
         pictures are of another shape than the originals, not finite, or others in a
         second call of `generate` with the first model.
     """
-    for name, given in (("train", train), ("generate", generate)):
-        function(name, given)
-    if losses is not None:
-        function("losses", losses)
-    instance("embeddings", embeddings, Mapping, NoneType)
-    for name, embed in (embeddings or {}).items():
-        function(f"embeddings[{name!r}]", embed)
-    instance("version", version, str)
+    functions = Functions(train, generate, losses, version)
+    functions.check(embeddings)
     ranked = _ranked(scores)
     first, originals = next(iter(ranked.values())), real_numbers("originals", originals)
     n, total = len(first.train_ids), len(first.query_ids)
@@ -182,8 +188,7 @@ def counterfactual(
     check_count("count", count, n)
     at_least("train_seed", train_seed, 0)
     at_least("seed", seed, 0)
-    number = total if queries is None else queries
-    at_least("queries", number, 1)
+    number = total if queries is None else at_least("queries", queries, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
     removed = {
@@ -193,24 +198,19 @@ def counterfactual(
     }
     kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed, removed)
     models = removals(kept_by_choice, names, n, train_seed)
-    functions = Functions(train, generate, losses)
     parts: dict[Choice, list[dict]] = {}
-    repeats = False
     for model in progress(models, "counterfactual", unit="model"):
+        rows = positions[model.queries]
         made_from = {
             "train_ids": first.train_ids[model.rows],
-            "query_ids": first.query_ids[positions[model.queries]],
-            "originals": originals[positions[model.queries]],
+            "query_ids": first.query_ids[rows],
+            "originals": originals[rows],
             "seed": np.array(model.seed),
-            "measured": np.array(functions.measured),
-            "version": np.array(version),
-        }
+        } | functions.made_from
         path = None if store is None else files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
-            rows = positions[model.queries]
-            saved = functions.make(model, originals, rows, again=not repeats)
-            repeats = True
+            saved = functions.make(model, originals, rows, model is models[0])
             if path:
                 files.write_npz(path, **saved, **made_from)
         parts.setdefault(model.choice, []).append(saved)

@@ -68,8 +68,7 @@ def featurize(
       cond: a pytree of arrays with n rows that the network is given, or None.
       role: "train" or "query". With noise "independent" an image has other noise in each
         role; without one, noise follows the image's content instead of its id. Other
-        kinds of noise do not depend on it; `attribute` refuses two sets in each other's
-        place.
+        kinds do not depend on it; `attribute` refuses two sets in each other's place.
       bounds: the least and the largest value that images may have. None warns of values
         that are not in [-1, 1], or look like pixels in [0, 1].
       store: a folder that keeps the features, and is continued; in memory if None.
@@ -80,8 +79,8 @@ def featurize(
       The features; or {measurement: features} if the task has a tuple of them.
 
     Raises:
-      ValueError: wrong images, ids, conditions, parameters or network; or the store
-        holds other features. Says what is wrong and what would be right.
+      ValueError: wrong images, ids, conditions, parameters or network; or a store that
+        holds other features.
       MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
@@ -106,13 +105,8 @@ def featurize(
     )
     layout, network = programs.layout, (params, frozen, programs.sketches)
     hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
-    metadata = {
-        "fingerprint": fingerprint(task, network, projection, inputs, hashes, role),
-        "shape": list(layout.shape(len(ids))),
-        "pairs": layout.pairs,
-        "rows_per_chunk": layout.rows_per_chunk,
-        "role": role,
-    }
+    made_from = fingerprint(task, network, projection, inputs, hashes, role)
+    metadata = layout.metadata(len(ids)) | {"fingerprint": made_from, "role": role}
     target = Store.open_or_create(store, metadata | hashes)
     words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)
     examples = images, words, position, cond

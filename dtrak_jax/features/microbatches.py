@@ -79,6 +79,11 @@ class Layout:
         """Returns the shape of the features of n examples."""
         return (self.pairs, n, self.dim) if self.apart else (n, self.dim)
 
+    def metadata(self, n: int) -> dict:
+        """Returns what a store says of the sizes of the features of n examples."""
+        sizes = {"shape": list(self.shape(n)), "pairs": self.pairs}
+        return sizes | {"rows_per_chunk": self.rows_per_chunk}
+
     def rounds(self, n: int, processes: int = 1) -> int:
         """Returns how many rounds the busiest process has, of n examples in all."""
         # Process 0 has the most chunks.
