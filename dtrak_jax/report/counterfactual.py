@@ -38,7 +38,7 @@ def counterfactual(
     rows, summary, differences = (
         # Older files have no transform, but "-squared" at the end of the method.
         [
-            r | {"removal": Choice(r["method"], r.get("transform", "")).name}
+            r | {"removal": Choice(r["method"], r.get("transform", "linear")).name}
             for r in part
         ]
         for part in (result["rows"], result["summary"], result["differences"])
