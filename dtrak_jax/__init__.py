@@ -4,7 +4,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dtrak_jax import models
-from dtrak_jax.attribution import Scores, absolute, damping_path
+from dtrak_jax.attribution import Scores, absolute, damping_path, near_duplicates
 from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
@@ -55,6 +55,7 @@ __all__ = [
     "load_images",
     "merge",
     "models",
+    "near_duplicates",
     "retrain",
     "scaled_linear_schedule",
     "write_report",

@@ -3,7 +3,7 @@
 To add a method, write its function in `dtrak_jax.attribution`, and its row here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -55,7 +55,8 @@ class Method(NamedTuple):
 
     name: str  # in configs and files
     label: str  # that its paper gives it
-    function: Callable[..., np.ndarray]  # makes scores [q, n] of the inputs
+    function: Callable[..., np.ndarray]
+    """Makes scores [q, n] of the inputs; of features, adds up a `PairSum`, its last one."""
     note: str  # a few words on what the scores are
     source: str = ""  # the paper
     inputs: Inputs = ONE_MODEL  # the function's arguments, as artefacts of a run
@@ -238,6 +239,8 @@ def attribute(
     method: str | None = None,
     damping: float | Damping = DEFAULT_DAMPING,
     solver: str = "eigh",
+    groups: Mapping[str, Sequence[str]] | None = None,
+    draws: int | None = None,
 ) -> Scores | dict[str, Scores]:
     """Scores every training example for every query, by any method of one model's features.
 
@@ -261,21 +264,28 @@ def attribute(
       solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
         min(n, k) is too large for that: conjugate gradients on all devices, right to
         1e-5, at a price for every query (see `attribution.iterative.solve`).
+      groups: {grouping: the name of each training example's group [n]}, such as
+        {"contributor": [...]}; `scores.group("contributor")` adds up their scores.
+      draws: the noise draws of each timestep, which arrays do not say: their pairs are
+        then timesteps x draws, those of a timestep one after the other.
 
     Returns:
       The scores; {name: scores} of several sets. All processes must call this together.
+      With 2 independent draws or more, kept apart, they have standard errors: those of
+      estimating the score that many draws would give, see `attribution.PairSum`.
 
     Raises:
       ValueError: a method that is unknown or needs more than features; features of
-        different tasks, or with the wrong measurement or shape; or a damping that is
-        not above rounding errors.
+        different tasks, or with the wrong measurement or shape; groups of other
+        examples, or draws of other features; or a damping that is not above rounding
+        errors.
       MemoryError: min(n, k) is too large for solver "eigh" on this host.
     """
     kernels, damping = Kernels.of(train, solver), Damping.of(damping)
     row = _choose(kernels.train, method)
-    if isinstance(query, dict):
-        return score(row, kernels, query, damping)
-    return score(row, kernels, {"": query}, damping)[""]
+    queries = query if isinstance(query, dict) else {"": query}
+    scores = score(row, kernels, queries, damping, groups, draws)
+    return scores if isinstance(query, dict) else scores[""]
 
 
 def _choose(train: Array, method: str | None) -> Method:

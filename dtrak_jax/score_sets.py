@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
 
-from dtrak_jax import feature_sets, parallel
+from dtrak_jax import feature_sets, files, parallel
 from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution.duplicates import THRESHOLD, exact_copies, near_duplicates
 from dtrak_jax.digests import digest
+from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
 
 if TYPE_CHECKING:
@@ -31,7 +34,29 @@ def load(run: "Run", method: str, queries: str) -> Scores:
                 scores = dataclasses.replace(scores, made_from=made_from(run, method))
                 scores.save(_path(run, method, name))
         parallel.barrier(f"scores of {method}")
-    return Scores.load(_path(run, method, queries))
+    scores = Scores.load(_path(run, method, queries))
+    # Those of now, also where scores are not made from them.
+    columns = run.splits.train.groupings
+    return dataclasses.replace(scores, columns=columns, copies=run.copies())
+
+
+def copies(run: "Run") -> np.ndarray:
+    """Returns which training images are near-duplicates, see `Run.copies`."""
+    train, features = run.splits.train, run.config.features
+    learnt = any(METHODS[name].measurement for name in run.config.methods)
+    store = feature_sets.find(run, "train") if learnt else None
+    hashed = digest(train.digest, store.name if learnt else "", str(THRESHOLD))
+    path, made_from = run.workdir / "scores" / "copies.npz", np.array(hashed)
+    if not parallel.agreed(files.holds(path, {"made_from": made_from})):
+        if parallel.is_main_process():
+            if learnt:
+                first = Features.load(store, features.measurements[0])
+                found = near_duplicates(first, train.digests)
+            else:
+                found = exact_copies(train.ids, train.digests)
+            files.write_npz(path, copies=found, ids=train.ids, made_from=made_from)
+        parallel.barrier("copies")
+    return files.read_npz(path)["copies"]
 
 
 def is_made(run: "Run", method: str, queries: str) -> bool:
@@ -47,6 +72,10 @@ def made_from(run: "Run", method: str) -> str:
     parts = [method, *(images.digest for images in examples)]
     if row.measurement:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
+    if row.measurement and run.config.features.draws > 1:
+        # Errors of groups are made within each draw.
+        columns = run.splits.train.groupings
+        parts += ["errors", *(f"{name} {digest(*columns[name])}" for name in columns)]
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

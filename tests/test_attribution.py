@@ -389,7 +389,7 @@ def test_a_groups_score_is_the_sum_of_its_images():
     np.testing.assert_array_equal(sums, expected)
     ids = np.array(column), np.array(["x", "y"])
     made = dtrak.Scores(scores, *ids, "dtrak")
-    np.testing.assert_array_equal(made.group(np.array(column))[1], sums)
+    np.testing.assert_array_equal(made.group(np.array(column)).scores, sums)
     # All in one group, and many images, whose sum is exact in float64.
     names, sums = attribution.group_scores(
         np.ones((1, 2**16), np.float32), ["x"] * 2**16

@@ -9,6 +9,7 @@ import pytest
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import duplicates, groups
 from dtrak_jax.methods import METHODS
+from dtrak_jax.report.standing import standing
 
 RNG = np.random.default_rng(0)
 
@@ -78,22 +79,56 @@ def test_copies_share_influence_or_have_all_of_it():
     assert duplicates.COUNTED_ONCE < METHODS.keys()
 
 
-def test_a_cluster_is_one_entry():
+def test_a_cluster_is_one_entry_and_counts_once_in_a_group():
     rows = np.array([[1.0, 5, 2, -7, 3], [0, 1, -1, 2, 0.5]])
-    copies = np.array(["a", "b", "a", "b", "e"])
-    first, sums = duplicates.merge(rows, copies, "trak")
-    assert first.tolist() == [0, 1, 4]
-    assert sums.tolist() == [[3, -2, 3], [-1, 3, 0.5]]
-    _, highest = duplicates.merge(rows, copies, "pixel-cosine")
-    assert highest.tolist() == [[2, 5, 3], [0, 2, 0.5]]
-    ids = np.array(list("abcde"))
+    ids, queries = np.array(list("abcde")), np.array(["q", "r"])
+    copies, column = np.array(["a", "b", "a", "b", "e"]), np.array(list("xxxyy"))
+    made = {
+        method: dtrak.Scores(
+            *(rows, ids, queries, method),
+            errors=np.ones_like(rows),
+            columns={"of": column},
+            group_errors={"of": np.ones((2, 2))},
+            copies=copies,
+        )
+        for method in ("trak", "pixel-cosine")
+    }
+    expected = {
+        "trak": ([[3, -2, 3], [-1, 3, 0.5]], [2, 2, 1], [[8, -4], [0, 2.5]], [1, 1]),
+        # The picture b counts once for each of the groups that have it, and a once for x.
+        "pixel-cosine": (
+            *([[2, 5, 3], [0, 2, 0.5]], [1, 1, 1]),
+            *([[7, -4], [1, 2.5]], [np.nan, 1]),
+        ),
+    }
+    for method, (merged, errors, sums, group_errors) in expected.items():
+        pictures = made[method].merged()
+        assert pictures.train_ids.tolist() == ["a", "b", "e"]
+        assert pictures.scores.tolist() == merged
+        assert pictures.errors.tolist() == [errors, errors]
+        assert pictures.merged().scores.tolist() == merged
+        assert pictures.top(1).ids[1, 0] == "b"
+        of_groups = made[method].group("of")
+        assert of_groups.scores.tolist() == sums
+        np.testing.assert_array_equal(of_groups.errors, [group_errors] * 2)
+        np.testing.assert_array_equal(made[method].scores, rows)
     assert duplicates.members(ids, copies) == {"a": ["a", "c"], "b": ["b", "d"]}
-    # The picture b counts once for each of the groups that have it, and a once for x.
-    column = np.array(["x", "x", "x", "y", "y"])
-    counted = duplicates.once_in_each_group(rows, column, copies, "gas")
-    _, of_groups = groups.group_scores(counted, column)
-    assert of_groups.tolist() == [[7, -4], [1, 2.5]]
-    assert duplicates.once_in_each_group(rows, column, copies, "trak") is rows
+    plain = dataclasses.replace(made["trak"], copies=None)
+    assert plain.merged() is plain
+    with pytest.raises(ValueError, match="copies have shape"):
+        dataclasses.replace(plain, copies=copies[:3])
+
+
+def test_a_picture_that_is_there_twice_stands_out_as_one():
+    """Its copies share what it would have, and are above the floor together."""
+    rows = np.random.default_rng(0).exponential(size=(12, 200)).astype(np.float32)
+    rows[0, :2] = 7
+    ids, queries = np.arange(200).astype(str), np.arange(12).astype(str)
+    copies = np.array(["0", "0", *ids[2:]])
+    apart = dtrak.Scores(rows, ids, queries, "trak")
+    once = dataclasses.replace(apart, copies=copies)
+    above = [standing(scores, [], {}).supporting[0] for scores in (apart, once)]
+    assert [row.nonzero()[0].tolist() for row in above] == [[], [0, 1]]
 
 
 def test_shares_add_up_and_say_what_they_leave_out():

@@ -250,7 +250,9 @@ class SmallRun:
         self.damping, self.solver, self.asked = Damping(0.2), solver, []
         images = rng.uniform(-1, 1, (15, 2, 2, 1)).astype(np.float32)
         ids = np.array([f"i{i}" for i in range(15)])
-        self.splits = SimpleNamespace(train=SimpleNamespace(images=images, ids=ids))
+        groupings = {"label": np.where(np.arange(15) < 4, "few", "rest")}
+        train = SimpleNamespace(images=images, ids=ids, groupings=groupings)
+        self.splits = SimpleNamespace(train=train)
         self.queries = {
             "validation": SimpleNamespace(images=images[:4] / 2, ids=ids[:4]),
             "generated": SimpleNamespace(images=images[:3] / 3, ids=ids[4:7]),
@@ -270,7 +272,7 @@ class SmallRun:
         phi = np.random.default_rng(seed).normal(size=(2, sizes[examples], 9))
         array = ts.array(phi.astype(np.float32))
         ids = [f"{examples}{i}" for i in range(len(phi[0]))]
-        made, beside = {"noise": "common"}, np.zeros(phi.shape[:-1])
+        made, beside = {"noise": "common", "draws": 2}, np.zeros(phi.shape[:-1])
         return dtrak.Features(measurement, ids, array, beside, beside, made)
 
     def kernels(self, measurement, folder=""):
@@ -349,6 +351,12 @@ def test_every_method_scores_a_run(name):
         assert scores.damping == ((0.2, False) if row.damped else None)
         with_kernels = row.kernel or name == "journey-trak"
         assert (scores.eigenvalues is not None) == with_kernels
+        # Two draws of a timestep for what is made from features.
+        has_errors = bool(row.measurement)
+        assert scores.freedom == has_errors
+        for errors in (scores.errors, scores.group("label").errors):
+            assert (np.isfinite(errors) == has_errors).all()
+        assert (scores.spread is not None) == name.endswith("-ensemble")
 
 
 def test_conjugate_gradients_serve_all_methods_that_need_no_decomposition():
@@ -359,16 +367,19 @@ def test_conjugate_gradients_serve_all_methods_that_need_no_decomposition():
 
 
 def test_a_row_is_all_that_a_new_method_needs():
-    def minus_distance(train, query):
-        (phi, _), (g, _) = train.by_pair(), query.by_pair()
-        return -np.linalg.norm(g[:, None] - phi, axis=2)
+    def minus_distance(train, query, total):
+        for phi, g in zip(train.by_pair(), query.by_pair(), strict=True):
+            total.add(-np.linalg.norm(g[:, None] - phi, axis=2))
 
     row = Method("near", "Near", minus_distance, "minus distance", measurement="loss")
     run = SmallRun()
     scores = row.scores(run)["validation"]
-    (phi, _), (g, _) = run.arrays("validation", "loss")
-    assert_close(scores.scores, -np.linalg.norm(g[:, None] - phi, axis=2), 1e-6)
-    assert scores.method == "near"
+    phi, g = run.arrays("validation", "loss")
+    pairs = -np.linalg.norm(g[:, :, None] - phi[:, None], axis=3)
+    assert_close(scores.scores, pairs.sum(axis=0), 1e-6)
+    # Two draws of one timestep: sqrt(2 sum_r (tau_r - mean)^2) = |tau_0 - tau_1|.
+    assert_close(scores.errors, np.abs(pairs[0] - pairs[1]), 1e-6)
+    assert (scores.method, scores.freedom) == ("near", 1)
 
 
 def test_the_table_is_printed_whole():

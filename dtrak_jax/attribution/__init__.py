@@ -5,6 +5,8 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.duplicates import near_duplicates
+from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
     damping_path,
@@ -39,6 +41,7 @@ __all__ = [
     "GRID",
     "Damping",
     "Kernels",
+    "PairSum",
     "Scores",
     "absolute",
     "damping_path",
@@ -53,6 +56,7 @@ __all__ = [
     "group_floor",
     "group_scores",
     "influence",
+    "near_duplicates",
     "pixel_cosine",
     "pixel_dot",
     "random_scores",

@@ -153,11 +153,10 @@ def _dimension(cosines: np.ndarray) -> float:
 
 
 def merge(
-    rows: np.ndarray, copies: np.ndarray, method: str
+    rows: np.ndarray, copies: np.ndarray, function: np.ufunc
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices [m] of the first image of each cluster, ascending, and [q, m]
-    scores of the clusters: sums, or the highest of a method in `COUNTED_ONCE`."""
-    function = np.maximum if method in COUNTED_ONCE else np.add
+    """Returns the indices [m] of the first image of each cluster, ascending, and a
+    function of each cluster's scores, such as the sum or the highest [q, m]."""
     _, first, index, sizes = np.unique(
         copies, return_index=True, return_inverse=True, return_counts=True
     )
@@ -177,18 +176,13 @@ def members(ids: np.ndarray, copies: np.ndarray) -> dict[str, list[str]]:
 
 
 def once_in_each_group(
-    rows: np.ndarray, column: np.ndarray, copies: np.ndarray, method: str
+    rows: np.ndarray, column: np.ndarray, copies: np.ndarray
 ) -> np.ndarray:
-    """Returns scores [q, n] to be added up for groups.
-
-    Those of a method in `COUNTED_ONCE` are 0 but for the first of a group's copies of a
-    picture, which has the highest of their scores. All others are as they were.
-    """
-    if method not in COUNTED_ONCE:
-        return rows
+    """Returns scores [q, n] of which a group's sum counts each picture once: the first of
+    a group's copies has the highest of their scores, and all others have 0."""
     _, group = np.unique(column, return_inverse=True)
     _, cluster = np.unique(copies, return_inverse=True)
-    first, highest = merge(rows, group * (cluster.max() + 1) + cluster, method)
+    first, highest = merge(rows, group * len(copies) + cluster, np.maximum)
     counted = np.zeros_like(rows)
     counted[:, first] = highest
     return counted

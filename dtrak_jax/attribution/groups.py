@@ -1,6 +1,6 @@
 """The scores of groups of training images, such as all of one contributor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,20 @@ def group_scores(
     by_group = scores[:, np.argsort(index, kind="stable")]
     starts = np.cumsum(sizes) - sizes
     return names, np.add.reduceat(by_group, starts, axis=1, dtype=np.float64)
+
+
+def check_columns(
+    columns: Mapping[str, Sequence[str]] | None, n: int
+) -> dict[str, np.ndarray]:
+    """Returns groupings by name as arrays of n names, or raises a ValueError."""
+    arrays = {name: np.asarray(column, str) for name, column in (columns or {}).items()}
+    for name, column in arrays.items():
+        if column.shape != (n,):
+            raise ValueError(
+                f"groups: {name!r} has shape {column.shape}; it must name a group for "
+                f"each of the {n} training examples."
+            )
+    return arrays
 
 
 class Shares(NamedTuple):

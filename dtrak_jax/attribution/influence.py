@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution import iterative, linalg
+from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
 from dtrak_jax.features.store import chunks_of
@@ -76,32 +77,39 @@ def solution(
 
 @standard()
 def influence(
-    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+    train: Array | Kernels,
+    query: Array,
+    damping: float | Damping = DEFAULT_DAMPING,
+    total: PairSum | None = None,
 ) -> np.ndarray:
     """Returns sum_j g_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n), float64 [q, n].
 
     TRAK (Park et al., arXiv 2303.14186) with gradients of the loss, and D-TRAK (Zheng et
     al., "Intriguing Properties of Data Attribution on Diffusion Models",
-    arXiv 2311.00500) with those of the squared output.
+    arXiv 2311.00500) with those of the squared output. A `total` that is given is what
+    adds up the pairs, and knows the standard errors then; see `PairSum`.
 
     Raises:
       ValueError: the features do not belong together; or a damping that is not above
         rounding errors.
       MemoryError: min(n, k) is too large to be decomposed on this host.
     """
-    total = 0.0
+    total = total or PairSum()
     for phi, kernel, g in _pairs(train, query):
         value = kernel.lambda_of(Damping.of(damping))
         if kernel.eigenvalues is None:
-            total = total + iterative.solve(phi, g, value)
+            total.add(iterative.solve(phi, g, value))
         else:
-            total = total + solution(kernel, phi, g).scores(value)
-    return total
+            total.add(solution(kernel, phi, g).scores(value))
+    return total.total
 
 
 @standard()
 def relative_influence(
-    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+    train: Array | Kernels,
+    query: Array,
+    damping: float | Damping = DEFAULT_DAMPING,
+    total: PairSum | None = None,
 ) -> np.ndarray:
     """Returns sum_j g_j(q)^T H_j^-1 phi_j(n) / ||H_j^-1 phi_j(n)||_2, float64 [q, n].
 
@@ -110,30 +118,33 @@ def relative_influence(
     training example whose gradient is 0 has influence 0. Errors are those of
     `influence`, and kernels must be decomposed.
     """
-    total = 0.0
+    total = total or PairSum()
     for phi, kernel, g in _pairs(train, query, needed_by="relative influence"):
         value, tau = kernel.lambda_of(Damping.of(damping)), solution(kernel, phi, g)
         # Eigenvectors give the size of a row of zeros their rounding errors.
         sizes = tau.inverse_norms(value) * phi.any(axis=1)
-        total = total + tau.scores(value) * _inverses(sizes)
-    return total
+        total.add(tau.scores(value) * _inverses(sizes))
+    return total.total
 
 
 @standard()
 def renormalised_influence(
-    train: Array | Kernels, query: Array, damping: float | Damping = DEFAULT_DAMPING
+    train: Array | Kernels,
+    query: Array,
+    damping: float | Damping = DEFAULT_DAMPING,
+    total: PairSum | None = None,
 ) -> np.ndarray:
     """Returns sum_j g_j(q)^T H_j^-1 phi_j(n) / ||phi_j(n)||_2, float64 [q, n].
 
     Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using Renormalized
     Influence Estimation" (arXiv 2201.10055). All else is as in `relative_influence`.
     """
-    total = 0.0
+    total = total or PairSum()
     for phi, kernel, g in _pairs(train, query, needed_by="renormalised influence"):
         value = kernel.lambda_of(Damping.of(damping))
         sizes = np.linalg.norm(phi.astype(np.float64), axis=1)
-        total = total + solution(kernel, phi, g).scores(value) * _inverses(sizes)
-    return total
+        total.add(solution(kernel, phi, g).scores(value) * _inverses(sizes))
+    return total.total
 
 
 def _pairs(

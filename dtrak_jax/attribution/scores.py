@@ -6,17 +6,34 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import scipy.stats
 from etils import epath
 
 from dtrak_jax import files
-from dtrak_jax.attribution.groups import group_scores
+from dtrak_jax.attribution.duplicates import COUNTED_ONCE, merge, once_in_each_group
+from dtrak_jax.attribution.groups import (
+    Shares,
+    check_columns,
+    group_scores,
+    overall,
+    shares,
+)
 from dtrak_jax.attribution.kernel import Damping
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, between, one_of
 
 if TYPE_CHECKING:
     from dtrak_jax.report.gallery import Gallery
 
 SIGN = "positive: training on the example lowered the query's loss"
+
+NO_ERRORS = (
+    "no errors: they take 2 noise draws or more at each timestep, kept apart, and a "
+    "method that adds up pairs"
+)
+"""The reason that goes behind what has none."""
+
+BY_GROUPING = ("columns", "group_errors")
+"""The fields that are dicts, a key and an array of the file for each grouping."""
 
 
 class Top(NamedTuple):
@@ -25,6 +42,26 @@ class Top(NamedTuple):
     ids: np.ndarray
     scores: np.ndarray
     index: np.ndarray  # columns of `Scores.scores`
+    errors: np.ndarray  # standard errors of the scores; NaN where there are none
+
+
+class Groups(NamedTuple):
+    """The scores of groups of training examples, in the order of their names."""
+
+    names: np.ndarray  # str [groups]
+    scores: np.ndarray  # float64 [queries, groups], see `group_scores`
+    errors: np.ndarray  # [queries, groups]: their standard errors; NaN without
+    sizes: np.ndarray  # int [groups]: the training examples of each
+
+    def shares(self) -> Shares:
+        """Returns each query's positive scores as shares that add up to one, and how much
+        negative they leave out; see `groups.shares`."""
+        return shares(self.scores)
+
+    def overall(self) -> np.ndarray:
+        """Returns the value by which groups are ranked over all queries [groups], see
+        `groups.overall`."""
+        return overall(self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +84,42 @@ class Scores:
     "cg"."""
     made_from: str = ""
     """A hash of what the scores were made from; "" if nobody keeps it."""
+    errors: np.ndarray | None = None
+    """The standard errors of the scores, float32 [queries, train], see `PairSum`; NaN
+    where there are none."""
+    spread: np.ndarray | None = None
+    """The standard deviation of several models' scores, float32 [queries, train]; None
+    of one model."""
+    columns: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Each training example's group, str [train], by the name of the grouping, such as
+    "contributor"."""
+    group_errors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """The standard errors of the groups' scores [queries, groups], by grouping."""
+    copies: np.ndarray | None = None
+    """The id of the first of each training example's near-duplicates, its own where it
+    has none, str [train]; None if nobody looked."""
+    freedom: int = 0
+    """The degrees of freedom of the errors, timesteps x (draws - 1); 0 without errors."""
 
     def __post_init__(self):
         for name in ("scores", "train_ids", "query_ids"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
         shape = len(self.query_ids), len(self.train_ids)
-        if self.scores.shape != shape:
+        if self.errors is None or np.isnan(self.errors).all():
+            none = np.broadcast_to(np.float32(np.nan), shape)
+            object.__setattr__(self, "errors", none)
+        for name in ("scores", "errors", "spread"):
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                raise ValueError(
+                    f"{name} have shape {array.shape}; for the ids of {shape[0]} "
+                    f"queries and {shape[1]} training examples it must be {shape}."
+                )
+        object.__setattr__(self, "columns", check_columns(self.columns, shape[1]))
+        if self.copies is not None and np.shape(self.copies) != shape[1:]:
             raise ValueError(
-                f"scores have shape {self.scores.shape}; for the ids of {shape[0]} "
-                f"queries and {shape[1]} training examples it must be {shape}."
+                f"copies have shape {np.shape(self.copies)}; they must name an image for "
+                f"each of the {shape[1]} training examples."
             )
 
     def __repr__(self) -> str:
@@ -77,13 +141,23 @@ class Scores:
             known = ", ".join(map(repr, map(str, self.query_ids[:5])))
             more = ", ..." if len(self.query_ids) > 5 else ""
             raise KeyError(f"{query!r} is no query's id; they are {known}{more}")
-        ids = self.query_ids[rows]
-        alone = dataclasses.replace(self, scores=self.scores[rows], query_ids=ids)
+        alone = dataclasses.replace(
+            self,
+            scores=self.scores[rows],
+            query_ids=self.query_ids[rows],
+            errors=self.errors[rows],
+            spread=None,
+        )
         return Top(*(column[0] for column in alone.top(len(self.train_ids))))
 
-    def to_pandas(self):
+    def to_pandas(self, values: str = "scores"):
         """Returns a `pandas.DataFrame` with a row for each query and a column for each
-        training example, named by their ids."""
+        training example, named by their ids.
+
+        The values are the "scores", their standard "errors", or the "spread" of several
+        models' scores.
+        """
+        one_of("values", values, ("scores", "errors", "spread"))
         try:
             import pandas
         except ImportError as error:
@@ -92,7 +166,7 @@ class Scores:
             ) from error
         columns = pandas.Index(self.train_ids, name="train")
         index = pandas.Index(self.query_ids, name="query")
-        return pandas.DataFrame(self.scores, index, columns)
+        return pandas.DataFrame(getattr(self, values), index, columns)
 
     def show(self, images, queries, top: int = 5, count: int = 10) -> "Gallery":
         """Returns a table of the first `count` queries, each with the pictures of its
@@ -107,26 +181,97 @@ class Scores:
         return gallery(self, images, queries, top, count)
 
     def top(self, count: int, opposing: bool = False) -> Top:
-        """Returns every query's highest scores, or the lowest, the strongest first."""
+        """Returns every query's highest scores, or the lowest, the strongest first.
+
+        Every image is an entry: `merged().top(count)` counts copies of a picture once.
+        """
         count = at_least("count", count, 1, self.scores.shape[1])
         order = self.scores if opposing else -self.scores
         # Stable, so that equal scores come in the order of the training set.
         index = np.argsort(order, axis=1, kind="stable")[:, :count]
-        scores = np.take_along_axis(self.scores, index, axis=1)
-        return Top(self.train_ids[index], scores, index)
+        scores, errors = (
+            np.take_along_axis(array, index, axis=1)
+            for array in (self.scores, self.errors)
+        )
+        return Top(self.train_ids[index], scores, index, errors)
 
-    def group(
-        self, column: Sequence[str] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the names of the groups of a column, and their scores [queries, groups],
-        see `group_scores`."""
-        return group_scores(self.scores, column)
+    def merged(self) -> "Scores":
+        """Returns the scores of pictures: a cluster of `copies` is one training example.
+
+        It has the id of its first image and the sum of its images' scores, since copies
+        share what one of them would have; or, by a method in `duplicates.COUNTED_ONCE`,
+        the highest of them. Its standard error and spread are the sum, or the highest, of
+        its images': copies share their noise. Groupings are left out; their scores are
+        those of all images, see `group`. Without copies it is the same.
+        """
+        if self.copies is None:
+            return self
+        function = np.maximum if self.method in COUNTED_ONCE else np.add
+        arrays = {}
+        for name in ("scores", "errors", "spread"):
+            array = getattr(self, name)
+            if array is not None:
+                first, arrays[name] = merge(array, self.copies, function)
+        ids, plain = self.train_ids[first], {"columns": {}, "group_errors": {}}
+        return dataclasses.replace(self, **arrays, train_ids=ids, copies=ids, **plain)
+
+    def group(self, column: str | Sequence[str] | np.ndarray) -> Groups:
+        """Returns the groups' scores, each the sum of its training examples' scores.
+
+        Copies count as they are, as they share what one of them would have; but for a
+        method in `duplicates.COUNTED_ONCE`, of which a group's copies of a picture count
+        with the highest of their scores, and the errors of groups with copies are NaN.
+
+        Args:
+          column: the name of a grouping in `columns`; or any other one, a group's name
+            for each training example [train], whose errors are NaN, since they need the
+            sums made within each draw.
+
+        Raises:
+          ValueError: a grouping that is not there, or names of other examples.
+        """
+        errors = None
+        if isinstance(column, str):
+            one_of("column", column, self.columns)
+            column, errors = self.columns[column], self.group_errors.get(column)
+        names, sums = group_scores(self.counted(column), column)
+        if errors is None:
+            errors = np.full(sums.shape, np.nan)
+        as_they_are = group_scores(self.scores, column)[1]
+        errors = np.where(sums == as_they_are, errors, np.nan)
+        return Groups(names, sums, errors, np.unique(column, return_counts=True)[1])
+
+    def counted(self, column: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Returns the scores that groups add up [queries, train]: 0 where another copy
+        counts, see `group`."""
+        if self.copies is None or self.method not in COUNTED_ONCE:
+            return self.scores
+        return once_in_each_group(self.scores, column, self.copies)
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ends of intervals around the scores, float64 [queries, train] each.
+
+        They are score -+ t error, with t the quantile (1 + level) / 2 of Student's
+        distribution with `freedom` degrees of freedom, and are meant to hold the share
+        `level` of the scores that many noise draws would give.
+
+        Raises:
+          ValueError: there are no errors, or the level is not between 0 and 1.
+        """
+        level = between("level", level, 0, 1)
+        if not self.freedom:
+            raise ValueError(f"the scores of {self.method!r} have {NO_ERRORS}.")
+        half = scipy.stats.t.ppf((1 + level) / 2, self.freedom) * self.errors
+        return self.scores - half, self.scores + half
 
     def save(self, path: epath.PathLike) -> None:
         """Writes an .npz, whole or not at all."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.damping is not None:
             fields["damping"] = json.dumps(self.damping._asdict())
+        for name in BY_GROUPING:
+            by_name = fields.pop(name)
+            fields |= {f"{name}/{key}": array for key, array in by_name.items()}
         arrays = {name: value for name, value in fields.items() if value is not None}
         files.write_npz(path, **arrays, sign=SIGN)
 
@@ -146,6 +291,10 @@ class Scores:
             saved["damping"] = Damping(**json.loads(str(saved["damping"])))
         for name in ("method", "made_from"):
             saved[name] = str(saved.get(name, ""))
+        saved["freedom"] = int(saved.get("freedom", 0))
+        for name in BY_GROUPING:
+            keys = [key for key in saved if key.startswith(f"{name}/")]
+            saved[name] = {key.removeprefix(f"{name}/"): saved[key] for key in keys}
         return cls(**{f.name: saved.get(f.name) for f in dataclasses.fields(cls)})
 
 
@@ -154,8 +303,10 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
 
     Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
     subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
-    The mean keeps a damping that all models share, and no kernel. Scores that do not
-    belong together raise a ValueError.
+    The mean keeps a damping that all models share, and no kernel. `spread` is the
+    standard deviation sqrt(sum_s (tau_s - mean)^2 / (S - 1)). `errors` are the mean of
+    the models' errors, the largest that the mean's can be, since models may share their
+    noise. Scores that do not belong together raise a ValueError.
     """
     if not scores:
         raise ValueError("scores is empty; an ensemble needs those of a model or more.")
@@ -168,9 +319,25 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
                     "scores of one method for the same queries and training examples, in "
                     "the same order."
                 )
-    mean = sum(member.scores.astype(np.float64) for member in scores) / len(scores)
+    arrays = [member.scores.astype(np.float64) for member in scores]
+    mean = sum(arrays) / len(arrays)
+    spread = None
+    if len(arrays) > 1:
+        squares = sum((array - mean) ** 2 for array in arrays)
+        spread = np.sqrt(squares / (len(arrays) - 1)).astype(np.float32)
     dampings = {member.damping for member in scores}
-    return Scores(
-        *(mean.astype(np.float32), first.train_ids, first.query_ids, first.method),
-        first.damping if len(dampings) == 1 else None,
+    return dataclasses.replace(
+        first,
+        scores=mean.astype(np.float32),
+        damping=first.damping if len(dampings) == 1 else None,
+        lambdas=None,
+        eigenvalues=None,
+        made_from="",
+        errors=np.mean([member.errors for member in scores], axis=0),
+        spread=spread,
+        group_errors={
+            name: np.mean([member.group_errors[name] for member in scores], axis=0)
+            for name in first.group_errors
+        },
+        freedom=min(member.freedom for member in scores),
     )

@@ -2,12 +2,14 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dtrak_jax.attribution.errors import PairSum, draws_of
+from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
@@ -34,36 +36,59 @@ class Inputs(NamedTuple):
 
 
 def score(
-    method: "Method", kernels: Kernels, queries: dict[str, Array], damping: Damping
+    method: "Method",
+    kernels: Kernels,
+    queries: dict[str, Array],
+    damping: Damping,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    draws: int | None = None,
 ) -> dict[str, Scores]:
     """Returns the scores for each set of queries, by a method of one model's features.
 
-    All sets are scored at once, so that no kernel is decomposed twice.
+    All sets are scored at once, so that no kernel is decomposed twice. `groups` and
+    `draws` are those of `attribute`.
     """
     if not queries:
         raise ValueError("query is {}; it must have one set of queries or more.")
     queries = {
         name: check_features(kernels.train, query)[1] for name, query in queries.items()
     }
+    train_ids = example_ids(kernels.train)
+    columns = check_columns(groups, len(train_ids))
+    total = PairSum(draws_of([kernels.train, *queries.values()], draws), columns)
     _warn_of_slots(kernels.train)
     query = joined(list(queries.values()))
+    fields = {"train_ids": train_ids, "method": method.name, "columns": columns}
     if method.damped:
-        scores, fields = method.function(kernels, query, damping), {"damping": damping}
+        method.function(kernels, query, damping, total)
+        fields["damping"] = damping
     else:
-        scores, fields = method.function(kernels.train, query), {}
+        method.function(kernels.train, query, total)
     if method.function is influence:
         made = kernels.seen.values()
         fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
         if kernels.solver == "eigh":
             fields["eigenvalues"] = np.array([kernel.eigenvalues for kernel in made])
-    train_ids, results, start = example_ids(kernels.train), {}, 0
+    results, start = {}, 0
     for name, query in queries.items():
-        query_ids = example_ids(query)
-        rows = scores[start : start + len(query_ids)].astype(np.float32)
-        _warn_of_equal(rows, query_ids)
-        results[name] = Scores(rows, train_ids, query_ids, method.name, **fields)
-        start += len(rows)
+        ids = example_ids(query)
+        rows = slice(start, start + len(ids))
+        results[name] = _summed(total, rows, query_ids=ids, **fields)
+        _warn_of_equal(results[name].scores, ids)
+        start = rows.stop
     return results
+
+
+def _summed(total: PairSum, rows: slice, **fields) -> Scores:
+    """Returns the scores of some rows of a sum over pairs, with their errors."""
+    errors = total.errors
+    return Scores(
+        total.total[rows].astype(np.float32),
+        errors=None if errors is None else errors[rows].astype(np.float32),
+        group_errors={name: array[rows] for name, array in total.group_errors.items()},
+        freedom=total.freedom,
+        **fields,
+    )
 
 
 def _warn_of_slots(train: Array) -> None:
@@ -96,7 +121,10 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     """Calls the function with (train, query), or (kernels, query, damping)."""
     measurement = method.measurement
     queries = {q: run.features(q, measurement, folder) for q in run.queries}
-    return score(method, run.kernels(measurement, folder), queries, run.damping)
+    groups = run.splits.train.groupings
+    return score(
+        *(method, run.kernels(measurement, folder), queries, run.damping, groups)
+    )
 
 
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -112,27 +140,36 @@ def _journey(run: "Run", method: "Method") -> dict[str, Scores]:
     journey = run.features("journey", method.measurement)
     # As an array, since a trajectory may have other timesteps than the training images.
     queries = {"generated": np.asarray(journey)}
-    kernels = run.kernels(method.measurement)
-    scores = score(method, kernels, queries, run.damping)["generated"]
+    kernels, groups = run.kernels(method.measurement), run.splits.train.groupings
+    scores = score(method, kernels, queries, run.damping, groups)["generated"]
     return {"generated": dataclasses.replace(scores, query_ids=np.array(journey.ids))}
 
 
 def _each(arguments: Callable, run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with arguments(run, method, name) for each set of queries."""
-    train_ids, results = run.splits.train.ids, {}
+    train, results = run.splits.train, {}
     for name, examples in run.queries.items():
         rows = method.function(*arguments(run, method, name)).astype(np.float32)
-        results[name] = Scores(rows, train_ids, examples.ids, method.name)
+        ids, columns = (train.ids, examples.ids), train.groupings
+        results[name] = Scores(rows, *ids, method.name, columns=columns)
     return results
 
 
-def _checkpoints(run: "Run", method: "Method", queries: str) -> list[list]:
-    """Returns the features of training images at all kept steps, and those of queries."""
-    folders = checkpoint_folders(run.config)
-    return [
-        [run.features(examples, method.measurement, folder) for folder in folders]
-        for examples in ("train", queries)
-    ]
+def _checkpoints(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with the features at all kept steps, for each set of queries."""
+    folders, results = checkpoint_folders(run.config), {}
+    columns = run.splits.train.groupings
+    for name in run.queries:
+        trains, queries = (
+            [run.features(examples, method.measurement, folder) for folder in folders]
+            for examples in ("train", name)
+        )
+        total = PairSum(draws_of([*trains, *queries]), columns)
+        method.function(trains, queries, total)
+        ids = {"train_ids": trains[0].ids, "query_ids": queries[0].ids}
+        named = ids | {"method": method.name, "columns": columns}
+        results[name] = _summed(total, slice(None), **named)
+    return results
 
 
 def _outputs(run: "Run", method: "Method", queries: str) -> tuple:
@@ -155,9 +192,7 @@ def checkpoint_folders(config: "Config") -> list[str]:
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
 CHECKPOINTS = Inputs(
-    "features at several checkpoints",
-    partial(_each, _checkpoints),
-    folders=checkpoint_folders,
+    "features at several checkpoints", _checkpoints, folders=checkpoint_folders
 )
 JOURNEY = Inputs(
     "features along sampling trajectories",

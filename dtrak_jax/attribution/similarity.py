@@ -2,7 +2,8 @@
 
 Of pair j, phi_j(n) are the features of a training example, [T, n, k] or [n, k], and
 g_j(q) those of a query, of the same task, parameters and projection. What is 0 has
-similarity 0 to everything. What does not belong together raises a ValueError.
+similarity 0 to everything. What does not belong together raises a ValueError. A `total`
+that is given is what adds up the pairs, and knows the standard errors then.
 """
 
 import math
@@ -12,48 +13,57 @@ import jax
 import numpy as np
 
 from dtrak_jax import rng
+from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.checks import check_images
 from dtrak_jax.switches import standard
 
 
-def gradient_dot(train: Array, query: Array) -> np.ndarray:
+def gradient_dot(
+    train: Array, query: Array, total: PairSum | None = None
+) -> np.ndarray:
     """Returns (1/T) sum_j g_j(q) . phi_j(n), float64 [q, n].
 
     TracIn (arXiv 2002.08484) with one checkpoint; with averaged features the D-TRAK
     paper's "gradient (dot)".
     """
-    return _mean_over_pairs(lambda g, phi: g @ phi.T, train, query)
+    return _mean_over_pairs(embedding_dot, [train], [query], total)
 
 
-def gradient_cosine(train: Array, query: Array) -> np.ndarray:
+def gradient_cosine(
+    train: Array, query: Array, total: PairSum | None = None
+) -> np.ndarray:
     """Returns (1/T) sum_j g_j(q) . phi_j(n) / (||g_j(q)|| ||phi_j(n)||), float64 [q, n].
 
     With features kept apart and common noise this is the score of DMin (arXiv
     2412.08637) and of MOTIVE (arXiv 2601.08828), of projected gradients; with averaged
     features the D-TRAK paper's "gradient (cos)".
     """
-    return _mean_over_pairs(lambda g, phi: embedding_cosine(phi, g), train, query)
+    return _mean_over_pairs(embedding_cosine, [train], [query], total)
 
 
-def tracin(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
+def tracin(
+    trains: Sequence[Array], queries: Sequence[Array], total: PairSum | None = None
+) -> np.ndarray:
     """Returns (1/C) sum_c gradient_dot at checkpoint c, float64 [q, n].
 
     TracInCP of Pruthi et al., "Estimating Training Data Influence by Tracing Gradient
     Descent" (arXiv 2002.08484), with every checkpoint at the same weight; with the
     learning rates that their equation has, this is the case of a constant one.
     """
-    return _mean_over_checkpoints(gradient_dot, trains, queries)
+    return _mean_over_pairs(embedding_dot, trains, queries, total)
 
 
-def gas(trains: Sequence[Array], queries: Sequence[Array]) -> np.ndarray:
+def gas(
+    trains: Sequence[Array], queries: Sequence[Array], total: PairSum | None = None
+) -> np.ndarray:
     """Returns (1/C) sum_c gradient_cosine at checkpoint c, float64 [q, n].
 
     GAS of Hammoudeh and Lowd, "Identifying a Training-Set Attack's Target Using
     Renormalized Influence Estimation" (arXiv 2201.10055), with every checkpoint at the
     same weight.
     """
-    return _mean_over_checkpoints(gradient_cosine, trains, queries)
+    return _mean_over_pairs(embedding_cosine, trains, queries, total)
 
 
 def pixel_dot(train_images: np.ndarray, query_images: np.ndarray) -> np.ndarray:
@@ -130,33 +140,39 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.where(norms > 0, norms, 1)
 
 
-def _mean_over_pairs(score: Callable, train: Array, query: Array) -> np.ndarray:
-    """Returns the mean of score(g [q, k], phi [n, k]); one pair is in memory at a time."""
-    train, query = check_features(train, query)
-    total = sum(
-        score(g.astype(np.float64), phi.astype(np.float64))
-        for g, phi in zip(by_pair(query), by_pair(train), strict=True)
-    )
-    return total / math.prod(train.shape[:-2])
-
-
-def _mean_over_checkpoints(
-    score: Callable, trains: Sequence[Array], queries: Sequence[Array]
+def _mean_over_pairs(
+    score: Callable,
+    trains: Sequence[Array],
+    queries: Sequence[Array],
+    total: PairSum | None,
 ) -> np.ndarray:
-    """Returns the mean of score(train, query), once all are sure to be of the same ids."""
+    """Returns the mean of score(phi [n, k], g [q, k]) over pairs and checkpoints.
+
+    The checkpoints' scores are added up pair by pair, since they share the noise.
+    """
     if len(trains) != len(queries) or not len(trains):
         raise ValueError(
             f"trains has {len(trains)} checkpoints and queries has {len(queries)}; they "
             "must have the same number, one or more."
         )
-    for name, sets in (("trains", trains), ("queries", queries)):
+    checked = list(map(check_features, trains, queries))
+    pairs = [math.prod(train.shape[:-2]) for train, _ in checked]
+    for name, sets in zip(
+        ("trains", "queries"), zip(*checked, strict=True), strict=True
+    ):
         for index, features in enumerate(sets):
-            if not np.array_equal(example_ids(features), example_ids(sets[0])):
+            same = np.array_equal(example_ids(features), example_ids(sets[0]))
+            if not same or pairs[index] != pairs[0]:
                 raise ValueError(
-                    f"{name}[{index}] and {name}[0] have different ids; all checkpoints "
-                    "must have features of the same examples, in the same order."
+                    f"{name}[{index}] and {name}[0] have different ids or numbers of "
+                    "pairs; all checkpoints must have features of the same examples, "
+                    "in the same order, at the same timesteps."
                 )
-    return sum(map(score, trains, queries)) / len(trains)
+    total, weight = total or PairSum(), 1 / (pairs[0] * len(checked))
+    by_checkpoint = [zip(*map(by_pair, both), strict=True) for both in checked]
+    for checkpoints in zip(*by_checkpoint, strict=True):
+        total.add(weight * sum(score(phi, g) for phi, g in checkpoints))
+    return total.total
 
 
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:

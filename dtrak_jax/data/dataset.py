@@ -153,6 +153,14 @@ class Dataset:
         """The hash of all ids and pixels in their order."""
         return digest(*map(str, self.ids), *map(str, self.digests))
 
+    @property
+    def groupings(self) -> dict[str, np.ndarray]:
+        """The name of each image's group, str [n], by grouping: "label", if there are
+        labels, and the columns of `groups`."""
+        if self.labels is None:
+            return self.groups
+        return {"label": np.array(self.label_names, str)[self.labels]} | self.groups
+
     def columns(self) -> dict[str, np.ndarray]:
         """Returns what splits.npz has beside digests, by the names that it has there."""
         columns = {"ids": self.ids, "labels": self.labels, "captions": self.captions}

@@ -42,8 +42,12 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
     rows = []
     for i in range(min(at_least("count", count, 1), len(query_images))):
         row = [_figure(query_images[i], scores.query_ids[i], "")]
-        for name, score, index in zip(*(column[i] for column in strongest)):
-            row.append(_figure(train[index], name, f"{score:.3g}"))
+        columns = (column[i] for column in strongest)
+        for name, score, index, error in zip(*columns, strict=True):
+            text = f"{score:.3g}"
+            if np.isfinite(error):
+                text += f" ± {error:.2g}"
+            row.append(_figure(train[index], name, text))
         rows.append(row)
     title = f"Gallery({len(rows)} queries × {strongest.ids.shape[1]} images)"
     template = TEMPLATES.get_template("gallery.html")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.attribution.scores import Groups, Scores
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import grouped
@@ -92,7 +92,6 @@ def _of_set(
 ) -> dict:
     """Returns the queries' groups, and what each method says of the training images'."""
     own, by_prompt = own_groups(column, train, queries)
-    sizes = np.unique(train.groups[column], return_counts=True)[1]
     of_train = set(train.groups[column].tolist())
     return {
         "own": own,
@@ -101,7 +100,7 @@ def _of_set(
         "foreign": sum(name is not None and name not in of_train for name in own),
         "methods": {
             method: _of_method(
-                *(*s.group(train.groups[column]), sizes, own, count),
+                *(s.group(train.groups[column]), own, count),
                 standing[method].groups.get(column),
             )
             for method, s in scores.items()
@@ -110,16 +109,10 @@ def _of_set(
 
 
 def _of_method(
-    names: np.ndarray,
-    sums: np.ndarray,
-    sizes: np.ndarray,
-    own: Sequence[str | None],
-    count: int,
-    above: np.ndarray | None,
+    groups: Groups, own: Sequence[str | None], count: int, above: np.ndarray | None
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
-    largest = np.abs(sums).max(axis=1, keepdims=True)
-    relative = np.divide(sums, largest, out=np.zeros_like(sums), where=largest > 0)
+    names, sums, _, sizes = groups
     first = names[sums.argmax(axis=1)].tolist()
     return {
         "queries": [
@@ -129,7 +122,7 @@ def _of_method(
             for i, (row, name) in enumerate(zip(sums[:count], own, strict=False))
         ],
         "above": None if above is None else int(above.any(axis=1).sum()),
-        "all": ranking(names, relative.mean(axis=0), sizes, None, LISTED_FOR_ALL),
+        "all": ranking(names, groups.overall(), sizes, None, LISTED_FOR_ALL),
         "first": Counter(first),
         "matrix": matrix(own, first),
         "right": right(own, first, names.tolist()),

@@ -44,8 +44,8 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
         return [(standing.why, [])] * count
     reasons_and_ids = []
     for row, above in zip(scores.scores[:count], standing.supporting, strict=False):
-        order = np.argsort(-row, kind="stable")[: above.sum()]
-        reasons_and_ids.append(("", scores.train_ids[order].tolist()))
+        order = np.argsort(-row, kind="stable")
+        reasons_and_ids.append(("", scores.train_ids[order[above[order]]].tolist()))
     return reasons_and_ids
 
 
