@@ -43,6 +43,9 @@ SHORT = {
 }
 """Short flags, and those of the settings that they stand for."""
 
+IN_EXPORT = {"--format": "--export.format", "--top": "--export.top"}
+"""Short flags of `dtrak-jax export`, and the settings that they stand for."""
+
 OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
 """Flags of no setting."""
 
@@ -78,6 +81,9 @@ def parse(
     command, *words = ["run"] * arguments[0].startswith("--help") + list(arguments)
     known(command, commands, "command")
     path, words = split_config(words)
+    if command == "export":
+        parts = (word.partition("=") for word in words)
+        words = [IN_EXPORT.get(flag, flag) + sep + value for flag, sep, value in parts]
     asked = [word for word in words if word.startswith("--help") or word == "-h"]
     if asked:
         config = load_config(path) if path else Config()

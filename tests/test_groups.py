@@ -1,6 +1,7 @@
 """Groups and near-duplicates: what counts once, and what rankings are made of."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import duplicates, groups
 from dtrak_jax.methods import METHODS
-from dtrak_jax.report.standing import standing
+from dtrak_jax.report.export import document
+from dtrak_jax.report.standing import Standing, standing
+from dtrak_jax.report.summary import summary
 
 RNG = np.random.default_rng(0)
 
@@ -129,6 +132,62 @@ def test_a_picture_that_is_there_twice_stands_out_as_one():
     once = dataclasses.replace(apart, copies=copies)
     above = [standing(scores, [], {}).supporting[0] for scores in (apart, once)]
     assert [row.nonzero()[0].tolist() for row in above] == [[], [0, 1]]
+
+
+def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
+    """Copies are an entry, a query that is one of them is named, NaN is null."""
+    rows = np.array([[1.0, 5, 2, -7, 3], [0, 1, -1, 2, 0.1]], np.float32)
+    ids, queries = np.array(list("abcde")), np.array(["q", "r"])
+    scores = dtrak.Scores(
+        *(rows, ids, queries, "trak"),
+        copies=np.array(["a", "b", "a", "d", "e"]),
+        columns={"of": np.array(list("xxyyy"))},
+        errors=rows / 10,
+        freedom=4,
+    )
+    above = np.zeros(rows.shape, bool)
+    above[0, [0, 2]] = True
+    judged = Standing(above, np.zeros_like(above), "", {"of": above[:, :2]})
+    whole = json.loads(json.dumps(document(scores, judged, ["c", ""], 0)))
+    assert whole["copies"]["clusters"] == {"a": ["a", "c"]}
+    assert whole["errors"] == {"degrees_of_freedom": 4}
+    first, second = whole["queries"]
+    assert (first["training_image"], second["training_image"]) == ("c", None)
+    assert [image["image"] for image in first["images"]] == ["b", "a", "e", "d"]
+    assert first["images"][1] == {
+        "rank": 2,
+        "image": "a",
+        "score": 3.0,
+        "error": 0.3,
+        "spread": None,
+        "stands_out": True,
+        "is_query": True,
+        "copies": ["a", "c"],
+    }
+    marked = [i["is_query"] or i["stands_out"] for i in second["images"]]
+    assert not any(marked)
+    ranking = whole["groups"]["of"]["queries"][1]["groups"]
+    assert [(g["group"], g["images"], g["error"]) for g in ranking] == [
+        ("y", 3, None),
+        ("x", 2, None),
+    ]
+    overall = whole["groups"]["of"]["overall"][0]
+    assert overall == {
+        "rank": 1,
+        "group": "x",
+        "images": 2,
+        "value": (1 + 1 / np.float64(rows[1, 2:].sum(dtype=np.float64))) / 2,
+        "first_of_queries": 1,
+    }
+    ends = document(scores, Standing(None, why="few"), ["", ""], 1)
+    assert [i["rank"] for i in ends["queries"][0]["images"]] == [1, 4]
+    assert ends["queries"][0]["images"][0]["stands_out"] is None
+    assert ends["not_judged"] == "few"
+    assert list(summary({("trak", "generated"): scores}))[1:] == [
+        "  trak, generated, of: x +0.95, y +0.33"
+    ]
+    alone = dataclasses.replace(scores, columns={"of": ["x"] * 5})
+    assert list(summary({("trak", "generated"): alone})) == []
 
 
 def test_shares_add_up_and_say_what_they_leave_out():

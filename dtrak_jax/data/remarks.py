@@ -65,7 +65,7 @@ def _of_groups(images: Dataset) -> list[str]:
         count = len(np.unique(names))
         if count == 1:
             lines.append(
-                f"All {len(images)} images have the same `{column}`, {names[0]!r}: there "
+                f"All {len(images)} images have the same `{column}`, {str(names[0])!r}: there "
                 "is no group to compare it with."
             )
         elif count == len(images):
