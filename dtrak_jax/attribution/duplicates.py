@@ -14,6 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from dtrak_jax.attribution.inputs import Array, as_features, by_pair, example_ids
 from dtrak_jax.checks import between
 from dtrak_jax.features.store import Features, chunks_of
+from dtrak_jax.progress import progress
 
 COUNTED_ONCE = frozenset(
     (
@@ -126,8 +127,8 @@ def _alike(train: Array, threshold: float) -> list[np.ndarray]:
     # What is left of equal features is rounding.
     varies = squares > 1e-10 * sizes
     scale = 1 / np.sqrt(np.where(varies, squares, np.inf))
-    edges = []
-    for rows in chunks_of(n, max(1, ENTRIES // n)):
+    edges, chunks = [], chunks_of(n, max(1, ENTRIES // n))
+    for rows in progress(chunks, "near-duplicates", unit="block", delay=2):
         height, later = rows.stop - rows.start, slice(rows.start, n)
         cosines = np.zeros((height, n - rows.start), np.float32)
         for phi, mean in zip(by_pair(train), means, strict=True):
