@@ -65,7 +65,7 @@ def standing(
     Pictures are judged by their `merged` scores, and so are all their copies.
     """
     pictures = scores.merged()
-    values, others = pictures.scores, _rows([s.merged() for s in unrelated])
+    values, others = pictures.scores, _rows([s.merged().scores for s in unrelated])
     support = floor(values, others)
     if support is None:
         return Standing(
@@ -78,13 +78,14 @@ def standing(
     picture_of = np.array([position[name] for name in copies.tolist()])
     groups = {}
     for column, members in columns.items():
-        limit = group_floor(scores.counted(members), members, _rows(unrelated))
+        elsewhere = _rows([s.counted(members) for s in unrelated])
+        limit = group_floor(scores.counted(members), members, elsewhere)
         above = None if limit is None else scores.group(members).scores > limit
         groups[column] = above
     supporting, opposing = values > support, -values > oppose
     return Standing(supporting[:, picture_of], opposing[:, picture_of], "", groups)
 
 
-def _rows(scores: Sequence[Scores]) -> np.ndarray | None:
-    """Returns the scores of all queries [r, n]; None if there are none."""
-    return np.concatenate([s.scores for s in scores]) if scores else None
+def _rows(sets: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Returns the scores of all sets of queries [r, n]; None if there are none."""
+    return np.concatenate(sets) if sets else None
