@@ -4,7 +4,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dtrak_jax import models
-from dtrak_jax.attribution import Scores, absolute, damping_path, removal_set
+from dtrak_jax.attribution import (
+    Scores,
+    absolute,
+    damping_path,
+    near_duplicates,
+    removal_set,
+)
 from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
@@ -55,6 +61,7 @@ __all__ = [
     "load_images",
     "merge",
     "models",
+    "near_duplicates",
     "removal_set",
     "retrain",
     "scaled_linear_schedule",

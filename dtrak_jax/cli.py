@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 
 from dtrak_jax import arguments as command_line
-from dtrak_jax import methods, parallel, pipeline, planning
+from dtrak_jax import methods, parallel, pipeline, planning, score_sets
 from dtrak_jax.arguments import load_config
 from dtrak_jax.config import Config
 from dtrak_jax.planning.topology import COMPILER
+from dtrak_jax.report.summary import summary
 
 __all__ = ["COMMANDS", "load_config", "main", "parse"]
 
@@ -144,8 +145,14 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     profile = jax.profiler.trace(options.profile) if options.profile else None
     with profile or contextlib.nullcontext():
         run = pipeline.run(command, config, options.workdir)
-    if command in ("run", "report") and parallel.is_main_process():
-        print(f"wrote {run.workdir / 'report.html'}")
+    lines = []
+    if command == "attribute":
+        made = {pair: run.scores(*pair) for pair in score_sets.wanted(run)}
+        lines = summary(made)
+    elif command in ("run", "report"):
+        lines = [f"wrote {run.workdir / 'report.html'}"]
+    for line in lines if parallel.is_main_process() else ():
+        print(line)
 
 
 def use_cores(most: int) -> None:

@@ -163,6 +163,22 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The files of export/, for other programs."""
+
+    format: Literal["both", "csv", "json"] = free("both")
+    """The tables in CSV, JSON with all that decides the numbers, or both. The command
+    also takes --format."""
+    top: int = free(100)
+    """Pictures of each query: so many with the highest scores, and so many with the
+    lowest; 0 exports all. The command also takes --top."""
+
+    def __post_init__(self):
+        check_choices("export", self)
+        at_least("export.top", self.top, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, from images to report."""
 
@@ -181,6 +197,7 @@ class Config:
     ablation: AblationConfig = field(default_factory=AblationConfig)
     counterfactual: CounterfactualConfig = field(default_factory=CounterfactualConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self):
         self._check_base()

@@ -43,6 +43,7 @@ SECTION_OF = {
     "counterfactual": "counterfactual",
     "ablate": "ablation",
     "report": "report",
+    "export": "export",
 }
 """The section that the short help of a stage shows."""
 

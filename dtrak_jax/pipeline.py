@@ -1,6 +1,6 @@
 """The stages, in the order of the story: from images to a report.
 
-    (base ─► encode ─►) train ─► sample ─► featurize ─► attribute ─► report
+    (base ─► encode ─►) train ─► sample ─► featurize ─► attribute ─► report, export
                            └───────► retrain ─► lds, counterfactual, ablate ─┘
 
 Only text-to-image has what is in brackets.
@@ -44,6 +44,7 @@ from dtrak_jax.planning import messages, programs
 from dtrak_jax.planning.programs import Planned
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.report import of_run, page
+from dtrak_jax.report.export import exports
 from dtrak_jax.run import Run
 from dtrak_jax.switches import standard
 
@@ -211,6 +212,13 @@ def report(run: Run) -> None:
         files.write_bytes(run.workdir / "report.html", content)
 
 
+def export(run: Run) -> None:
+    """Writes scores, groups and errors for other programs: CSV and JSON in export/."""
+    for name, content in exports(run):
+        if parallel.is_main_process():
+            files.write_bytes(run.workdir / "export" / name, content)
+
+
 def always(*names: str) -> Callable[[Config], tuple[str, ...]]:
     """Returns the needs of a stage that are the same for every config."""
     return lambda config: names
@@ -240,6 +248,7 @@ STAGES = (
     Stage("counterfactual", always("attribute"), counterfactual),
     Stage("ablate", always("retrain"), ablate),
     Stage("report", always("attribute"), report),
+    Stage("export", always("attribute"), export),
 )
 """All stages, each after those that it may need."""
 

@@ -309,6 +309,12 @@ class Run:
         """
         return score_sets.load(self, method, queries)
 
+    @once
+    def copies(self) -> np.ndarray:
+        """Returns for each training image the id of the first of its near-duplicates, by
+        pixels and, if a method has features, by these: scores/copies.npz, [train]."""
+        return score_sets.copies(self)
+
     # Retrained models and results
 
     @property

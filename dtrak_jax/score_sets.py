@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
 
-from dtrak_jax import feature_sets, parallel
+from dtrak_jax import feature_sets, files, parallel
 from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution.duplicates import THRESHOLD, exact_copies, near_duplicates
 from dtrak_jax.digests import digest
+from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
 
 if TYPE_CHECKING:
@@ -33,7 +36,27 @@ def load(run: "Run", method: str, queries: str) -> Scores:
         parallel.barrier(f"scores of {method}")
     scores = Scores.load(_path(run, method, queries))
     # Those of now, also where scores are not made from them.
-    return dataclasses.replace(scores, columns=run.splits.train.groupings)
+    columns = run.splits.train.groupings
+    return dataclasses.replace(scores, columns=columns, copies=run.copies())
+
+
+def copies(run: "Run") -> np.ndarray:
+    """Returns which training images are near-duplicates, see `Run.copies`."""
+    train, features = run.splits.train, run.config.features
+    learnt = any(METHODS[name].measurement for name in run.config.methods)
+    store = feature_sets.find(run, "train") if learnt else None
+    hashed = digest(train.digest, store.name if learnt else "", str(THRESHOLD))
+    path, made_from = run.workdir / "scores" / "copies.npz", np.array(hashed)
+    if not parallel.agreed(files.holds(path, {"made_from": made_from})):
+        if parallel.is_main_process():
+            if learnt:
+                first = Features.load(store, features.measurements[0])
+                found = near_duplicates(first, train.digests)
+            else:
+                found = exact_copies(train.ids, train.digests)
+            files.write_npz(path, copies=found, ids=train.ids, made_from=made_from)
+        parallel.barrier("copies")
+    return files.read_npz(path)["copies"]
 
 
 def is_made(run: "Run", method: str, queries: str) -> bool:

@@ -314,6 +314,11 @@ def test_a_result_of_other_scores_is_left_out(run):
     ):
         assert other.json("lds") is None
     assert Run.at(config, workdir).json("lds") == {"queries": {}}
+    # A method of no setting, whose features were under other checkpoints.
+    saved = {"made_from": {"scores of gas": "..."}, "queries": {}}
+    files.write_json(workdir / "lds.json", saved)
+    with pytest.warns(UserWarning, match="made from other scores of gas"):
+        assert Run.at(config, workdir).json("lds") is None
 
 
 def test_devices_wait_for_each_other_on_a_busy_machine(monkeypatch):

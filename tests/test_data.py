@@ -27,6 +27,7 @@ from dtrak_jax.data import (
     load,
     load_queries,
     plain_pictures,
+    remarks,
     subset_mask,
     to_pixels,
 )
@@ -585,8 +586,13 @@ def test_columns_of_a_csv_are_groups(gallery):
     ):
         from_folder(path, csv="list.csv", groups=("owner",))
     (path / "list.csv").write_text("file,artist\nb.png,B\ntall.png, \n")
-    with pytest.raises(ValueError, match="line 3: `artist` is empty"):
+    with pytest.raises(ValueError, match='line 3: `artist` is empty; .* "unknown"'):
         from_folder(path, csv="list.csv", groups=("artist",))
+    (path / "list.csv").write_text("file,artist,owner\nb.png,B,x\ntall.png,C,x\n")
+    train = from_folder(path, train=2, csv="list.csv", groups=("artist", "owner"))
+    said = " ".join(remarks({"train": train}))
+    assert "All 2 images have the same `owner`, 'x': there is no group" in said
+    assert "Each of the 2 images has a `artist` of its own" in said
 
 
 def test_groups_that_cannot_be_are_refused():

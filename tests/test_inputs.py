@@ -395,6 +395,9 @@ def test_scores_are_shown_as_pictures(scores):
     assert html.count("<tr>") == 2 and html.count('src="data:image/png') == 6
     assert "&lt;b&gt;" in html and "<b>" not in html
     assert repr(shown).startswith("Gallery(2 queries × 2 images)")
+    once = dataclasses.replace(scores, copies=np.array(["a", "a", "c"]))
+    html = once.show(pixels, IMAGES[:2], top=3)._repr_html_()
+    assert html.count('src="data:image/png') == 6 and "&lt;b&gt;" not in html
     with pytest.raises(ValueError, match="queries have shape .* 2 that were scored"):
         scores.show(pixels, IMAGES[:3])
 

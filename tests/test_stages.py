@@ -1,5 +1,6 @@
 """All stages of a run, as a person types them, on a network that compiles fast."""
 
+import csv
 import json
 import shutil
 
@@ -290,6 +291,48 @@ def test_a_report_shows_all_of_it(finished):
     page = (finished / "report.html").read_text()
     for words in ("ceiling", "cross-fitted", "oracle", "other seed"):
         assert words in page, words
+
+
+def test_an_export_has_all_that_the_scores_have(workdir, capsys):
+    """In JSON and in CSV, number for number; and the command line ranks the groups."""
+    methods = {"attribution__methods": "dtrak trak-ensemble"}
+    type_in("attribute", workdir, **methods)
+    assert "  dtrak, generated, label: " in capsys.readouterr().out
+    type_in("export", workdir, top="0", **methods)
+    assert len(list((workdir / "export").iterdir())) == 12
+    scores = open_run(command("export", workdir)).scores("trak-ensemble", "generated")
+    place = workdir / "export" / "trak-ensemble-generated"
+    whole = files.read_json(place.with_suffix(".json"))
+    assert (whole["sign"], whole["schema"]) == (attribution.scores.SIGN, 1)
+    assert whole["damping"] == {"value": 0.1, "absolute": False}
+    assert whole["features"]["timesteps"] == [100, 300]
+    with place.with_suffix(".csv").open() as table:
+        header, *rows = csv.reader(table)
+    assert header[:4] == ["query", "rank", "image", "score [unit of the query]"]
+    position = {name: i for i, name in enumerate(scores.train_ids)}
+    for row, query in enumerate(whole["queries"]):
+        images = query["images"]
+        index = [position[image["image"]] for image in images]
+        assert sorted(index) == list(range(60))
+        for name in ("score", "spread"):
+            exact = np.array([image[name] for image in images], np.float32)
+            array = scores.scores if name == "score" else scores.spread
+            np.testing.assert_array_equal(exact, array[row, index])
+        assert {image["error"] for image in images} == {None}
+        cells = rows[60 * row : 60 * row + 60]
+        assert [c[:4] for c in cells] == [
+            [query["query"], str(i + 1), image["image"], str(image["score"])]
+            for i, image in enumerate(images)
+        ]
+    groups = scores.group("label")
+    assert len(groups.names) == len(whole["groups"]["label"]["overall"]) > 2
+    for ranking, sums in zip(whole["groups"]["label"]["queries"], groups.scores):
+        by_name = {group["group"]: group["score"] for group in ranking["groups"]}
+        assert [by_name[name] for name in groups.names] == sums.tolist()
+    type_in("export", workdir, format="json", top="2", **methods)
+    whole = files.read_json(place.with_suffix(".json"))
+    ranks = [image["rank"] for image in whole["queries"][0]["images"]]
+    assert ranks == [1, 2, 59, 60]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
@@ -57,6 +58,7 @@ __all__ = [
     "group_floor",
     "group_scores",
     "influence",
+    "near_duplicates",
     "pixel_cosine",
     "pixel_dot",
     "random_scores",

@@ -1,6 +1,7 @@
 """The scores of groups of training images, such as all of one contributor."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,3 +45,46 @@ def check_columns(
                 f"each of the {n} training examples."
             )
     return arrays
+
+
+class Shares(NamedTuple):
+    """Shares that add up to one, and what they leave out."""
+
+    shares: np.ndarray
+    """float64 [q, G]: the positive part of each score over the sum of all of them; NaN
+    for a query without a positive score."""
+    left_out: np.ndarray
+    """float64 [q]: the size of all negative scores over the same sum; inf without a
+    positive score. Where it is 1, as much speaks against as for."""
+
+
+def shares(scores: np.ndarray) -> Shares:
+    """Returns each score's part of all positive ones, of scores [q, G].
+
+      share(q, g) = max(s(q, g), 0) / sum_h max(s(q, h), 0)
+
+    Scores do not add up to anything by themselves: negative ones are left out, and how
+    much that is must be said with the shares.
+    """
+    scores = np.asarray(scores, np.float64)
+    positive, negative = np.maximum(scores, 0), np.maximum(-scores, 0).sum(axis=1)
+    total = positive.sum(axis=1)
+    some = total > 0
+    divisor = np.where(some, total, np.nan)
+    left_out = np.where(some, negative / divisor, np.inf)
+    return Shares(positive / divisor[:, None], left_out)
+
+
+def overall(scores: np.ndarray) -> np.ndarray:
+    """Returns what groups are ranked by over all queries, float64 [G], of scores [q, G].
+
+      v(g) = (1/Q) sum_q s(q, g) / max_h |s(q, h)|
+
+    Scores are comparable within a query only, so that each query counts with the scores
+    relative to its largest one: v is 1 if the group is the first for every query. Queries
+    whose scores are all 0 count with 0.
+    """
+    scores = np.asarray(scores, np.float64)
+    largest = np.abs(scores).max(axis=1, keepdims=True)
+    zeros = np.zeros_like(scores)
+    return np.divide(scores, largest, out=zeros, where=largest > 0).mean(axis=0)

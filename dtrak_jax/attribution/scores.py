@@ -11,7 +11,14 @@ import scipy.stats
 from etils import epath
 
 from dtrak_jax import files
-from dtrak_jax.attribution.groups import check_columns, group_scores
+from dtrak_jax.attribution.duplicates import COUNTED_ONCE, merge, once_in_each_group
+from dtrak_jax.attribution.groups import (
+    Shares,
+    check_columns,
+    group_scores,
+    overall,
+    shares,
+)
 from dtrak_jax.attribution.kernel import Damping
 from dtrak_jax.checks import at_least, between, instance, one_of, shown
 
@@ -46,6 +53,16 @@ class Groups(NamedTuple):
     scores: np.ndarray  # float64 [queries, groups], see `group_scores`
     errors: np.ndarray  # [queries, groups]: their standard errors; NaN without
     sizes: np.ndarray  # int [groups]: the training examples of each
+
+    def shares(self) -> Shares:
+        """Returns each query's positive scores as shares that add up to one, and how much
+        negative they leave out; see `groups.shares`."""
+        return shares(self.scores)
+
+    def overall(self) -> np.ndarray:
+        """Returns the value by which groups are ranked over all queries [groups], see
+        `groups.overall`."""
+        return overall(self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +125,11 @@ class Scores:
                     f"queries and {shape[1]} training examples it must be {shape}."
                 )
         object.__setattr__(self, "columns", check_columns(self.columns, shape[1]))
+        if self.copies is not None and np.shape(self.copies) != shape[1:]:
+            raise ValueError(
+                f"copies have shape {np.shape(self.copies)}; they must name an image for "
+                f"each of the {shape[1]} training examples."
+            )
 
     def __repr__(self) -> str:
         queries, train = self.scores.shape
@@ -169,7 +191,10 @@ class Scores:
         return gallery(self, images, queries, top, count)
 
     def top(self, count: int, opposing: bool = False) -> Top:
-        """Returns every query's highest scores, or the lowest, the strongest first."""
+        """Returns every query's highest scores, or the lowest, the strongest first.
+
+        Every image is an entry: `merged().top(count)` counts copies of a picture once.
+        """
         instance("opposing", opposing, bool, np.bool_)
         count = at_least("count", count, 1, self.scores.shape[1])
         order = self.scores if opposing else -self.scores
@@ -182,24 +207,31 @@ class Scores:
         return Top(self.train_ids[index], scores, index, errors)
 
     def merged(self) -> "Scores":
-        """Returns the scores of pictures: a cluster of `copies` is one training example,
-        with the id of its first image and the sum of its images' scores and errors."""
+        """Returns the scores of pictures: a cluster of `copies` is one training example.
+
+        It has the id of its first image and the sum of its images' scores, since copies
+        share what one of them would have; or, by a method in `duplicates.COUNTED_ONCE`,
+        the highest of them. Its standard error and spread are the sum, or the highest, of
+        its images': copies share their noise. Groupings are left out; their scores are
+        those of all images, see `group`. Without copies it is the same.
+        """
         if self.copies is None:
             return self
-        names, first = np.unique(self.copies, return_index=True)
-        order, arrays = np.argsort(first), {}
+        function = np.maximum if self.method in COUNTED_ONCE else np.add
+        arrays = {}
         for name in ("scores", "errors", "spread"):
             array = getattr(self, name)
             if array is not None:
-                sums = [
-                    array[:, self.copies == picture].sum(axis=1) for picture in names
-                ]
-                arrays[name] = np.stack(sums, axis=1)[:, order]
-        ids, plain = self.train_ids[first[order]], {"columns": {}, "group_errors": {}}
+                first, arrays[name] = merge(array, self.copies, function)
+        ids, plain = self.train_ids[first], {"columns": {}, "group_errors": {}}
         return dataclasses.replace(self, **arrays, train_ids=ids, copies=ids, **plain)
 
     def group(self, column: str | Sequence[str] | np.ndarray) -> Groups:
         """Returns the groups' scores, each the sum of its training examples' scores.
+
+        Copies count as they are, as they share what one of them would have; but for a
+        method in `duplicates.COUNTED_ONCE`, of which a group's copies of a picture count
+        with the highest of their scores, and the errors of groups with copies are NaN.
 
         Args:
           column: the name of a grouping in `columns`; or any other one, a group's name
@@ -213,10 +245,19 @@ class Scores:
         if isinstance(column, str):
             one_of("column", column, self.columns)
             column, errors = self.columns[column], self.group_errors.get(column)
-        names, sums = group_scores(self.scores, column)
+        names, sums = group_scores(self.counted(column), column)
         if errors is None:
             errors = np.full(sums.shape, np.nan)
+        as_they_are = group_scores(self.scores, column)[1]
+        errors = np.where(sums == as_they_are, errors, np.nan)
         return Groups(names, sums, errors, np.unique(column, return_counts=True)[1])
+
+    def counted(self, column: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Returns the scores that groups add up [queries, train]: 0 where another copy
+        counts, see `group`."""
+        if self.copies is None or self.method not in COUNTED_ONCE:
+            return self.scores
+        return once_in_each_group(self.scores, column, self.copies)
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ends of intervals around the scores, float64 [queries, train] each.

@@ -10,7 +10,7 @@ from dtrak_jax.data.preprocess import (
     to_picture,
     to_pixels,
 )
-from dtrak_jax.data.remarks import remarks
+from dtrak_jax.data.remarks import remarks, trained_on
 from dtrak_jax.data.sources import load_images, load_queries, samples
 from dtrak_jax.data.splits import Splits, choose, load, subset_mask
 
@@ -31,4 +31,5 @@ __all__ = [
     "subset_mask",
     "to_picture",
     "to_pixels",
+    "trained_on",
 ]

@@ -74,7 +74,8 @@ def prepared(
             column = [names[number] for number in column]
         if "" in column:
             raise ValueError(
-                f"data.groups has {key!r}, which is empty for {ids[column.index('')]}."
+                f"data.groups has {key!r}, which is empty for {ids[column.index('')]}; "
+                "leave it out, or prepare the set with a group for every image."
             )
         return np.array(column, str)
 

@@ -28,6 +28,8 @@ def remarks(sets: Mapping[str, Dataset], uses_captions: bool = True) -> list[str
         lines.append(_repeated(name, images))
         if train is not None and images is not train:
             lines.append(_trained_on(name, images, train))
+        else:
+            lines += _of_groups(images)
     captioned = [n for n, s in sets.items() if s.captions is not None and len(s)]
     if captioned and not uses_captions:
         lines.append(
@@ -58,13 +60,38 @@ def _repeated(name: str, images: Dataset) -> str:
     )
 
 
+def _of_groups(images: Dataset) -> list[str]:
+    """Returns sentences on columns of groups that rank nothing, or nothing but images."""
+    lines = []
+    for column, names in images.groups.items():
+        count = len(np.unique(names))
+        if count == 1:
+            lines.append(
+                f"All {len(images)} images have the same `{column}`, {str(names[0])!r}: there "
+                "is no group to compare it with."
+            )
+        elif count == len(images):
+            lines.append(
+                f"Each of the {count} images has a `{column}` of its own: the ranking of "
+                "groups is that of images."
+            )
+    return lines
+
+
+def trained_on(queries: Dataset, train: Dataset) -> np.ndarray:
+    """Returns the id of the training image that each query is, pixel for pixel, str [q];
+    "" if it is none. Of several it is the first."""
+    by_digest = dict(zip(train.digests[::-1], train.ids[::-1], strict=True))
+    return np.array([by_digest.get(digest, "") for digest in queries.digests], str)
+
+
 def _trained_on(name: str, queries: Dataset, train: Dataset) -> str:
     """Returns the count of queries that are training images."""
-    by_digest = dict(zip(train.digests, train.ids, strict=True))
-    rows = [row for row, digest in enumerate(queries.digests) if digest in by_digest]
-    if not rows:
+    images = trained_on(queries, train)
+    rows = np.flatnonzero(images != "")
+    if not len(rows):
         return ""
-    query, image = queries.ids[rows[0]], by_digest[queries.digests[rows[0]]]
+    query, image = queries.ids[rows[0]], images[rows[0]]
     return (
         f"The same picture as a training image, pixel for pixel: {len(rows)} of "
         f"{len(queries)} {name}, such as {query} ({image}); expect each to rank itself "

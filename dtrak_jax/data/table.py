@@ -10,6 +10,9 @@ from etils import epath
 
 from dtrak_jax.checks import alike
 
+UNKNOWN = 'every image needs a group, such as "unknown"'
+"""The remedy where a cell of a column of groups is empty."""
+
 
 def read_table(
     path: epath.Path,
@@ -73,7 +76,8 @@ def read_table(
             cells = {column: (row[column] or "").strip() for column in columns}
             for column, cell in cells.items():
                 if not cell:
-                    raise ValueError(f"{where}: `{column}` is empty.")
+                    remedy = f"; {UNKNOWN}" if column in groups else ""
+                    raise ValueError(f"{where}: `{column}` is empty{remedy}.")
             _check_lines(where, row, cells)
             rows.append((where, cells))
     except csv.Error as error:

@@ -24,6 +24,7 @@ AFTER = {
     "counterfactual": ("counterfactual.json", "report"),
     "ablate": ("ablations.json", "report"),
     "report": ("", "lds"),
+    "export": ("export", "report"),
 }
 """The place of a stage's artefacts in the run directory, and the command that follows."""
 

@@ -100,6 +100,8 @@ def describe(stage: str, run: Run) -> str:
         "model each",
         "ablate": f"the studies {', '.join(config.ablation.studies)}",
         "report": "one page to look at",
+        "export": f"{config.export.format.replace('both', 'csv and json')} of scores and "
+        "groups",
     }
     return words[stage]
 

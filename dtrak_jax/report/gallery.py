@@ -38,7 +38,10 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
     """
     train = _pictures("images", images, scores.train_ids)
     query_images = _pictures("queries", queries, scores.query_ids)
-    strongest = scores.top(min(at_least("top", top, 1), len(train)))
+    # Copies of a picture are shown once.
+    pictures = scores.merged()
+    train = train[np.isin(scores.train_ids, pictures.train_ids)]
+    strongest = pictures.top(min(at_least("top", top, 1), len(train)))
     rows = []
     for i in range(min(at_least("count", count, 1), len(query_images))):
         row = [_figure(query_images[i], scores.query_ids[i], "")]

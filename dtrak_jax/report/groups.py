@@ -126,9 +126,7 @@ def _of_method(
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
     names, sums, errors, sizes = groups
-    largest = np.abs(sums).max(axis=1, keepdims=True)
-    relative = np.divide(sums, largest, out=np.zeros_like(sums), where=largest > 0)
-    mean, none = relative.mean(axis=0), np.full(len(names), np.nan)
+    mean, none = groups.overall(), np.full(len(names), np.nan)
     first = names[sums.argmax(axis=1)].tolist()
     standing = np.zeros(sums.shape, bool) if above is None else above
     return {

@@ -135,10 +135,7 @@ def of_run(run: "Run") -> Record:
     config, train, sets = run.config, run.splits.train, sorted(run.queries)
     settings, data = config.attribution, config.data
     path = run.workdir / "counterfactual" / "images.npz"
-    features = _features(run)
-    provenance = dict((run.json("config") or {}).get("begun", {}))
-    if features is not None:
-        provenance |= digests_of(features)
+    features = features_of(run)
     return Record(
         train=train,
         queries={name: run.queries[name] for name in sets},
@@ -160,7 +157,7 @@ def of_run(run: "Run") -> Record:
         top=config.report.top,
         source=SOURCES.get(data.source, data.name.rstrip("/").split("/")[-1]),
         damping=Damping(settings.damping, settings.absolute),
-        recipe=_recipe(run),
+        recipe=recipe_of(run),
         metrics=run.metrics,
         learning=learning(run.metrics, features, run.schedule, run.space.x("train")),
         lds=run.json("lds"),
@@ -169,7 +166,7 @@ def of_run(run: "Run") -> Record:
         ablations=run.json("ablations"),
         settings=_settings(config),
         versions=run.versions,
-        provenance=provenance | {"training images": train.digest},
+        provenance=provenance_of(run, features),
         # The page is listed although it may not have been written yet.
         files={
             name: text
@@ -180,7 +177,7 @@ def of_run(run: "Run") -> Record:
     )
 
 
-def _recipe(run: "Run") -> Recipe | None:
+def recipe_of(run: "Run") -> Recipe | None:
     """Returns how a run's features are made."""
     task, settings = run.task(), run.config.features
     return Recipe(
@@ -189,12 +186,20 @@ def _recipe(run: "Run") -> Recipe | None:
     )
 
 
-def _features(run: "Run") -> Features | None:
+def features_of(run: "Run") -> Features | None:
     """Returns the training images' features, if there are any."""
     try:
         return run.features("train", run.config.features.measurements[0])
     except (FileNotFoundError, ValueError):
         return None
+
+
+def provenance_of(run: "Run", features: Features | None) -> dict[str, str]:
+    """Returns when and by which command a run began, and the digests of its model and
+    training images."""
+    begun = (run.json("config") or {}).get("begun", {})
+    of_model = {} if features is None else digests_of(features)
+    return begun | of_model | {"training images": run.splits.train.digest}
 
 
 def digests_of(features: Features) -> dict[str, str]:

@@ -1,11 +1,10 @@
 """Standing: which training images and groups are above the floor, and which are not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.null import (
     LEAST_IMAGES,
     LEAST_QUERIES,
@@ -22,7 +21,7 @@ class Standing(NamedTuple):
     """The images and groups above the floor; None where that cannot be judged."""
 
     supporting: np.ndarray | None
-    """bool [queries, train]."""
+    """bool [queries, train]; of near-duplicates all or none, as one picture."""
     opposing: np.ndarray | None = None
     why: str = ""
     """The reason, if there is no judgement."""
@@ -53,28 +52,40 @@ def standings(
 
 def _elsewhere(
     scores: Mapping[str, Mapping[str, Scores]], name: str, method: str
-) -> np.ndarray | None:
+) -> list[Scores]:
     """Returns a method's scores for all sets of queries but one."""
-    sets = [of[method].scores for n, of in scores.items() if n != name and method in of]
-    return np.concatenate(sets) if sets else None
+    return [of[method] for n, of in scores.items() if n != name and method in of]
 
 
 def standing(
-    scores: Scores, unrelated: np.ndarray | None, columns: Mapping[str, np.ndarray]
+    scores: Scores, unrelated: Sequence[Scores], columns: Mapping[str, np.ndarray]
 ) -> Standing:
-    """Returns what stands out, of one method's scores for one set of queries."""
-    values = scores.scores
-    support = floor(values, unrelated)
+    """Returns what stands out, of one method's scores for one set of queries.
+
+    Pictures are judged by their `merged` scores, and so are all their copies.
+    """
+    pictures = scores.merged()
+    values, others = pictures.scores, _rows([s.merged().scores for s in unrelated])
+    support = floor(values, others)
     if support is None:
         return Standing(
             None,
             why=f"that takes {LEAST_QUERIES} queries and {LEAST_IMAGES} training images",
         )
-    oppose = floor(-values, None if unrelated is None else -unrelated)
+    oppose = floor(-values, None if others is None else -others)
+    position = {name: i for i, name in enumerate(pictures.train_ids.tolist())}
+    copies = scores.train_ids if scores.copies is None else scores.copies
+    picture_of = np.array([position[name] for name in copies.tolist()])
     groups = {}
     for column, members in columns.items():
-        limit = group_floor(values, members, unrelated)
-        groups[column] = (
-            None if limit is None else group_scores(values, members)[1] > limit
-        )
-    return Standing(values > support, -values > oppose, "", groups)
+        elsewhere = _rows([s.counted(members) for s in unrelated])
+        limit = group_floor(scores.counted(members), members, elsewhere)
+        above = None if limit is None else scores.group(members).scores > limit
+        groups[column] = above
+    supporting, opposing = values > support, -values > oppose
+    return Standing(supporting[:, picture_of], opposing[:, picture_of], "", groups)
+
+
+def _rows(sets: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Returns the scores of all sets of queries [r, n]; None if there are none."""
+    return np.concatenate(sets) if sets else None
