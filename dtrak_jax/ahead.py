@@ -235,7 +235,7 @@ CHECKS = {
     "counterfactual": removal,
     "ablate": ablate,
 }
-"""The function that checks a stage; the report shows whatever there is."""
+"""The function that checks a stage; report and export show what there is."""
 
 
 def check(run: Run, stage: str) -> None:

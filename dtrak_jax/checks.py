@@ -41,7 +41,7 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if not _is_hashable(value) or value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        near = alike(value, allowed) if len(allowed) > 1 else ""
+        near = alike(value, allowed) if isinstance(value, str) else ""
         hint = f" (did you mean {near}?)" if near else ""
         raise ValueError(f"{name} is {shown(value)}{hint}; it must be one of: {known}.")
 

@@ -63,7 +63,7 @@ def test_every_stage_is_checked_announced_and_explained(tmp_path):
     """The tables of what stages have beside their row in `pipeline.STAGES` agree."""
     names = [stage.name for stage in pipeline.STAGES]
     assert list(help.SECTION_OF) == list(messages.AFTER) == names
-    assert [*ahead.CHECKS, "report"] == names
+    assert [*ahead.CHECKS, "report", "export"] == names
     run = Run(Config(), tmp_path)
     assert all(work.describe(name, run) for name in names)
 

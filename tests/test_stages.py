@@ -29,6 +29,7 @@ FLAGS = {
     "sample.count": "3",
     "sample.steps": "5",
     "features.timesteps": "100 300",
+    "features.draws": "1",
     "features.dim": "8",
     "features.batch-size": "4",
     "ensemble.subsets": "20",
@@ -295,12 +296,17 @@ def test_a_report_shows_all_of_it(finished):
 
 def test_an_export_has_all_that_the_scores_have(workdir, capsys):
     """In JSON and in CSV, number for number; and the command line ranks the groups."""
-    methods = {"attribution__methods": "dtrak trak-ensemble"}
+    methods = {
+        "attribution__methods": "dtrak trak-ensemble",
+        "features__draws": "2",
+    }
     type_in("attribute", workdir, **methods)
     assert "  dtrak, generated, label: " in capsys.readouterr().out
     type_in("export", workdir, top="0", **methods)
     assert len(list((workdir / "export").iterdir())) == 12
-    scores = open_run(command("export", workdir)).scores("trak-ensemble", "generated")
+    scores = open_run(command("export", workdir, **methods)).scores(
+        "trak-ensemble", "generated"
+    )
     place = workdir / "export" / "trak-ensemble-generated"
     whole = files.read_json(place.with_suffix(".json"))
     assert (whole["sign"], whole["schema"]) == (attribution.scores.SIGN, 1)
@@ -314,11 +320,10 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
         images = query["images"]
         index = [position[image["image"]] for image in images]
         assert sorted(index) == list(range(60))
-        for name in ("score", "spread"):
-            exact = np.array([image[name] for image in images], np.float32)
-            array = scores.scores if name == "score" else scores.spread
-            np.testing.assert_array_equal(exact, array[row, index])
-        assert {image["error"] for image in images} == {None}
+        for name in ("scores", "errors", "spread"):
+            key = name.removesuffix("s")
+            exact = np.array([image[key] for image in images], np.float32)
+            np.testing.assert_array_equal(exact, getattr(scores, name)[row, index])
         cells = rows[60 * row : 60 * row + 60]
         assert [c[:4] for c in cells] == [
             [query["query"], str(i + 1), image["image"], str(image["score"])]
