@@ -179,6 +179,10 @@ def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
         "value": (1 + 1 / np.float64(rows[1, 2:].sum(dtype=np.float64))) / 2,
         "first_of_queries": 1,
     }
+    assert "share" not in ranking[0]
+    shared = document(scores, judged, ["", ""], 0, shares=True)["groups"]["of"]
+    assert [g["share"] for g in shared["queries"][0]["groups"]] == [1, 0]
+    assert shared["queries"][0]["left_out"] == 2 / 6
     ends = document(scores, Standing(None, why="few"), ["", ""], 1)
     assert [i["rank"] for i in ends["queries"][0]["images"]] == [1, 4]
     assert ends["queries"][0]["images"][0]["stands_out"] is None
