@@ -61,6 +61,8 @@ def test_where_features_cannot_tell_pictures_apart_only_exact_copies_are(
     for wrong, message in ((digests[1:], "digests has 11"), (None, "threshold is 2")):
         with pytest.raises(ValueError, match=message):
             duplicates.near_duplicates(features(12), wrong, 0.9 if wrong else 2)
+    with pytest.raises(ValueError, match=r"train features have shape \(5,\)"):
+        duplicates.near_duplicates(np.ones(5))
 
 
 def test_copies_share_influence_or_have_all_of_it():

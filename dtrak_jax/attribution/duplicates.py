@@ -66,8 +66,8 @@ def near_duplicates(
     equal digests. Features tell of nothing but exact copies where noise is not shared,
     as those of one picture differ then; and where they have an effective dimension, that
     of independent normal numbers with the same median of c^2, below `LEAST_DIMENSION`.
-    It takes n^2 k J / 2 multiplications, and the memory of `ENTRIES` cosines and of
-    one pair's features.
+    It takes n^2 k J / 2 multiplications, and the memory of `ENTRIES` cosines and twice
+    that of one pair's features.
 
     Args:
       train: features of the training set, [J, n, k] or [n, k].
@@ -76,14 +76,18 @@ def near_duplicates(
 
     Returns:
       str [n], to be `Scores.copies`.
+
+    Raises:
+      ValueError: features of another shape, digests of other images, or a threshold
+        that is not from 0 to 1.
     """
     train, threshold = as_features(train), between("threshold", threshold, 0, 1)
-    ids, edges = example_ids(train), []
     if len(train.shape) not in (2, 3) or 0 in train.shape:
         raise ValueError(
             f"train features have shape {tuple(train.shape)}; it must be [J, n, k] or "
             "[n, k], with nothing empty."
         )
+    ids, edges = example_ids(train), []
     if digests is not None:
         edges.append(_equal(ids, digests))
     if not isinstance(train, Features) or train.fingerprint["noise"] == "common":
