@@ -24,10 +24,12 @@ COUNTED_ONCE = frozenset(
 )
 """The methods whose scores do not shrink where there is another copy of an image.
 
-Their cluster has the score of its highest member. In all others copies share what one of
-them would have: with the leverage h = phi^T (Phi^T Phi + lambda I)^-1 phi of an image, its
-score falls to 1 / (1 + h) of what it was once there is a copy of it, and both together
-have the factor 2 / (1 + h), which is 1 if h is 1. Their cluster has the sum.
+Their cluster has the score of its highest member. In a kernel a copy takes from the other:
+with the leverage h = phi^T (Phi^T Phi + lambda I)^-1 phi of an image, its score falls to
+1 / (1 + h) of what it was once there is a copy of it. Both together have 2 / (1 + h) of it,
+from what one would have (h = 1) to twice that (h = 0), which is what removing both is
+estimated to do. Their cluster has the sum. On 1,000 digits h is .22 (`square`) and .46
+(`loss`) in the median, so that each of two copies keeps 82% and 68%.
 """
 
 THRESHOLD = 0.97
