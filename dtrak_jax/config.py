@@ -172,6 +172,9 @@ class ExportConfig:
     top: int = free(100)
     """Pictures of each query: so many with the highest scores, and so many with the
     lowest; 0 exports all. The command also takes --top."""
+    shares: bool = free(False)
+    """Give each query's groups shares of its positive scores, which add up to one; and
+    the size of the negative ones, which they leave out, as a part of the positive ones."""
 
     def __post_init__(self):
         check_choices("export", self)

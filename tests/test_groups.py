@@ -61,6 +61,8 @@ def test_where_features_cannot_tell_pictures_apart_only_exact_copies_are(
     for wrong, message in ((digests[1:], "digests has 11"), (None, "threshold is 2")):
         with pytest.raises(ValueError, match=message):
             duplicates.near_duplicates(features(12), wrong, 0.9 if wrong else 2)
+    with pytest.raises(ValueError, match=r"train features have shape \(5,\)"):
+        duplicates.near_duplicates(np.ones(5))
 
 
 def test_copies_share_influence_or_have_all_of_it():
@@ -179,6 +181,10 @@ def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
         "value": (1 + 1 / np.float64(rows[1, 2:].sum(dtype=np.float64))) / 2,
         "first_of_queries": 1,
     }
+    assert "share" not in ranking[0]
+    shared = document(scores, judged, ["", ""], 0, shares=True)["groups"]["of"]
+    assert [g["share"] for g in shared["queries"][0]["groups"]] == [1, 0]
+    assert shared["queries"][0]["left_out"] == 2 / 6
     ends = document(scores, Standing(None, why="few"), ["", ""], 1)
     assert [i["rank"] for i in ends["queries"][0]["images"]] == [1, 4]
     assert ends["queries"][0]["images"][0]["stands_out"] is None

@@ -302,7 +302,7 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
     }
     type_in("attribute", workdir, **methods)
     assert "  dtrak, generated, label: " in capsys.readouterr().out
-    type_in("export", workdir, top="0", **methods)
+    cli.main([*command("export", workdir, top="0", **methods), "--export.shares"])
     assert len(list((workdir / "export").iterdir())) == 12
     scores = open_run(command("export", workdir, **methods)).scores(
         "trak-ensemble", "generated"
@@ -329,6 +329,10 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
             [query["query"], str(i + 1), image["image"], str(image["score"])]
             for i, image in enumerate(images)
         ]
+    with open(f"{place}-groups.csv") as table:
+        header, *rows = csv.reader(table)
+    shares = [float(row[-1]) for row in rows if row[1] == whole["queries"][0]["query"]]
+    assert header[-1].startswith("share") and np.isclose(sum(shares), 1)
     groups = scores.group("label")
     assert len(groups.names) == len(whole["groups"]["label"]["overall"]) > 2
     for ranking, sums in zip(whole["groups"]["label"]["queries"], groups.scores):

@@ -24,10 +24,12 @@ COUNTED_ONCE = frozenset(
 )
 """The methods whose scores do not shrink where there is another copy of an image.
 
-Their cluster has the score of its highest member. In all others copies share what one of
-them would have: with the leverage h = phi^T (Phi^T Phi + lambda I)^-1 phi of an image, its
-score falls to 1 / (1 + h) of what it was once there is a copy of it, and both together
-have the factor 2 / (1 + h), which is 1 if h is 1. Their cluster has the sum.
+Their cluster has the score of its highest member. In a kernel a copy takes from the other:
+with the leverage h = phi^T (Phi^T Phi + lambda I)^-1 phi of an image, its score falls to
+1 / (1 + h) of what it was once there is a copy of it. Both together have 2 / (1 + h) of it,
+from what one would have (h = 1) to twice that (h = 0), which is what removing both is
+estimated to do. Their cluster has the sum. On 1,000 digits h is .22 (`square`) and .46
+(`loss`) in the median, so that each of two copies keeps 82% and 68%.
 """
 
 THRESHOLD = 0.97
@@ -66,8 +68,8 @@ def near_duplicates(
     equal digests. Features tell of nothing but exact copies where noise is not shared,
     as those of one picture differ then; and where they have an effective dimension, that
     of independent normal numbers with the same median of c^2, below `LEAST_DIMENSION`.
-    It takes n^2 k J / 2 multiplications, and the memory of `ENTRIES` cosines and of
-    one pair's features.
+    It takes n^2 k J / 2 multiplications, and the memory of `ENTRIES` cosines and twice
+    that of one pair's features.
 
     Args:
       train: features of the training set, [J, n, k] or [n, k].
@@ -76,14 +78,18 @@ def near_duplicates(
 
     Returns:
       str [n], to be `Scores.copies`.
+
+    Raises:
+      ValueError: features of another shape, digests of other images, or a threshold
+        that is not from 0 to 1.
     """
     train, threshold = as_features(train), between("threshold", threshold, 0, 1)
-    ids, edges = example_ids(train), []
     if len(train.shape) not in (2, 3) or 0 in train.shape:
         raise ValueError(
             f"train features have shape {tuple(train.shape)}; it must be [J, n, k] or "
             "[n, k], with nothing empty."
         )
+    ids, edges = example_ids(train), []
     if digests is not None:
         edges.append(_equal(ids, digests))
     if not isinstance(train, Features) or train.fingerprint["noise"] == "common":

@@ -209,9 +209,9 @@ class Scores:
     def merged(self) -> "Scores":
         """Returns the scores of pictures: a cluster of `copies` is one training example.
 
-        It has the id of its first image and the sum of its images' scores, since copies
-        share what one of them would have; or, by a method in `duplicates.COUNTED_ONCE`,
-        the highest of them. Its standard error and spread are the sum, or the highest, of
+        It has the id of its first image and the sum of its images' scores, the estimate
+        for removing all of them; or, by a method in `duplicates.COUNTED_ONCE`, of which
+        each copy has the whole score, the highest of them. Its standard error and spread are the sum, or the highest, of
         its images': copies share their noise. Groupings are left out; their scores are
         those of all images, see `group`. Without copies it is the same.
         """
@@ -229,7 +229,7 @@ class Scores:
     def group(self, column: str | Sequence[str] | np.ndarray) -> Groups:
         """Returns the groups' scores, each the sum of its training examples' scores.
 
-        Copies count as they are, as they share what one of them would have; but for a
+        Copies count as they are, as a score is lower where there is one; but for a
         method in `duplicates.COUNTED_ONCE`, of which a group's copies of a picture count
         with the highest of their scores, and the errors of groups with copies are NaN.
 

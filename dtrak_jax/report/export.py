@@ -37,6 +37,9 @@ GROUPS = (
 )
 """The columns of METHOD-QUERIES-groups.csv."""
 
+SHARE = "share [of the query's positive scores]"
+"""A further column, if shares are asked for."""
+
 
 def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
     """Yields the name and content of each file of export/, see `document`.
@@ -55,7 +58,9 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
         twins = data.trained_on(run.queries[name], train)
         for method, s in of_set.items():
             facts = {"schema": SCHEMA, "queries_of": name} | shared
-            whole = facts | document(s, standing[name][method], twins, settings.top)
+            whole = facts | document(
+                *(s, standing[name][method], twins, settings.top, settings.shares)
+            )
             place = f"{method}-{name}"
             if settings.format != "csv":
                 text = json.dumps(whole, indent=1, allow_nan=False)
@@ -63,7 +68,8 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
             if settings.format != "json":
                 yield f"{place}.csv", _table(IMAGES, _image_rows(whole))
                 if whole["groups"]:
-                    yield f"{place}-groups.csv", _table(GROUPS, _group_rows(whole))
+                    header = (*GROUPS, *[SHARE] * settings.shares)
+                    yield f"{place}-groups.csv", _table(header, _group_rows(whole))
 
 
 def _facts(run: "Run") -> dict:
@@ -81,7 +87,11 @@ def _facts(run: "Run") -> dict:
 
 
 def document(
-    scores: Scores, standing: Standing, twins: Sequence[str], top: int
+    scores: Scores,
+    standing: Standing,
+    twins: Sequence[str],
+    top: int,
+    shares: bool = False,
 ) -> dict:
     """Returns the part of the JSON that is one method's: its scores and their errors.
 
@@ -92,6 +102,7 @@ def document(
       standing: what stands out of them.
       twins: for each query the training image that it is, "" if it is none.
       top: pictures with the highest scores, and as many with the lowest; 0 takes all.
+      shares: give groups shares too, and say what these leave out.
     """
     copies = scores.train_ids if scores.copies is None else scores.copies
     picture_of = dict(zip(scores.train_ids.tolist(), copies.tolist(), strict=True))
@@ -136,7 +147,9 @@ def document(
         },
         "top": top or None,
         "queries": queries,
-        "groups": {name: _grouping(scores, name, standing) for name in scores.columns},
+        "groups": {
+            name: _grouping(scores, name, standing, shares) for name in scores.columns
+        },
     }
 
 
@@ -164,33 +177,27 @@ def _ranked(pictures: Scores, row: int, top: int) -> list[tuple[int, dict]]:
     ]
 
 
-def _grouping(scores: Scores, name: str, standing: Standing) -> dict:
+def _grouping(scores: Scores, name: str, standing: Standing, shares: bool) -> dict:
     """Returns the rankings of a grouping: over all queries, and for each of them."""
     groups, above = scores.group(name), standing.groups.get(name)
     first = np.bincount(groups.scores.argmax(axis=1), minlength=len(groups.names))
     kept = {"group": groups.names.tolist(), "images": groups.sizes.tolist()}
-    value = groups.overall()
+    value, (parts, left_out) = groups.overall(), groups.shares()
     overall = kept | {"value": _numbers(value), "first_of_queries": first.tolist()}
-    return {
-        "overall": _ranking(overall, value),
-        "queries": [
-            {
-                "query": str(query),
-                "groups": _ranking(
-                    kept
-                    | {
-                        "score": _numbers(groups.scores[i]),
-                        "error": _numbers(groups.errors[i]),
-                        "stands_out": [None] * len(groups.names)
-                        if above is None
-                        else above[i].tolist(),
-                    },
-                    groups.scores[i],
-                ),
-            }
-            for i, query in enumerate(scores.query_ids)
-        ],
-    }
+    queries = []
+    for i, query in enumerate(scores.query_ids):
+        columns = kept | {
+            "score": _numbers(groups.scores[i]),
+            "error": _numbers(groups.errors[i]),
+            "stands_out": [None] * len(first) if above is None else above[i].tolist(),
+        }
+        more = {}
+        if shares:
+            columns["share"] = _numbers(parts[i])
+            (more["left_out"],) = _numbers(left_out[i : i + 1])
+        ranking = _ranking(columns, groups.scores[i])
+        queries.append({"query": str(query)} | more | {"groups": ranking})
+    return {"overall": _ranking(overall, value), "queries": queries}
 
 
 def _ranking(columns: dict[str, list], values: np.ndarray) -> list[dict]:
