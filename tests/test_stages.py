@@ -28,6 +28,7 @@ FLAGS = {
     "sample.count": "3",
     "sample.steps": "5",
     "features.timesteps": "100 300",
+    "features.draws": "1",
     "features.dim": "8",
     "features.batch-size": "4",
     "ensemble.subsets": "20",
