@@ -52,6 +52,7 @@ FLAGS = {
     "sample.steps": "3",
     "sample.batch-size": "2",
     "features.timesteps": "100 300 500",
+    "features.draws": "1",
     "features.dim": "64",
     "features.batch-size": "2",
     "ensemble.subsets": "5",

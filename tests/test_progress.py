@@ -11,6 +11,7 @@ from conftest import apply, init
 
 import dtrak_jax as dtrak
 from dtrak_jax import progress
+from dtrak_jax.progress import counted
 
 
 @pytest.fixture
@@ -106,3 +107,8 @@ def test_features_are_counted_as_the_devices_get_them(one_device, images, monkey
     params = init(jax.random.key(0))
     dtrak.featurize(task, params, images, dtrak.Projection(dim=4), batch_size=5)
     assert list(itertools.accumulate(steps)) == [1, 3, 5, 6, 8, 10, 11, 12]
+
+
+def test_one_thing_has_no_plural():
+    assert [counted(n, "query") for n in (1, 2000)] == ["1 query", "2,000 queries"]
+    assert [counted(n, "image") for n in (0, 1)] == ["0 images", "1 image"]

@@ -91,7 +91,7 @@ def describe(stage: str, run: Run) -> str:
         if run.is_sampled
         else "nothing, as the queries are given",
         "retrain": f"{ensemble.subsets} x {ensemble.seeds} models of "
-        f"{member_steps(config):,} steps{more}",
+        f"{counted(member_steps(config), 'step')}{more}",
         "featurize": f"gradients of {counted(images, 'image')}",
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
         "lds": "scores against retrained models",

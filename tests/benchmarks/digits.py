@@ -20,7 +20,7 @@ from tests.benchmarks.workload import DIGITS
 FLAGS = """
     --data.train 300 --data.validation 100 --sample.count 0
     --train.steps 1000 --train.checkpoints 1.0 --train.batch-size 48
-    --features.timesteps 200 400 --features.dim 1024
+    --features.timesteps 200 400 --features.draws 1 --features.dim 1024
     --ensemble.subsets 16 --ensemble.seeds 1 --ensemble.timesteps 10 --ensemble.draws 1
     --attribution.methods dtrak trak pixel-cosine random
 """
