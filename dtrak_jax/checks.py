@@ -41,8 +41,9 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     """Raises a ValueError that lists what is allowed, unless `value` is in it."""
     if not _is_hashable(value) or value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
-        near = alike(value, allowed) if isinstance(value, str) else ""
-        hint = f" (did you mean {near}?)" if near else ""
+        # Names that differ in a letter or two: what is in a file is no slip of the hand.
+        near = difflib.get_close_matches(str(value), map(str, allowed), 1, 0.8)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{name} is {shown(value)}{hint}; it must be one of: {known}.")
 
 
