@@ -9,7 +9,8 @@ at full size. Checkpoints take 1.2 GB on disk, features 1.8 GB and the ensemble 
 (176 GB more pass through while members are trained). On 16 chips of a TPU v5e it is
 planned, not measured, to take 0.11 hours of training, 0.14 of gradients, 4.1 of
 retraining 192 models and 31.3 of measuring their losses, at peak rates, and 14 of a
-chip's 16 GiB:
+chip's 16 GiB; on 8 chips of a v5p 0.03, 0.06, 2.0 and 18.1 hours, and 31 of 95
+GiB:
 
     dtrak-jax plan configs/artbench2.py --topology v5e:4x4 --base.dtype bfloat16
 
@@ -18,13 +19,13 @@ The base is in float16, as in the paper. A TPU multiplies in bfloat16; there add
     --base.dtype bfloat16
 
 The project's own features, with common noise, kept apart at ten timesteps, take a tenth
-of the gradients:
+of the gradients; they are not planned:
 
     --features.noise common --features.per-timestep --features.timesteps 10
     --features.dim 4096 --features.batch-size 16
 
 As many gradients with `--features.timesteps 5 --features.draws 2` give scores standard
-errors; the plans are of one draw.
+errors.
 
 The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the

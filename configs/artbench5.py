@@ -15,7 +15,7 @@ On a TPU, and for the project's own features, the flags are those of `artbench2.
     --features.dim 4096 --features.batch-size 16
 
 As many gradients with `--features.timesteps 5 --features.draws 2` give scores standard
-errors; the plans are of one draw.
+errors.
 
 The notebooks of github.com/sail-sg/D-TRAK let expect this LDS in percent, the mean and
 standard deviation of a bootstrap over 64 subsets, with one model, 100 timesteps and the

@@ -188,16 +188,19 @@ def test_no_result_is_typed_by_hand(document):
     assert not re.findall(r"(?<![\w.])[−-]?\.\d\d+", text)
 
 
-@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba", "artbench2"])
-def test_configs_say_what_is_planned(config):
-    plan = json.loads(
-        (RESULTS / "plans" / f"{config}_reference_v5e-4x4.json").read_text()
-    )
+def planned(name):
+    """The hours of each stage of a plan, and the GiB of the largest."""
+    plan = json.loads((RESULTS / "plans" / f"{name}.json").read_text())
     hours: dict[str, float] = {}
     for row in plan["stages"]:
         stage = row["stage"].partition(" ")[0]
         hours[stage] = hours.get(stage, 0) + row["seconds"] / 3600
-    memory = max(row["memory"] for row in plan["stages"]) / 2**30
+    return hours, max(row["memory"] for row in plan["stages"]) / 2**30
+
+
+@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba", "artbench2"])
+def test_configs_say_what_is_planned(config):
+    hours, memory = planned(f"{config}_reference_v5e-4x4")
     said = " ".join(
         ast.get_docstring(
             ast.parse((ROOT / "configs" / f"{config}.py").read_text())
@@ -211,6 +214,13 @@ def test_configs_say_what_is_planned(config):
     }.items():
         assert text.format(hours[stage]) in said
     assert f"{memory:.0f} of a chip's 16 GiB" in said
+    if config.startswith("artbench"):
+        hours, memory = planned(f"{config}_reference_v5p-2x2x2")
+        assert (
+            f"on 8 chips of a v5p {hours['train']:.2f}, {hours['featurize']:.2f}, "
+            f"{hours['retrain']:.1f} and {hours['measure']:.1f} hours, and "
+            f"{memory:.0f} of 95 GiB"
+        ) in said
 
 
 def test_results_name_their_revision():
