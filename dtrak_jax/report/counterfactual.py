@@ -49,6 +49,7 @@ def counterfactual(
         **result,
         "images": images,
         "removals": _ordered(names),
+        "sets": any(row["removal"].endswith("-set") for row in rows),
         "distances": {(r["query"], r["removal"]): r["pixel_l2"] for r in rows},
         "shown": min(count, len(images.get("query_ids", ()))),
         "metrics": {metric: label(metric) for metric in charts},

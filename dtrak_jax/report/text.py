@@ -15,10 +15,14 @@ CONTROLS = {
 
 
 def method_name(method: str) -> str:
-    """Returns the label of a method or control; an unknown name is its own label."""
-    name = method.removesuffix("-squared")
-    label = CONTROLS.get(name) or (METHODS[name].label if name in METHODS else name)
-    return label if name == method else f"{label} squared"
+    """Returns the label of a method, control or removal by one, such as "TRAK set"; an
+    unknown name is its own label."""
+    name, _, rule = method.rpartition("-")
+    if rule in ("squared", "set"):
+        return f"{method_name(name)} {rule}"
+    return CONTROLS.get(method) or (
+        METHODS[method].label if method in METHODS else method
+    )
 
 
 def capitalized(text: str) -> str:
