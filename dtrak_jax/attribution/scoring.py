@@ -13,7 +13,8 @@ from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
-from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.attribution.mean import ensemble_mean
+from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.features import Features
 from dtrak_jax.training import kept_steps
 
