@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
 SCHEMA = 1
-"""The version of the schema, which dtrak_jax/README.md describes."""
+"""The version of the schema, which README.md describes."""
 
 UNIT = "unit of the query"
 """The unit of scores in the header of a CSV: they are comparable within a query only."""

@@ -85,7 +85,7 @@ def anchors(sets: Mapping[str, Dataset]) -> dict[str, list[str]]:
 
 
 def _slug(text: str) -> str:
-    """Returns text of letters, digits, dots and hyphens only."""
+    """Returns text of letters, digits, underscores, dots and hyphens only."""
     return re.sub(r"[^\w.-]", "-", text)
 
 
