@@ -154,19 +154,19 @@ def retrain(run: Run) -> None:
 
 
 def check_recipe(run: Run, models: int, trainings: float) -> None:
-    """Raises a ValueError unless it is said how a given model was trained; then warns of it.
+    """Raises a ValueError unless it is said how a given model was trained, or warns of it.
 
-    So many models are to be trained in the same way, which takes the steps of so many
-    trainings on all images.
+    Args:
+      models: the number of models that are to be trained in the same way.
+      trainings: the steps of all of them, in units of one training on all images.
     """
     train = run.config.train
     if not run.config.is_given:
         return
     if not train.steps:
         settings = locks.deciding(run.config, ("train",))
-        others = ", ".join(
-            f"{k}={v}" for k, v in settings.items() if k != "train.steps"
-        )
+        del settings["train.steps"]
+        others = ", ".join(f"{name}={value}" for name, value in settings.items())
         usual = TrainConfig().steps
         raise ValueError(
             f"{models} models are to be trained as the given one was, which its files do "

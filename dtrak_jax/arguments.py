@@ -33,9 +33,6 @@ METHODS = ("dtrak", "trak", "pixel-cosine")
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 """The class of diffusers that text-to-image takes, versions 1 and 2."""
 
-IN_EXPORT = {"--format": "--export.format", "--top": "--export.top"}
-"""Short flags of `dtrak-jax export`, and the settings that they stand for."""
-
 
 def parse(
     arguments: Sequence[str], commands: Mapping[str, str]
@@ -61,8 +58,7 @@ def parse(
     flags.known(command, commands, "command")
     path, words = split_config(words)
     if command == "export":
-        parts = (word.partition("=") for word in words)
-        words = [IN_EXPORT.get(flag, flag) + sep + value for flag, sep, value in parts]
+        words = list(map(flags.of_export, words))
     asked = [word for word in words if word.startswith("--help") or word == "-h"]
     if asked:
         config = load_config(path) if path else without_file("")

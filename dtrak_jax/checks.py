@@ -8,13 +8,7 @@ import operator
 import re
 import typing
 import warnings
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Literal
 
@@ -90,9 +84,9 @@ def real_numbers(name: str, value: object, ndim: int | None = None) -> np.ndarra
             raise TypeError(f"{array.dtype} {array.shape}")
         return array.astype(np.float64)
     except (TypeError, ValueError) as error:
+        axes = "" if ndim is None else f" with {ndim} axes"
         raise ValueError(
-            f"{name} is {shown(value)}; it must be an array of real numbers"
-            f"{'' if ndim is None else f' with {ndim} axes'}."
+            f"{name} is {shown(value)}; it must be an array of real numbers{axes}."
         ) from error
 
 

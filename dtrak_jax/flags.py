@@ -21,6 +21,9 @@ SHORT = {
 }
 """Short flags, and those of the settings that they stand for."""
 
+OF_EXPORT = {"--format": "--export.format", "--top": "--export.top"}
+"""Short flags of `dtrak-jax export`, and the settings that they stand for."""
+
 OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
 """Flags of no setting."""
 
@@ -53,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def of_export(word: str) -> str:
+    """Returns a short flag of `dtrak-jax export` in full; other words unchanged."""
+    flag, equals, value = word.partition("=")
+    return OF_EXPORT.get(flag, flag) + equals + value
+
+
 def dashed(word: str) -> str:
     """Returns a flag with dashes for the underscores of its name; other words unchanged."""
     flag, equals, value = word.partition("=")
@@ -80,6 +89,7 @@ def value_of(name: str, kind: object, words: str | list[str] | bool) -> object:
     kinds = typing.get_args(kind) if help.is_union(kind) else (kind,)
     many = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is tuple]
     if isinstance(words, list) and len(kinds) > 1 and len(words) == 1:
+        # Of a number or several, a single word is the number.
         words = words[0]
     if isinstance(words, list):
         if not words and len(kinds) > 1:

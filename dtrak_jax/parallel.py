@@ -93,7 +93,13 @@ def agreed(answer: bool) -> bool:
     Whatever decides which way all processes go is agreed on, such as whether a file
     exists: it may appear between two looks, or not be visible on every host yet.
     """
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+    return bool(of_main_process(np.asarray(answer)))
+
+
+def of_main_process(array: np.ndarray) -> np.ndarray:
+    """Returns the main process's array in every process: hosts may round differently, and
+    must not go different ways."""
+    return multihost_utils.broadcast_one_to_all(array)
 
 
 def share(count: int) -> slice:

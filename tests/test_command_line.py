@@ -111,6 +111,10 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
         ),
         (["run", str(DIGITS), "--attribution.methods", "trak", "trak"], "'trak' twice"),
         (
+            ["run", str(DIGITS), "--counterfactual.sets", "trak", "trak"],
+            "counterfactual.sets has 'trak' twice",
+        ),
+        (
             ["run", str(DIGITS), "--features.measurements", "l1", "l1-norm"],
             "features.measurements has 'l1' twice",
         ),

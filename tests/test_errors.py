@@ -12,7 +12,7 @@ from test_attribution import as_features
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
 from dtrak_jax.attribution import PairSum
-from dtrak_jax.attribution.scores import ensemble_mean
+from dtrak_jax.attribution.mean import ensemble_mean
 
 T, R, N, Q, K = 2, 3, 9, 4, 14
 COLUMN = np.array(["b", "a", "b", "c", "a", "a", "c", "b", "b"])

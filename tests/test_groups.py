@@ -150,7 +150,7 @@ def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
     above = np.zeros(rows.shape, bool)
     above[0, [0, 2]] = True
     judged = Standing(above, np.zeros_like(above), "", {"of": above[:, :2]})
-    whole = json.loads(json.dumps(document(scores, judged, ["c", ""], 0)))
+    whole = json.loads(json.dumps(document(scores, judged, [["c"], []], 0)))
     assert whole["copies"]["clusters"] == {"a": ["a", "c"]}
     assert whole["errors"] == {"degrees_of_freedom": 4}
     first, second = whole["queries"]
@@ -182,10 +182,10 @@ def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
         "first_of_queries": 1,
     }
     assert "share" not in ranking[0]
-    shared = document(scores, judged, ["", ""], 0, shares=True)["groups"]["of"]
+    shared = document(scores, judged, [[], []], 0, shares=True)["groups"]["of"]
     assert [g["share"] for g in shared["queries"][0]["groups"]] == [1, 0]
     assert shared["queries"][0]["left_out"] == 2 / 6
-    ends = document(scores, Standing(None, why="few"), ["", ""], 1)
+    ends = document(scores, Standing(None, why="few"), [[], []], 1)
     assert [i["rank"] for i in ends["queries"][0]["images"]] == [1, 4]
     assert ends["queries"][0]["images"][0]["stands_out"] is None
     assert ends["not_judged"] == "few"

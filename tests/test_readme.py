@@ -105,7 +105,7 @@ def test_the_script_that_checks_scores(tmp_path, monkeypatch, capsys, images):
     lds, removed = capsys.readouterr().out.splitlines()
     assert lds.startswith("LDS(") and "16 subsets × 2 seeds" in lds
     assert removed.startswith("Counterfactual(2 queries, 20 of 24 removed")
-    assert len(list((tmp_path / "retrained").glob("*.npz"))) == 32
+    assert len(list((tmp_path / "models").glob("*.npz"))) == 32
 
 
 def commands():

@@ -32,6 +32,7 @@ from dtrak_jax.config import (
 from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion import Schedule, linear_schedule
 from dtrak_jax.diffusion.config import build_schedule
+from dtrak_jax.digests import digest_rows
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, of_run
 from dtrak_jax.report import page as page_of
@@ -102,6 +103,14 @@ class FakeRun:
         self.config = dataclasses.replace(self.config, **{section: changed})
 
 
+class Pictures(SimpleNamespace):
+    """A data set whose images a test may change."""
+
+    @property
+    def digests(self):
+        return np.array(digest_rows(self.images))
+
+
 def page(run):
     """The page of a run."""
     return page_of(of_run(run))
@@ -120,7 +129,7 @@ def make(
         nothing = {"labels": None, "label_names": (), "captions": None}
         nothing["digest"] = "d4ta"
         columns = nothing | {"groups": {}} | known
-        return SimpleNamespace(images=images, ids=np.array(ids), **columns)
+        return Pictures(images=images, ids=np.array(ids), **columns)
 
     ids = [*(f"train-{i:03d}" for i in range(n - 1)), LONG]
     known = {"labels": np.arange(n) % 2, "label_names": ("cat", "dog")}

@@ -9,6 +9,7 @@ import pytest
 from test_lds import make_truth
 
 import dtrak_jax as dtrak
+from dtrak_jax import files
 from dtrak_jax.evaluation import trust
 
 N, QUERIES = 20, 3
@@ -110,6 +111,17 @@ def test_what_is_wrong_is_refused_before_the_second_model_is_done(changes, messa
     with pytest.raises(ValueError, match=message):
         retrain(train, **changes)
     assert len(train.calls) <= ("losses" in changes) + ("query_ids" in changes) * 1 + 1
+
+
+def test_a_store_that_says_no_version_is_continued(tmp_path):
+    retrain(store=tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        saved = files.read_npz(path)
+        del saved["version"]
+        files.write_npz(path, **saved)
+    again = Trained()
+    retrain(again, store=tmp_path)
+    assert not again.calls
 
 
 def test_a_seed_that_is_not_used_is_said():

@@ -297,7 +297,7 @@ def removals(part: str) -> list[dict]:
 
 
 def removal() -> Lines:
-    """What the removal of 200 training images did to generated digits."""
+    """Returns the table of what removing 200 training images did to generated digits."""
     rows, lines = removals("summary"), [["removed", *MEASURED.values()]]
     for name, text in REMOVED.items():
         own = [pick(rows, method=name, metric=metric) for metric in MEASURED]
@@ -307,7 +307,7 @@ def removal() -> Lines:
 
 
 def removal_differences() -> Lines:
-    """How much more one removal did than another, image by image."""
+    """Returns the table of how much more one removal did than another, image by image."""
     rows, lines = removals("rows"), [["removed", "compared with", *MEASURED.values()]]
     pairs = [("dtrak", name) for name in ("trak", "dtrak-squared", "reference")]
     for pair in [*pairs, ("pixel-cosine", "dtrak")]:

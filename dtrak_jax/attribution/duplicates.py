@@ -50,7 +50,7 @@ SAMPLE = 1024
 """Images whose cosines tell the effective dimension."""
 
 ENTRIES = 2**26
-"""Cosines that are in memory at one time."""
+"""Cosines that are added up at one time."""
 
 
 def near_duplicates(
@@ -68,8 +68,8 @@ def near_duplicates(
     equal digests. Features tell of nothing but exact copies where noise is not shared,
     as those of one picture differ then; and where they have an effective dimension, that
     of independent normal numbers with the same median of c^2, below `LEAST_DIMENSION`.
-    It takes n^2 k J / 2 multiplications, and the memory of `ENTRIES` cosines and twice
-    that of one pair's features.
+    It takes n^2 k J / 2 multiplications, and twice the memory of `ENTRIES` cosines and of
+    one pair's features.
 
     Args:
       train: features of the training set, [J, n, k] or [n, k].
@@ -132,7 +132,7 @@ def _alike(train: Array, threshold: float) -> list[np.ndarray]:
         sizes = sizes + _squares(phi)
     # What is left of equal features is rounding.
     varies = squares > 1e-10 * sizes
-    scale = 1 / np.sqrt(np.where(varies, squares, np.inf))
+    scale = (1 / np.sqrt(np.where(varies, squares, np.inf))).astype(np.float32)
     edges, chunks = [], chunks_of(n, max(1, ENTRIES // n))
     for rows in progress(chunks, "near-duplicates", unit="block", delay=2):
         height, later = rows.stop - rows.start, slice(rows.start, n)
@@ -140,7 +140,8 @@ def _alike(train: Array, threshold: float) -> list[np.ndarray]:
         for phi, mean in zip(by_pair(train), means, strict=True):
             differences = phi[later] - mean
             cosines += differences[:height] @ differences.T
-        cosines *= np.outer(scale[rows], scale[later])
+        cosines *= scale[rows, None]
+        cosines *= scale[later]
         if not rows.start and _dimension(cosines[:SAMPLE, :SAMPLE]) < LEAST_DIMENSION:
             return []
         edges.append(np.argwhere(cosines >= threshold).T + rows.start)

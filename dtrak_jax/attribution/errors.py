@@ -23,7 +23,7 @@ class PairSum:
     the others of t count R / (R - 1) times, and tau becomes tau + R / (R - 1) (mean_r
     tau_tr - tau_tr). It is the error of tau as an estimate of sum_t R E[tau_tr], the
     score that many draws at the same timesteps would give, as a sum over as many pairs.
-    Kernels are those of their draw, and so are their errors. Draws must be independent.
+    A draw's kernel is a part of its scatter. Draws must be independent.
 
     Timesteps whose scores scatter more decide the error, and few draws tell little of it.
     With v_t timestep t's part of SE^2, summed over queries and examples, it has
@@ -38,8 +38,6 @@ class PairSum:
 
     Attributes:
       total: tau, float64 [q, n].
-      errors: SE, float64 [q, n]; None where there is one draw.
-      group_errors: SE of each grouping's sums, float64 [q, G]; {} where there is one draw.
     """
 
     def __init__(
@@ -77,12 +75,15 @@ class PairSum:
 
     @property
     def errors(self) -> np.ndarray | None:
+        """The standard error of every sum, float64 [q, n]; None where there is one draw."""
         if self.draws == 1:
             return None
         return np.sqrt(self.draws / (self.draws - 1) * self._squares)
 
     @property
     def group_errors(self) -> dict[str, np.ndarray]:
+        """The standard errors of each grouping's sums, float64 [q, G], by grouping; {}
+        where there is one draw."""
         if self.draws == 1:
             return {}
         return {name: sums.errors for name, (_, sums) in self._groups.items()}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dtrak_jax import parallel
 from dtrak_jax.attribution import linalg
@@ -59,8 +58,7 @@ def solve(phi: np.ndarray, query: np.ndarray, damping: float) -> np.ndarray:
     for _ in rounds:
         norms = np.linalg.norm(residual, axis=1, keepdims=True)
         right = np.divide(residual, norms, out=np.zeros_like(b), where=norms > 0)
-        # Hosts may round differently, and must not go different ways.
-        right = multihost_utils.broadcast_one_to_all(right.T.astype(np.float32))
+        right = parallel.of_main_process(right.T.astype(np.float32))
         x = x + norms * np.asarray(correct(spread, right, np.float32(damping))).T
         if dual:
             tau = x
@@ -71,7 +69,7 @@ def solve(phi: np.ndarray, query: np.ndarray, damping: float) -> np.ndarray:
         residual = b - image - damping * x
         error, size = (np.linalg.norm(rows, axis=1) for rows in (gain * residual, tau))
         previous, worst = worst, np.divide(error, size, out=error, where=size > 0).max()
-        worst = float(multihost_utils.broadcast_one_to_all(np.float32(worst)))
+        worst = float(parallel.of_main_process(np.float32(worst)))
         rounds.set_postfix(error=worst)
         if worst <= TOLERANCE:
             return tau

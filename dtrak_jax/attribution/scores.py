@@ -206,14 +206,26 @@ class Scores:
         )
         return Top(self.train_ids[index], scores, index, errors)
 
+    @property
+    def picture_ids(self) -> np.ndarray:
+        """The id of the picture that each training example is, str [train]: its entry of
+        `copies`, and its own without them."""
+        return self.train_ids if self.copies is None else self.copies
+
+    @property
+    def picture_rows(self) -> np.ndarray:
+        """The positions of the training examples that are the columns of `merged`."""
+        return np.sort(np.unique(self.picture_ids, return_index=True)[1])
+
     def merged(self) -> "Scores":
         """Returns the scores of pictures: a cluster of `copies` is one training example.
 
         It has the id of its first image and the sum of its images' scores, the estimate
         for removing all of them; or, by a method in `duplicates.COUNTED_ONCE`, of which
-        each copy has the whole score, the highest of them. Its standard error and spread are the sum, or the highest, of
-        its images': copies share their noise. Groupings are left out; their scores are
-        those of all images, see `group`. Without copies it is the same.
+        each copy has the whole score, the highest of them. Its standard error and spread
+        are the sum, or the highest, of its images': copies share their noise. Groupings
+        are left out; their scores are those of all images, see `group`. Without copies
+        it is the same.
         """
         if self.copies is None:
             return self
@@ -307,51 +319,3 @@ class Scores:
             keys = [key for key in saved if key.startswith(f"{name}/")]
             saved[name] = {key.removeprefix(f"{name}/"): saved[key] for key in keys}
         return cls(**{f.name: saved.get(f.name) for f in dataclasses.fields(cls)})
-
-
-def ensemble_mean(scores: Sequence[Scores]) -> Scores:
-    """Returns the mean of the scores of S models, (1/S) sum_s tau_s(q, n).
-
-    Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
-    subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
-    The mean keeps a damping that all models share, and no kernel. `spread` is the
-    standard deviation sqrt(sum_s (tau_s - mean)^2 / (S - 1)). `errors` are the mean of
-    the models' errors, the largest that the mean's can be, since models may share their
-    noise. Scores that do not belong together raise a ValueError.
-    """
-    if not scores:
-        raise ValueError("scores is empty; an ensemble needs those of a model or more.")
-    first = scores[0]
-    compared = {"method": "method", "train_ids": "training images"}
-    compared["query_ids"] = "queries"
-    for index, member in enumerate(scores):
-        for name, what in compared.items():
-            if not np.array_equal(getattr(member, name), getattr(first, name)):
-                raise ValueError(
-                    f"scores[{index}] and scores[0] differ in {what}; an ensemble needs "
-                    "scores of one method for the same queries and training examples, in "
-                    "the same order."
-                )
-    arrays = [member.scores.astype(np.float64) for member in scores]
-    mean = sum(arrays) / len(arrays)
-    spread = None
-    if len(arrays) > 1:
-        squares = sum((array - mean) ** 2 for array in arrays)
-        spread = np.sqrt(squares / (len(arrays) - 1)).astype(np.float32)
-    dampings = {member.damping for member in scores}
-    groupings = set(first.group_errors).intersection(*(m.group_errors for m in scores))
-    return dataclasses.replace(
-        first,
-        scores=mean.astype(np.float32),
-        damping=first.damping if len(dampings) == 1 else None,
-        lambdas=None,
-        eigenvalues=None,
-        made_from="",
-        errors=np.mean([member.errors for member in scores], axis=0),
-        spread=spread,
-        group_errors={
-            name: np.mean([member.group_errors[name] for member in scores], axis=0)
-            for name in sorted(groupings)
-        },
-        freedom=min(member.freedom for member in scores),
-    )

@@ -13,7 +13,8 @@ from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
-from dtrak_jax.attribution.scores import Scores, ensemble_mean
+from dtrak_jax.attribution.mean import ensemble_mean
+from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.features import Features
 from dtrak_jax.training import kept_steps
 
@@ -121,10 +122,8 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     """Calls the function with (train, query), or (kernels, query, damping)."""
     measurement = method.measurement
     queries = {q: run.features(q, measurement, folder) for q in run.queries}
-    groups = run.splits.train.groupings
-    return score(
-        *(method, run.kernels(measurement, folder), queries, run.damping, groups)
-    )
+    kernels, groups = run.kernels(measurement, folder), run.splits.train.groupings
+    return score(method, kernels, queries, run.damping, groups)
 
 
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -148,10 +147,12 @@ def _journey(run: "Run", method: "Method") -> dict[str, Scores]:
 def _each(arguments: Callable, run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with arguments(run, method, name) for each set of queries."""
     train, results = run.splits.train, {}
+    columns = train.groupings
     for name, examples in run.queries.items():
         rows = method.function(*arguments(run, method, name)).astype(np.float32)
-        ids, columns = (train.ids, examples.ids), train.groupings
-        results[name] = Scores(rows, *ids, method.name, columns=columns)
+        results[name] = Scores(
+            rows, train.ids, examples.ids, method.name, columns=columns
+        )
     return results
 
 

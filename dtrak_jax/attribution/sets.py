@@ -21,12 +21,7 @@ import scipy.linalg
 from dtrak_jax import host
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
-from dtrak_jax.attribution.kernel import (
-    DEFAULT_DAMPING,
-    Damping,
-    Kernel,
-    Kernels,
-)
+from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernel, Kernels
 from dtrak_jax.checks import at_least
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -49,7 +44,7 @@ class RemovalSet(NamedTuple):
 class Candidates(NamedTuple):
     """Candidates with equally many rows of a kernel."""
 
-    names: np.ndarray  # their positions among all candidates [c]
+    names: np.ndarray  # int [c]: their positions among all candidates
     rows: np.ndarray  # int [c, b]
     leverages: np.ndarray  # M of these rows with each other [c, b, b]
 
@@ -68,6 +63,7 @@ class Removable:
         ones: np.ndarray,
         candidates: Sequence[np.ndarray],
     ):
+        """Begins with nothing removed; `candidates` are the rows of each, int [b]."""
         self.factor = factor  # [min(n, k), R]
         self.m, self.ones = m, ones  # [P, R], of P queries with the same kernel
         self.added = np.empty((0, factor.shape[1]))
@@ -159,7 +155,8 @@ def removal_set(
 
     It takes O(n (min(n, k) + count)) operations a choice and kernel, and
     8 n (min(n, k) + count) bytes a kernel beside the decomposed ones; with `pooled`, of
-    J pairs, J n for n and J count for count. No n x n array is made but eigenvectors.
+    J pairs, J n for n and J count for count. No n x n array is made but eigenvectors and,
+    of groups, the blocks of M of their own images.
 
     Args:
       train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
@@ -190,15 +187,7 @@ def removal_set(
             "removed, and one must be left."
         )
     *pairs, n, k = kernels.train.shape
-    if weights is None:
-        weights = np.ones(n)
-    weights = np.asarray(weights, np.float64)
-    if weights.shape not in ((n,), (*pairs, n)) or not np.isfinite(weights).all():
-        raise ValueError(
-            f"weights have shape {weights.shape}; they must be finite, of shape {(n,)} "
-            f"or {(*pairs, n)}."
-        )
-    weights = np.broadcast_to(weights, (*pairs, n)).reshape(-1, n)
+    weights = _weights(weights, pairs, n)
     largest = sum(sorted(map(len, members))[-count:])
     joined = len(weights) if pooled else 1
     size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
@@ -207,9 +196,8 @@ def removal_set(
         "timesteps, draws, dim)",
         size,
     )
-    damping = Damping.of(damping)
-    make = _of_all_pairs if pooled else _of_each_pair
-    removables = list(make(kernels, query, damping, weights, members))
+    of_query = kernels, query, Damping.of(damping)
+    removables = list(_removables(*of_query, weights, members, pooled))
     chosen, predicted = [], []
     for _ in progress(range(count), "removal set", unit=what[:-1], delay=2):
         gains = sum(removable.gains(len(names)) for removable in removables)
@@ -235,27 +223,33 @@ def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
     return names, [np.flatnonzero(index == group) for group in range(len(names))]
 
 
-def _of_each_pair(
+def _weights(weights: np.ndarray | None, pairs: list[int], n: int) -> np.ndarray:
+    """Returns the weights of each pair's images, ones if None are given, [T, n]."""
+    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape not in ((n,), (*pairs, n)) or not np.isfinite(weights).all():
+        raise ValueError(
+            f"weights have shape {weights.shape}; they must be finite, of shape {(n,)} "
+            f"or {(*pairs, n)}."
+        )
+    return np.broadcast_to(weights, (*pairs, n)).reshape(-1, n)
+
+
+def _removables(
     kernels: Kernels,
     query: Array,
     damping: Damping,
     weights: np.ndarray,
     members: Sequence[np.ndarray],
+    pooled: bool,
 ) -> Iterator[Removable]:
-    """Yields each pair's kernel, in which an image is one row."""
-    for (phi, kernel), g, ones in zip(kernels, by_pair(query), weights, strict=True):
-        factor, m = _factor(kernel, phi, _total(g), damping)
-        yield Removable(factor, m, ones[None].copy(), members)
-
-
-def _of_all_pairs(
-    kernels: Kernels,
-    query: Array,
-    damping: Damping,
-    weights: np.ndarray,
-    members: Sequence[np.ndarray],
-) -> Iterator[Removable]:
-    """Yields the kernel of all pairs, in which an image is a row of each."""
+    """Yields each pair's kernel, in which an image is one row; or if pooled the kernel of
+    all pairs, in which an image is a row of each."""
+    if not pooled:
+        each = zip(kernels, by_pair(query), weights, strict=True)
+        for (phi, kernel), g, ones in each:
+            factor, m = _factor(kernel, phi, _total(g), damping)
+            yield Removable(factor, m, ones[None].copy(), members)
+        return
     (phi, kernel), (pairs, n) = kernels.pooled, weights.shape
     g = np.concatenate([_total(g) for g in by_pair(query)])
     factor, m = _factor(kernel, phi, g, damping)

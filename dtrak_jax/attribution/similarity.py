@@ -156,23 +156,27 @@ def _mean_over_pairs(
             "must have the same number, one or more."
         )
     checked = list(map(check_features, trains, queries))
-    pairs = [math.prod(train.shape[:-2]) for train, _ in checked]
-    for name, sets in zip(
-        ("trains", "queries"), zip(*checked, strict=True), strict=True
-    ):
-        for index, features in enumerate(sets):
-            same = np.array_equal(example_ids(features), example_ids(sets[0]))
-            if not same or pairs[index] != pairs[0]:
-                raise ValueError(
-                    f"{name}[{index}] and {name}[0] have different ids or numbers of "
-                    "pairs; all checkpoints must have features of the same examples, "
-                    "in the same order, at the same timesteps."
-                )
-    total, weight = total or PairSum(), 1 / (pairs[0] * len(checked))
+    _check_checkpoints("trains", [train for train, _ in checked])
+    _check_checkpoints("queries", [query for _, query in checked])
+    pairs = math.prod(checked[0][0].shape[:-2])
+    total, weight = total or PairSum(), 1 / (pairs * len(checked))
     by_checkpoint = [zip(*map(by_pair, both), strict=True) for both in checked]
     for checkpoints in zip(*by_checkpoint, strict=True):
         total.add(weight * sum(score(phi, g) for phi, g in checkpoints))
     return total.total
+
+
+def _check_checkpoints(name: str, sets: Sequence[Array]) -> None:
+    """Raises a ValueError unless features are of the same examples and pairs."""
+    ids, pairs = example_ids(sets[0]), math.prod(sets[0].shape[:-2])
+    for index, features in enumerate(sets):
+        same = np.array_equal(example_ids(features), ids)
+        if not same or math.prod(features.shape[:-2]) != pairs:
+            raise ValueError(
+                f"{name}[{index}] and {name}[0] have different ids or numbers of pairs; "
+                "all checkpoints must have features of the same examples, in the same "
+                "order, at the same timesteps."
+            )
 
 
 def _pixels(train_images, query_images) -> tuple[np.ndarray, np.ndarray]:

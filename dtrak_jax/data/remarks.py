@@ -78,20 +78,21 @@ def _of_groups(images: Dataset) -> list[str]:
     return lines
 
 
-def trained_on(queries: Dataset, train: Dataset) -> np.ndarray:
-    """Returns the id of the training image that each query is, pixel for pixel, str [q];
-    "" if it is none. Of several it is the first."""
-    by_digest = dict(zip(train.digests[::-1], train.ids[::-1], strict=True))
-    return np.array([by_digest.get(digest, "") for digest in queries.digests], str)
+def trained_on(queries: Dataset, train: Dataset) -> list[list[str]]:
+    """Returns the ids of the training images that each query is, pixel for pixel."""
+    by_digest: dict[str, list[str]] = {}
+    for name, digest in zip(train.ids.tolist(), train.digests.tolist(), strict=True):
+        by_digest.setdefault(digest, []).append(name)
+    return [by_digest.get(digest, []) for digest in queries.digests.tolist()]
 
 
 def _trained_on(name: str, queries: Dataset, train: Dataset) -> str:
     """Returns the count of queries that are training images."""
     images = trained_on(queries, train)
-    rows = np.flatnonzero(images != "")
-    if not len(rows):
+    rows = [row for row, ids in enumerate(images) if ids]
+    if not rows:
         return ""
-    query, image = queries.ids[rows[0]], images[rows[0]]
+    query, image = queries.ids[rows[0]], images[rows[0]][0]
     return (
         f"The same picture as a training image, pixel for pixel: {len(rows)} of "
         f"{len(queries)} {name}, such as {query} ({image}); expect each to rank itself "

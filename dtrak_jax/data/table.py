@@ -46,24 +46,7 @@ def read_table(
     rows = []
     try:
         header = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        chosen = [name for name in optional if name in header]
-        columns = dict.fromkeys([*required, *chosen, *groups])
-        wrong = any(header.count(name) != 1 for name in columns)
-        more = len(header) > len(required)
-        if wrong or (optional and more and not chosen and not groups):
-            needed = [*required, *(f"{name} (data.groups)" for name in groups)]
-            either = f", and {' or '.join(optional)}" if optional else ""
-            missing = [*columns, *(() if chosen else optional)]
-            near = [alike(name, header) for name in missing if name not in header]
-            hint = (
-                f" Did you mean {' and '.join(filter(None, near))}?"
-                if any(near)
-                else ""
-            )
-            raise ValueError(
-                f"{path} has the columns {', '.join(header) or '(none)'}; it must have "
-                f"{', '.join(needed)}{either}, each once.{hint}"
-            )
+        columns = _columns(path, header, required, optional, groups)
         for row in reader:
             where = f"{path}, line {above + reader.line_num}"
             surplus = [cell for cell in row.pop(None, ()) if cell.strip()]
@@ -87,6 +70,32 @@ def read_table(
     if not rows:
         raise ValueError(f"{path} lists no files.")
     return rows
+
+
+def _columns(
+    path: epath.Path,
+    header: Sequence[str],
+    required: Sequence[str],
+    optional: Sequence[str],
+    groups: Sequence[str],
+) -> list[str]:
+    """Returns the columns that are read, or raises a ValueError if the header lacks one."""
+    chosen = [name for name in optional if name in header]
+    columns = list(dict.fromkeys([*required, *chosen, *groups]))
+    wrong = any(header.count(name) != 1 for name in columns)
+    more = len(header) > len(required)
+    if wrong or (optional and more and not chosen and not groups):
+        needed = [*required, *(f"{name} (data.groups)" for name in groups)]
+        either = f", and {' or '.join(optional)}" if optional else ""
+        missing = [*columns, *(() if chosen else optional)]
+        near = [alike(name, header) for name in missing if name not in header]
+        meant = " and ".join(filter(None, near))
+        hint = f" Did you mean {meant}?" if meant else ""
+        raise ValueError(
+            f"{path} has the columns {', '.join(header) or '(none)'}; it must have "
+            f"{', '.join(needed)}{either}, each once.{hint}"
+        )
+    return columns
 
 
 def _check_lines(where: str, row: dict[str, str], cells: dict[str, str]) -> None:

@@ -85,8 +85,9 @@ class CounterfactualConfig:
         at_least("counterfactual.queries", self.queries, 1)
         at_least("counterfactual.count", self.count, 1)
         seed("counterfactual.seed", self.seed)
-        for name in ("methods", "squared"):
+        for name in ("methods", "squared", "sets"):
             distinct(f"counterfactual.{name}", getattr(self, name))
+        for name in ("methods", "squared"):
             if "random" in getattr(self, name):
                 raise ValueError(
                     f"counterfactual.{name} has 'random', which is always there; leave "

@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dtrak_jax import data, diffusion, files, models, parallel, results, training
 from dtrak_jax.attribution import removal_set
@@ -112,8 +111,7 @@ def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
     query = np.asarray(run.features("generated", measurement)[..., [row], :])
     kernels, count = run.kernels(measurement), run.config.counterfactual.count
     rows = removal_set(kernels, query, count, damping=run.damping).rows
-    # Hosts that round otherwise must not train other models.
-    return multihost_utils.broadcast_one_to_all(rows)
+    return parallel.of_main_process(rows)
 
 
 def regenerate(

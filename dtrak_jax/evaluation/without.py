@@ -95,8 +95,8 @@ class Functions(NamedTuple):
 
     @property
     def made_from(self) -> dict[str, np.ndarray]:
-        """What a store compares of them: the version, and what the losses are of, as far
-        as it is known, or "" without losses."""
+        """The part of them that a store compares: the version, and what the losses are
+        of, as far as it is known, or "" without losses."""
         measured = getattr(self.losses, "made_from", "losses") if self.losses else ""
         return {"measured": np.array(measured), "version": np.array(self.version)}
 
@@ -198,12 +198,26 @@ def counterfactual(
     }
     kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed, removed)
     models = removals(kept_by_choice, names, n, train_seed)
-    parts: dict[Choice, list[dict]] = {}
+    parts = _parts(functions, models, first, originals, positions, store)
+    settings = {"count": count, "queries": names, "seed": seed, "train": n}
+    return _result(settings, originals[positions], parts, embeddings)
+
+
+def _parts(
+    functions: Functions,
+    models: Sequence[Removal],
+    scores: Scores,
+    originals: np.ndarray,
+    positions: np.ndarray,
+    store: epath.PathLike | None,
+) -> dict[Choice, list[dict]]:
+    """Returns what the models of each choice give, made or read from the store."""
+    names, parts = scores.query_ids[positions].tolist(), {}
     for model in progress(models, "counterfactual", unit="model"):
         rows = positions[model.queries]
         made_from = {
-            "train_ids": first.train_ids[model.rows],
-            "query_ids": first.query_ids[rows],
+            "train_ids": scores.train_ids[model.rows],
+            "query_ids": scores.query_ids[rows],
             "originals": originals[rows],
             "seed": np.array(model.seed),
         } | functions.made_from
@@ -214,8 +228,7 @@ def counterfactual(
             if path:
                 files.write_npz(path, **saved, **made_from)
         parts.setdefault(model.choice, []).append(saved)
-    settings = {"count": count, "queries": names, "seed": seed, "train": n}
-    return _result(settings, originals[positions], parts, embeddings)
+    return parts
 
 
 def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]:

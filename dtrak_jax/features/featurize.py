@@ -256,7 +256,13 @@ def _finish(
 
 
 def _check_size(
-    task: Task, params: Params, projection: Projection, batch_size, devices, n, store
+    task: Task,
+    params: Params,
+    projection: Projection,
+    batch_size: int,
+    devices: int,
+    n: int,
+    store: epath.PathLike | None,
 ) -> None:
     """Raises a MemoryError or an OSError if features do not fit this host."""
     p = sum(leaf.size for leaf in variables(task, params, {}))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
 SCHEMA = 1
-"""The version of the schema, which dtrak_jax/README.md describes."""
+"""The version of the schema, which README.md describes."""
 
 UNIT = "unit of the query"
 """The unit of scores in the header of a CSV: they are comparable within a query only."""
@@ -55,11 +55,11 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
     untrained = learnt is not None and learnt.is_nothing
     standing, shared = standings(scores, train.groupings, untrained), _facts(run)
     for name, of_set in scores.items():
-        twins = data.trained_on(run.queries[name], train)
+        same = data.trained_on(run.queries[name], train)
         for method, s in of_set.items():
             facts = {"schema": SCHEMA, "queries_of": name} | shared
             whole = facts | document(
-                *(s, standing[name][method], twins, settings.top, settings.shares)
+                *(s, standing[name][method], same, settings.top, settings.shares)
             )
             place = f"{method}-{name}"
             if settings.format != "csv":
@@ -89,7 +89,7 @@ def _facts(run: "Run") -> dict:
 def document(
     scores: Scores,
     standing: Standing,
-    twins: Sequence[str],
+    same: Sequence[Sequence[str]],
     top: int,
     shares: bool = False,
 ) -> dict:
@@ -100,29 +100,29 @@ def document(
     Args:
       scores: of one method for one set of queries.
       standing: what stands out of them.
-      twins: for each query the training image that it is, "" if it is none.
+      same: for each query the training images that it is, see `data.trained_on`.
       top: pictures with the highest scores, and as many with the lowest; 0 takes all.
       shares: give groups shares too, and say what these leave out.
     """
-    copies = scores.train_ids if scores.copies is None else scores.copies
+    copies, pictures = scores.picture_ids, scores.merged()
     picture_of = dict(zip(scores.train_ids.tolist(), copies.tolist(), strict=True))
-    pictures, clusters = scores.merged(), members(scores.train_ids, copies)
+    clusters = members(scores.train_ids, copies)
     above = standing.supporting
     if above is not None:
         above = above | standing.opposing
-        above = above[:, np.isin(scores.train_ids, pictures.train_ids)]
+        above = above[:, scores.picture_rows]
     queries = []
-    for i, (query, twin) in enumerate(zip(scores.query_ids, twins, strict=True)):
+    for i, (query, ids) in enumerate(zip(scores.query_ids, same, strict=True)):
+        training_image = ids[0] if ids else None
         entries = _ranked(pictures, i, top)
         for position, entry in entries:
             name = entry["image"]
             entry["stands_out"] = None if above is None else bool(above[i, position])
-            entry["is_query"] = bool(twin) and picture_of[str(twin)] == name
+            entry["is_query"] = picture_of.get(training_image) == name
             entry["copies"] = clusters.get(name, [name])
-        is_training_image = str(twin) or None
         images = [entry for _, entry in entries]
         queries.append(
-            {"query": str(query), "training_image": is_training_image, "images": images}
+            {"query": str(query), "training_image": training_image, "images": images}
         )
     method = METHODS[scores.method]
     return {

@@ -40,7 +40,7 @@ def gallery(scores: Scores, images, queries, top: int, count: int) -> Gallery:
     query_images = _pictures("queries", queries, scores.query_ids)
     # Copies of a picture are shown once.
     pictures = scores.merged()
-    train = train[np.isin(scores.train_ids, pictures.train_ids)]
+    train = train[scores.picture_rows]
     strongest = pictures.top(min(at_least("top", top, 1), len(train)))
     rows = []
     for i in range(min(at_least("count", count, 1), len(query_images))):

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.report.queries import twins
+from dtrak_jax.data import trained_on
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import between, grouped, method_name, number
@@ -162,7 +162,7 @@ def _first(method: str, scores: list[Scores]) -> Finding:
 def _copies(record: Record) -> Iterator[Finding]:
     """Says which queries are training images, if any are."""
     for name, images in record.queries.items():
-        same = twins(images, record.train)
+        same = trained_on(images, record.train)
         copies = [str(images.ids[i]) for i, ids in enumerate(same) if ids]
         if copies:
             yield Finding(

@@ -18,7 +18,6 @@ from dtrak_jax.report.queries import (
     anchors,
     frequent_supporters,
     most_alike,
-    picture_rows,
     query_set,
 )
 from dtrak_jax.report.record import Record
@@ -89,7 +88,7 @@ def page(record: Record) -> str:
         findings=grouped(findings(record, standing), lambda finding: finding.title),
         groupings=grouping_views,
         overview=overview(standing, grouping_views),
-        copied=any(len(picture_rows(s)) < len(s.train_ids) for _, s in every),
+        copied=any(len(s.picture_rows) < len(s.train_ids) for _, s in every),
         lds=lds,
         trust=trust(lds, list(by_method), absolute) if lds else [],
         sets=[

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dtrak_jax.attribution.duplicates import members
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.data import Dataset, trained_on
 from dtrak_jax.evaluation.statistics import spearman
 from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.standing import Standing
-from dtrak_jax.report.text import grouped
 from dtrak_jax.report.uncertainty import uncertainty
 
 FREQUENT = 12
@@ -55,7 +55,7 @@ def query_set(
         "name": name,
         "images": images,
         "count": count,
-        "twins": twins(images, train),
+        "same": trained_on(images, train),
         "strongest": {
             m: strongest(s, uncertainty(merged[m], recipe)[0], count, top, standing[m])
             for m, s in scores.items()
@@ -85,18 +85,8 @@ def anchors(sets: Mapping[str, Dataset]) -> dict[str, list[str]]:
 
 
 def _slug(text: str) -> str:
-    """Returns text of letters, digits, dots and hyphens only."""
+    """Returns text of letters, digits, underscores, dots and hyphens only."""
     return re.sub(r"[^\w.-]", "-", text)
-
-
-def twins(images: Dataset, train: Dataset) -> list[list[str]]:
-    """Returns the ids of the training images that each query is, pixel for pixel."""
-    pairs = zip(train.ids.tolist(), train.images, strict=True)
-    ids = grouped(pairs, lambda pair: pair[1].tobytes())
-    return [
-        [train_id for train_id, _ in ids.get(image.tobytes(), ())]
-        for image in images.images
-    ]
 
 
 def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
@@ -104,20 +94,13 @@ def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
     each of the first `count` queries."""
     if standing.supporting is None:
         return [(standing.why, [])] * count
-    pictures, rows = scores.merged(), picture_rows(scores)
+    pictures, rows = scores.merged(), scores.picture_rows
     reasons_and_ids = []
     for i in range(count):
         order = np.argsort(-pictures.scores[i], kind="stable")
         order = order[standing.supporting[i, rows[order]]]
         reasons_and_ids.append(("", pictures.train_ids[order].tolist()))
     return reasons_and_ids
-
-
-def picture_rows(scores: Scores) -> np.ndarray:
-    """Returns the row of the training images of each column of `scores.merged()`."""
-    if scores.copies is None:
-        return np.arange(len(scores.train_ids))
-    return np.flatnonzero(scores.copies == scores.train_ids)
 
 
 def most_alike(
@@ -146,7 +129,8 @@ def strongest(
         "supporting": (1, standing.supporting),
         "opposing": (-1, standing.opposing),
     }
-    pictures, rows = scores.merged(), picture_rows(scores)
+    pictures, rows = scores.merged(), scores.picture_rows
+    copies = members(scores.train_ids, scores.picture_ids)
     lists = []
     for i in range(count):
         values = pictures.scores[i]
@@ -155,7 +139,7 @@ def strongest(
                 Entry(
                     *(rows[column], values[column], errors[i, column]),
                     above is not None and bool(above[i, rows[column]]),
-                    copies(scores, rows[column]),
+                    copies.get(str(pictures.train_ids[column]), ()),
                 )
                 for column in _highest(sign * values, top)
             ]
@@ -169,14 +153,6 @@ def strongest(
             {side: [_drawn(e, scale) for e in of] for side, of in entries.items()}
         )
     return lists
-
-
-def copies(scores: Scores, index: int) -> list[str]:
-    """Returns the ids of a training image and its near-duplicates; [] if it is alone."""
-    if scores.copies is None:
-        return []
-    ids = scores.train_ids[scores.copies == scores.copies[index]].tolist()
-    return ids if len(ids) > 1 else []
 
 
 def _highest(values: np.ndarray, top: int) -> np.ndarray:
@@ -212,7 +188,7 @@ def agreement(a: Scores, b: Scores, top: int) -> dict:
 def frequent_supporters(method: str, scores: Sequence[Scores], top: int) -> dict:
     """Returns the pictures most often among a query's `top` supporters, of the method's
     scores for all sets of queries; near-duplicates are one."""
-    rows = picture_rows(scores[0])
+    rows = scores[0].picture_rows
     tops = [s.merged().top(min(top, len(rows))) for s in scores]
     supporters = np.concatenate([rows[t.index[t.scores > 0]] for t in tops])
     counts = np.bincount(supporters, minlength=len(scores[0].train_ids))

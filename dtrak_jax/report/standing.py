@@ -74,8 +74,7 @@ def standing(
         )
     oppose = floor(-values, None if others is None else -others)
     position = {name: i for i, name in enumerate(pictures.train_ids.tolist())}
-    copies = scores.train_ids if scores.copies is None else scores.copies
-    picture_of = np.array([position[name] for name in copies.tolist()])
+    picture_of = np.array([position[name] for name in scores.picture_ids.tolist()])
     groups = {}
     for column, members in columns.items():
         elsewhere = _rows([s.counted(members) for s in unrelated])

@@ -85,7 +85,7 @@ def example() -> list[list[str]]:
 
 
 def stages(plan: str, steps: dict[str, str]) -> list[list[str]]:
-    """What the stages of a plan do, take and store."""
+    """Returns what the stages of a plan do, take and store."""
     sums: dict[str, list[float]] = {name: [0, 0] for name in steps}
     for row in json.loads((HERE / f"{plan}.json").read_text())["stages"]:
         total = sums[row["stage"].partition(" ")[0]]

@@ -1,0 +1,61 @@
+"""The mean of the scores of several models."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dtrak_jax.attribution.scores import Scores
+
+COMPARED = {
+    "method": "method",
+    "train_ids": "training images",
+    "query_ids": "queries",
+}
+"""The fields that all models' scores have in common, and the words for them."""
+
+
+def ensemble_mean(scores: Sequence[Scores]) -> Scores:
+    """Returns the mean of the scores of S models, (1/S) sum_s tau_s(q, n).
+
+    Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
+    subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
+    The mean keeps a damping that all models share, and no kernel. `spread` is the
+    standard deviation sqrt(sum_s (tau_s - mean)^2 / (S - 1)). `errors` are the mean of
+    the models' errors, the largest that the mean's can be, since models may share their
+    noise. Scores that do not belong together raise a ValueError.
+    """
+    if not scores:
+        raise ValueError("scores is empty; an ensemble needs those of a model or more.")
+    first = scores[0]
+    for index, member in enumerate(scores):
+        for name, what in COMPARED.items():
+            if not np.array_equal(getattr(member, name), getattr(first, name)):
+                raise ValueError(
+                    f"scores[{index}] and scores[0] differ in {what}; an ensemble needs "
+                    "scores of one method for the same queries and training examples, in "
+                    "the same order."
+                )
+    arrays = [member.scores.astype(np.float64) for member in scores]
+    mean = sum(arrays) / len(arrays)
+    spread = None
+    if len(arrays) > 1:
+        squares = sum((array - mean) ** 2 for array in arrays)
+        spread = np.sqrt(squares / (len(arrays) - 1)).astype(np.float32)
+    dampings = {member.damping for member in scores}
+    groupings = set(first.group_errors).intersection(*(m.group_errors for m in scores))
+    return dataclasses.replace(
+        first,
+        scores=mean.astype(np.float32),
+        damping=first.damping if len(dampings) == 1 else None,
+        lambdas=None,
+        eigenvalues=None,
+        made_from="",
+        errors=np.mean([member.errors for member in scores], axis=0),
+        spread=spread,
+        group_errors={
+            name: np.mean([member.group_errors[name] for member in scores], axis=0)
+            for name in sorted(groupings)
+        },
+        freedom=min(member.freedom for member in scores),
+    )
