@@ -198,7 +198,9 @@ def planned(name):
     return hours, max(row["memory"] for row in plan["stages"]) / 2**30
 
 
-@pytest.mark.parametrize("config", ["cifar2", "cifar10", "celeba", "artbench2"])
+@pytest.mark.parametrize(
+    "config", ["cifar2", "cifar10", "celeba", "artbench2", "artbench5"]
+)
 def test_configs_say_what_is_planned(config):
     hours, memory = planned(f"{config}_reference_v5e-4x4")
     said = " ".join(
@@ -214,7 +216,7 @@ def test_configs_say_what_is_planned(config):
     }.items():
         assert text.format(hours[stage]) in said
     assert f"{memory:.0f} of a chip's 16 GiB" in said
-    if config.startswith("artbench"):
+    if config == "artbench2":
         hours, memory = planned(f"{config}_reference_v5p-2x2x2")
         assert (
             f"on 8 chips of a v5p {hours['train']:.2f}, {hours['featurize']:.2f}, "

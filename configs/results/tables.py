@@ -65,6 +65,14 @@ REMOVED = {
     "other-seed": "nothing, another seed",
     "everything": "nothing, the same seed",
 }
+IN_SETS = {
+    "trak-set": "a set by trak's kernels",
+    "pixel-cosine": "pixel-cosine",
+    "dtrak": "dtrak, the highest scores",
+    "random": "random images",
+    "other-seed": "nothing, another seed",
+}
+"""The removals beside sets."""
 
 
 def main() -> None:
@@ -308,16 +316,51 @@ def removal() -> Lines:
 
 def removal_differences() -> Lines:
     """Returns the table of how much more one removal did than another, image by image."""
-    rows, lines = removals("rows"), [["removed", "compared with", *MEASURED.values()]]
+    rows = removals("rows")
+    by_method = {m: [row for row in rows if row["method"] == m] for m in REMOVED}
     pairs = [("dtrak", name) for name in ("trak", "dtrak-squared", "reference")]
-    for pair in [*pairs, ("pixel-cosine", "dtrak")]:
-        ours, theirs = ([row for row in rows if row["method"] == m] for m in pair)
+    pairs.append(("pixel-cosine", "dtrak"))
+    return differences(
+        [(REMOVED[a], by_method[a], REMOVED[b], by_method[b]) for a, b in pairs]
+    )
+
+
+def differences(pairs: Sequence[tuple]) -> Lines:
+    """The metrics of (a removal, its rows) less those of another, query by query."""
+    lines = [["removed", "compared with", *MEASURED.values()]]
+    for text, ours, other, theirs in pairs:
         cells = []
         for metric in MEASURED:
             values = [(a[metric], b[metric]) for a, b in zip(ours, theirs, strict=True)]
             cells.append(interval(paired(np.subtract(*np.transpose(values))), "value"))
-        lines.append([*(REMOVED[name] for name in pair), *cells])
+        lines.append([text, other, *cells])
     return lines
+
+
+def sets() -> Lines:
+    """What the removal of a set did to generated digits, beside other removals."""
+    rows, lines = read("digits_sets")["summary"], [["removed", *MEASURED.values()]]
+    for name, text in IN_SETS.items():
+        own = [pick(removed(rows, name), metric=metric) for metric in MEASURED]
+        cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
+        lines.append([text, *cells])
+    return lines
+
+
+def set_differences() -> Lines:
+    """How much more the removal of a set did than another, image by image."""
+    rows = read("digits_sets")["rows"]
+    pairs = [("trak-set", "pixel-cosine"), ("trak-set", "dtrak")]
+    return differences(
+        [(IN_SETS[a], removed(rows, a), IN_SETS[b], removed(rows, b)) for a, b in pairs]
+    )
+
+
+def removed(rows: Sequence[dict], name: str) -> list[dict]:
+    """Returns the rows of one removal, such as "trak-set"."""
+    method, _, rule = name.rpartition("-")
+    key = (method, "set") if rule == "set" else (name, "linear")
+    return [row for row in rows if (row["method"], row["transform"]) == key]
 
 
 def paired(differences: np.ndarray) -> dict:
@@ -342,6 +385,8 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "measurements": measurements,
     "removal": removal,
     "removal differences": removal_differences,
+    "sets": sets,
+    "set differences": set_differences,
     **runpy.run_path(str(HERE / "plans" / "table.py"))["TABLES"],
     **runpy.run_path(str(ROOT / "tests" / "benchmarks" / "table.py"))["TABLES"],
 }
