@@ -339,7 +339,10 @@ def differences(pairs: Sequence[tuple]) -> Lines:
 
 def sets() -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
-    rows, lines = read("digits_sets")["summary"], [["removed", *MEASURED.values()]]
+    rows, lines = (
+        read("digits_sets_counterfactual")["summary"],
+        [["removed", *MEASURED.values()]],
+    )
     for name, text in IN_SETS.items():
         own = [pick(removed(rows, name), metric=metric) for metric in MEASURED]
         cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
@@ -349,7 +352,7 @@ def sets() -> Lines:
 
 def set_differences() -> Lines:
     """How much more the removal of a set did than another, image by image."""
-    rows = read("digits_sets")["rows"]
+    rows = read("digits_sets_counterfactual")["rows"]
     pairs = [("trak-set", "pixel-cosine"), ("trak-set", "dtrak")]
     return differences(
         [(IN_SETS[a], removed(rows, a), IN_SETS[b], removed(rows, b)) for a, b in pairs]
