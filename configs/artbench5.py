@@ -6,7 +6,8 @@ It needs the folders of ArtBench-2, and has not been run at full size. Checkpoin
 1.2 GB on disk, features 3.8 GB and the ensemble 20 GB (176 GB more pass through while
 members are trained). On 16 chips of a TPU v5e it is planned, not measured, to take 0.28
 hours of training, 0.28 of gradients, 10.2 of retraining 192 models and 31.3 of measuring
-their losses, at peak rates, and 14 of a chip's 16 GiB:
+their losses, at peak rates, and 14 of a chip's 16 GiB; on 8 chips of a v5p
+0.07, 0.13, 5.1 and 18.1 hours, and 31 of 95 GiB:
 
     dtrak-jax plan configs/artbench5.py --topology v5e:4x4 --base.dtype bfloat16
 

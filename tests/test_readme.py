@@ -216,7 +216,7 @@ def test_configs_say_what_is_planned(config):
     }.items():
         assert text.format(hours[stage]) in said
     assert f"{memory:.0f} of a chip's 16 GiB" in said
-    if config == "artbench2":
+    if config.startswith("artbench"):
         hours, memory = planned(f"{config}_reference_v5p-2x2x2")
         assert (
             f"on 8 chips of a v5p {hours['train']:.2f}, {hours['featurize']:.2f}, "
