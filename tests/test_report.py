@@ -542,7 +542,7 @@ def test_scores_have_their_errors_beside_them(tmp_path):
         html, "validation"
     )
     found = section(page(with_fields(run)), "generated")
-    assert found.count("± one standard error (2 degrees of freedom).") == 2 * 2
+    assert found.count("± standard error (2 degrees of freedom).") == 2 * 2
     score = run.scores("dtrak", "generated").top(1)
     shown = f'<b>{signed(score.scores[0, 0])}</b><span class="error">± '
     assert f"{shown}{score.errors[0, 0]:#.2g}</span>" in found
@@ -570,7 +570,7 @@ def test_it_is_said_what_the_errors_are_or_why_there_are_none(tmp_path):
         (
             both,
             several,
-            "± one standard error (0 degrees of freedom); models differ by 2",
+            "± standard error (0 degrees of freedom); models differ by 2",
         ),
     ):
         errors, text = uncertainty(scores, recipe)
@@ -1314,7 +1314,7 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     assert verdicts(html, "query")[2:4] == [f"{train.ids[4]} stands out."] * 2
     assert "by artist" in html and "dtrak-jax" not in html and "npz" not in html
     assert "by licence" in html and "by label" not in html
-    assert "± one standard error (4 degrees of freedom)." in html
+    assert "± standard error (4 degrees of freedom)." in html
     assert not Outline(html).open
     made = {"timesteps": TIMESTEPS, "draws": 1, "per_timestep": True, "dim": 64}
     made |= {"noise": "common", "projection": "sketch"}

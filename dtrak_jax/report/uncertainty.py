@@ -17,7 +17,7 @@ def uncertainty(scores: Scores, recipe: Recipe | None) -> tuple[np.ndarray, str]
     errors, spread = scores.errors, scores.spread
     has_errors = bool(np.isfinite(errors).any())
     if has_errors:
-        text = f"± one standard error ({scores.freedom:.3g} degrees of freedom)"
+        text = f"± standard error ({scores.freedom:.2g} degrees of freedom)"
         if spread is not None:
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.nanmedian(spread / errors)
