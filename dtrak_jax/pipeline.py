@@ -213,10 +213,19 @@ def report(run: Run) -> None:
 
 
 def export(run: Run) -> None:
-    """Writes scores, groups and errors for other programs: CSV and JSON in export/."""
+    """Writes scores, groups and errors for other programs: CSV and JSON in export/.
+
+    What an earlier export left, perhaps of other scores, is removed.
+    """
+    folder, written = run.workdir / "export", set()
     for name, content in exports(run):
+        written.add(name)
         if parallel.is_main_process():
-            files.write_bytes(run.workdir / "export" / name, content)
+            files.write_bytes(folder / name, content)
+    if parallel.is_main_process():
+        for path in folder.iterdir():
+            if path.suffix in (".csv", ".json") and path.name not in written:
+                path.unlink()
 
 
 def always(*names: str) -> Callable[[Config], tuple[str, ...]]:

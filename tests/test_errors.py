@@ -91,7 +91,10 @@ def test_errors_are_those_of_leaving_out_a_draw_at_a_time(method, solver):
     assert not np.allclose(
         found.errors[:, 2] ** 2, (scores.errors[:, [3, 6]] ** 2).sum(1)
     )
-    assert np.isnan(scores.group(COLUMN).errors).all()
+    np.testing.assert_array_equal(scores.group(COLUMN).errors, found.errors)
+    # Errors of a grouping are of no other one that takes its name.
+    others = dataclasses.replace(scores, columns={"of": np.roll(COLUMN, 1)})
+    assert np.isnan(others.group("of").errors).all()
 
 
 @pytest.mark.parametrize("method", [attribution.tracin, attribution.gas])
@@ -159,6 +162,12 @@ def test_groups_must_be_of_the_training_images():
     train, query = pairs(2)
     with pytest.raises(ValueError, match=r"'of' has shape \(2,\); .* 9 training"):
         dtrak.attribute(train, query, groups={"of": ["a", "b"]})
+    for nothing in (None, np.nan, ""):
+        column = [*COLUMN[:8], nothing]
+        with pytest.raises(ValueError, match="'of' has .* at position 8; every"):
+            dtrak.attribute(train, query, groups={"of": column})
+    with pytest.raises(TypeError, match="groups is an array"):
+        dtrak.attribute(train, query, groups=COLUMN)
     scores = dtrak.attribute(train, query, groups={"of": COLUMN})
     with pytest.raises(ValueError, match="column is 'by'; it must be one of: 'of'"):
         scores.group("by")

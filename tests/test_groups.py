@@ -9,6 +9,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import duplicates, groups
+from dtrak_jax.attribution.groups import names_hash
 from dtrak_jax.methods import METHODS
 from dtrak_jax.report.export import document
 from dtrak_jax.report.standing import Standing, standing
@@ -93,7 +94,7 @@ def test_a_cluster_is_one_entry_and_counts_once_in_a_group():
             *(rows, ids, queries, method),
             errors=np.ones_like(rows),
             columns={"of": column},
-            group_errors={"of": np.ones((2, 2))},
+            group_errors={names_hash(column): np.ones((2, 2))},
             copies=copies,
         )
         for method in ("trak", "pixel-cosine")

@@ -21,6 +21,7 @@ from PIL import Image
 import dtrak_jax as dtrak
 from dtrak_jax import files
 from dtrak_jax.attribution import Damping, Scores
+from dtrak_jax.attribution.groups import names_hash
 from dtrak_jax.config import (
     AttributionConfig,
     Config,
@@ -582,7 +583,7 @@ def test_it_is_said_what_the_errors_are_or_why_there_are_none(tmp_path):
 def test_groups_have_the_errors_that_scores_have_of_them(tmp_path):
     run = describe(make(tmp_path, sets=("validation",)))
     columns = {"contributor": HANDS}
-    errors = {"contributor": np.full((5, 3), 0.25)}
+    errors = {names_hash(HANDS): np.full((5, 3), 0.25)}
     html = page(with_fields(run, columns=columns, group_errors=errors))
     found = rankings(section(html, "validation"))
     assert all("± 0.25" in rest[1] for table in found for _, rest in table)

@@ -342,6 +342,9 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
     whole = files.read_json(place.with_suffix(".json"))
     ranks = [image["rank"] for image in whole["queries"][0]["images"]]
     assert ranks == [1, 2, 59, 60]
+    # Of an earlier export nothing is left, that other scores may have made.
+    kinds = {path.suffix for path in (workdir / "export").iterdir()}
+    assert kinds == {".json"}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """The scores of groups of training images, such as all of one contributor."""
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
+
+from dtrak_jax.checks import instance
+from dtrak_jax.digests import digest
 
 
 def group_scores(
@@ -36,15 +40,35 @@ def group_scores(
 def check_columns(
     columns: Mapping[str, Sequence[str]] | None, n: int
 ) -> dict[str, np.ndarray]:
-    """Returns groupings by name as arrays of n names, or raises a ValueError."""
-    arrays = {name: np.asarray(column, str) for name, column in (columns or {}).items()}
-    for name, column in arrays.items():
-        if column.shape != (n,):
+    """Returns groupings by name as arrays of n names, or raises an error.
+
+    None, NaN and "" are no names: a ValueError.
+    """
+    instance("groups", columns, Mapping, NoneType)
+    arrays = {}
+    for name, column in (columns or {}).items():
+        given = np.asarray(column)
+        if given.shape != (n,):
             raise ValueError(
-                f"groups: {name!r} has shape {column.shape}; it must name a group for "
+                f"groups: {name!r} has shape {given.shape}; it must name a group for "
                 f"each of the {n} training examples."
             )
+        # NumPy writes NaN among strings as "nan".
+        missing = [
+            i for i, of in enumerate(given) if of is None or str(of) in ("", "nan")
+        ]
+        if missing:
+            raise ValueError(
+                f"groups: {name!r} has {given[missing[0]]!r} at position {missing[0]}; "
+                'every training example needs a group, such as "unknown".'
+            )
+        arrays[name] = given.astype(str)
     return arrays
+
+
+def names_hash(column: Sequence[str] | np.ndarray) -> str:
+    """Returns a text that differs where the groups of the training examples differ."""
+    return digest(*np.asarray(column, str).tolist())
 
 
 class Shares(NamedTuple):

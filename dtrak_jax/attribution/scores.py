@@ -16,6 +16,7 @@ from dtrak_jax.attribution.groups import (
     Shares,
     check_columns,
     group_scores,
+    names_hash,
     overall,
     shares,
 )
@@ -95,7 +96,8 @@ class Scores:
     """Each training example's group, str [train], by the name of the grouping, such as
     "contributor"."""
     group_errors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    """The standard errors of the groups' scores [queries, groups], by grouping."""
+    """The standard errors of the groups' scores [queries, groups], by `names_hash` of the
+    grouping that was scored."""
     copies: np.ndarray | None = None
     """The id of the first of each training example's near-duplicates, its own where it
     has none, str [train]; None if nobody looked."""
@@ -246,17 +248,17 @@ class Scores:
         with the highest of their scores, and the errors of groups with copies are NaN.
 
         Args:
-          column: the name of a grouping in `columns`; or any other one, a group's name
-            for each training example [train], whose errors are NaN, since they need the
-            sums made within each draw.
+          column: the name of a grouping in `columns`, or a group's name for each training
+            example [train]. Errors are NaN but for the groupings that were scored, since
+            they need the sums made within each draw.
 
         Raises:
           ValueError: a grouping that is not there, or names of other examples.
         """
-        errors = None
         if isinstance(column, str):
             one_of("column", column, self.columns)
-            column, errors = self.columns[column], self.group_errors.get(column)
+            column = self.columns[column]
+        errors = self.group_errors.get(names_hash(column))
         names, sums = group_scores(self.counted(column), column)
         if errors is None:
             errors = np.full(sums.shape, np.nan)

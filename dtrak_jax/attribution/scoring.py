@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution.errors import PairSum, draws_of
-from dtrak_jax.attribution.groups import check_columns
+from dtrak_jax.attribution.groups import check_columns, names_hash
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
@@ -86,7 +86,10 @@ def _summed(total: PairSum, rows: slice, **fields) -> Scores:
     return Scores(
         total.total[rows].astype(np.float32),
         errors=None if errors is None else errors[rows].astype(np.float32),
-        group_errors={name: array[rows] for name, array in total.group_errors.items()},
+        group_errors={
+            names_hash(fields["columns"][name]): array[rows]
+            for name, array in total.group_errors.items()
+        },
         freedom=total.freedom(rows),
         **fields,
     )

@@ -107,18 +107,12 @@ def _of_set(
         "foreign": sum(name is not None and name not in of_train for name in own),
         "methods": {
             method: _of_method(
-                *(_groups(s, column, train.groups[column]), own, count),
+                *(s.group(train.groups[column]), own, count),
                 standing[method].groups.get(column),
             )
             for method, s in scores.items()
         },
     }
-
-
-def _groups(scores: Scores, column: str, members: np.ndarray) -> Groups:
-    """Returns the groups of a column, with errors if the scores were made with it."""
-    named = np.array_equal(scores.columns.get(column, ()), members)
-    return scores.group(column if named else members)
 
 
 def _of_method(

@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     """True if it stands out."""
     copies: Sequence[str]
     """The ids of all near-duplicates, itself among them; none if it is alone."""
+    rows: Sequence[int]
+    """Their rows of the training images, or its own."""
     width: float = 0.0
     """The length of its bar, as a part of the largest score and error of its query."""
     whisker: tuple[float, float] | None = None
@@ -140,6 +142,7 @@ def strongest(
                     *(rows[column], values[column], errors[i, column]),
                     above is not None and bool(above[i, rows[column]]),
                     copies.get(str(pictures.train_ids[column]), ()),
+                    np.flatnonzero(scores.picture_ids == pictures.train_ids[column]),
                 )
                 for column in _highest(sign * values, top)
             ]
