@@ -602,12 +602,17 @@ def test_groups_have_the_errors_that_scores_have_of_them(tmp_path):
 def test_near_duplicates_are_one_entry(tmp_path):
     run = make(tmp_path, shown=5)
     train = run.splits.train.ids
+    hands = HANDS.copy()
+    hands[6] = "cleo"
+    run.splits.train.groups = {"contributor": hands}
     copies = train.copy()
     copies[[4, 6, 9]] = train[4]
     for scores in run.made.values():
         scores.scores[:, [9, 4, 6]] = 50, 40, 30
     found = section(page(with_fields(run, copies=copies)), "generated")
     assert found.count("<small>3 copies: train-004, train-006, train-009</small>") == 10
+    # A picture that several gave is of them all.
+    assert found.count("<span>ben, cleo</span>") == 10
     for kind, ids in lists(found):
         assert (ids[0] == train[4]) == (kind == "supporting") and len(ids) == 3
         assert train[6] not in ids and train[9] not in ids
