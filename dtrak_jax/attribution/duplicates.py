@@ -5,6 +5,7 @@ picture where their pixels are equal, or where the model learns the same from th
 the cosine of their features is close to 1.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,7 +95,18 @@ def near_duplicates(
         edges.append(_equal(ids, digests))
     if not isinstance(train, Features) or train.fingerprint["noise"] == "common":
         edges += _alike(train, threshold)
+    else:
+        _warn_of_exact("do not share their noise")
     return _first_of_each(ids, edges)
+
+
+def _warn_of_exact(why: str) -> None:
+    """Warns that near-duplicates are not looked for."""
+    warnings.warn(
+        f"Of near-duplicates only copies with the same pixels are found: features {why}, "
+        f"and cannot tell (common noise and a dimension of {LEAST_DIMENSION} can).",
+        stacklevel=3,
+    )
 
 
 def exact_copies(ids: Sequence[str], digests: Sequence[str]) -> np.ndarray:
@@ -142,8 +154,11 @@ def _alike(train: Array, threshold: float) -> list[np.ndarray]:
             cosines += differences[:height] @ differences.T
         cosines *= scale[rows, None]
         cosines *= scale[later]
-        if not rows.start and _dimension(cosines[:SAMPLE, :SAMPLE]) < LEAST_DIMENSION:
-            return []
+        if not rows.start:
+            dimension = _dimension(cosines[:SAMPLE, :SAMPLE])
+            if dimension < LEAST_DIMENSION:
+                _warn_of_exact(f"have an effective dimension of {dimension:.3g}")
+                return []
         edges.append(np.argwhere(cosines >= threshold).T + rows.start)
     return edges
 
