@@ -48,9 +48,10 @@ def test_where_features_cannot_tell_pictures_apart_only_exact_copies_are(
     """Of few dimensions, all the same, of one image, and with noise of their own."""
     digests = ["a", "b", "a", *"cdefghijk"]
     expected = ["0", "1", "0", *map(str, range(3, 12))]
+    with pytest.warns(UserWarning, match="only copies with the same pixels are"):
+        duplicates.near_duplicates(features(12, 2, 3))
     for phi in (features(12, 2, 3), np.ones((2, 12, 64))):
-        with pytest.warns(UserWarning, match="only copies with the same pixels are"):
-            assert duplicates.near_duplicates(phi, digests).tolist() == expected
+        assert duplicates.near_duplicates(phi, digests).tolist() == expected
         assert len(set(duplicates.near_duplicates(phi))) == 12
     assert duplicates.near_duplicates(features(1)).tolist() == ["0"]
     twice = np.concatenate([images, images])
