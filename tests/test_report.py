@@ -1362,6 +1362,12 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
             "images": Dataset.of(train.images, train.ids[::-1]),
         },
         "shown is -1": {"shown": -1},
+        "with another one": given
+        | {
+            "features": dataclasses.replace(
+                features, fingerprint=made | {"schedule": "x"}
+            )
+        },
     }
     good = {"scores": scores, "images": train.images, "queries": pictures}
     for message, change in bad.items():

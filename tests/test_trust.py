@@ -334,6 +334,15 @@ def test_counterfactuals_that_do_not_fit_are_refused(changes, message):
     assert len(train.calls) == len({"losses", "generate"} & changes.keys())
 
 
+def test_training_that_does_not_make_the_model_again_is_said():
+    def others(model, rows):
+        return generate(model, rows) + 1
+
+    originals = generate(VALUES.mean(axis=0), np.arange(QUERIES))
+    with pytest.warns(UserWarning, match="does not make the original model again"):
+        counterfactual(generate=others, originals=originals)
+
+
 def test_models_that_make_the_same_pictures_are_said():
     with pytest.warns(UserWarning, match="exactly the same pictures"):
         counterfactual(generate=lambda model, rows: np.ones((len(rows), 2)))

@@ -1,10 +1,11 @@
 """Distances of pictures from others, by metric, and the tables of counterfactuals."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dtrak_jax.evaluation.removals import CONTROLS, RANDOM, Choice
+from dtrak_jax.evaluation.removals import CONTROLS, EVERYTHING, RANDOM, Choice
 from dtrak_jax.evaluation.statistics import summarize
 
 
@@ -41,6 +42,23 @@ def distances(
     return metrics
 
 
+def _warn_of_other_models(
+    everything: Mapping[str, np.ndarray], random: Mapping[str, np.ndarray]
+) -> None:
+    """Warns where training on everything, which should change nothing, moves pictures by
+    half as much as the removal of random examples, or more."""
+    name = next(name for name in everything if name.endswith("_l2"))
+    same, other = (np.median(metrics[name]) for metrics in (everything, random))
+    if same > other / 2:
+        warnings.warn(
+            f"trained on everything with the same seed, models move pictures by {same:.3g} "
+            f"(median {name}), and without random examples by {other:.3g}: training does "
+            "not make the original model again, and what is removed tells nothing of it. "
+            "Is it trained as that model was, and generated from the same seeds?",
+            stacklevel=4,
+        )
+
+
 def tables(
     metrics: Mapping[Choice, Mapping[str, np.ndarray]], queries: Sequence[str]
 ) -> dict[str, list[dict]]:
@@ -51,6 +69,7 @@ def tables(
     random removal, query by query.
     """
     random = metrics[Choice(RANDOM)]
+    _warn_of_other_models(metrics[Choice(EVERYTHING)], random)
     rows, summary, differences = [], [], []
     for choice, columns in metrics.items():
         for i, query in enumerate(queries):

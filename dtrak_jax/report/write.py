@@ -12,6 +12,7 @@ from dtrak_jax.attribution import Scores
 from dtrak_jax.checks import check_images, instance, items, one_of, shown
 from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion import Schedule
+from dtrak_jax.digests import digest, settings_text
 from dtrak_jax.evaluation import trust
 from dtrak_jax.evaluation.statistics import RESAMPLES
 from dtrak_jax.evaluation.truth import RetrainedLosses
@@ -101,6 +102,7 @@ def write_report(
     instance("features", features, Features, NoneType)
     if features is not None:
         _check_ids("features", features.ids, train, "images")
+        _check_schedule(schedule, features)
         fields["recipe"] = _recipe(features.fingerprint)
         fields["provenance"] |= digests_of(features)
     metrics = options.get("metrics", ())
@@ -109,6 +111,18 @@ def write_report(
     record = Record(**fields | options)
     files.write_bytes(path, page(record).encode())
     return path
+
+
+def _check_schedule(schedule: Schedule | None, features: Features) -> None:
+    """Raises a ValueError if features were made with another schedule."""
+    if schedule is None:
+        return
+    expected = digest(settings_text(schedule))
+    if features.fingerprint.get("schedule", expected) != expected:
+        raise ValueError(
+            f"schedule is {schedule!r}, and the features were made with another one; "
+            "give that of their task."
+        )
 
 
 def _check_options(options: Mapping) -> None:
