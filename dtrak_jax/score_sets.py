@@ -10,6 +10,7 @@ from etils import epath
 from dtrak_jax import feature_sets, files, parallel
 from dtrak_jax.attribution import Scores
 from dtrak_jax.attribution.duplicates import THRESHOLD, exact_copies, near_duplicates
+from dtrak_jax.attribution.groups import names_hash
 from dtrak_jax.digests import digest
 from dtrak_jax.features import Features
 from dtrak_jax.methods import METHODS
@@ -75,7 +76,7 @@ def made_from(run: "Run", method: str) -> str:
     if row.measurement and run.config.features.draws > 1:
         # Errors of groups are made within each draw.
         columns = run.splits.train.groupings
-        parts += ["errors", *(f"{name} {digest(*columns[name])}" for name in columns)]
+        parts += ["errors", *(f"{k} {names_hash(v)}" for k, v in columns.items())]
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

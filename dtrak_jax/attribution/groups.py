@@ -50,19 +50,18 @@ def check_columns(
         given = np.asarray(column)
         if given.shape != (n,):
             raise ValueError(
-                f"groups: {name!r} has shape {given.shape}; it must name a group for "
-                f"each of the {n} training examples."
-            )
-        # NumPy writes NaN among strings as "nan".
-        missing = [
-            i for i, of in enumerate(given) if of is None or str(of) in ("", "nan")
-        ]
-        if missing:
-            raise ValueError(
-                f"groups: {name!r} has {given[missing[0]]!r} at position {missing[0]}; "
-                'every training example needs a group, such as "unknown".'
+                f"groups: {name!r} has shape {given.shape}; it must have a name for "
+                f"each of {n} training examples."
             )
         arrays[name] = given.astype(str)
+        # NumPy writes NaN among strings as "nan".
+        missing = np.isin(arrays[name], ("", "nan")) | np.equal(given, None)
+        if missing.any():
+            first = missing.argmax()
+            raise ValueError(
+                f"groups: {name!r} has {given[first]!r} at position {first}; every "
+                'training example needs a group, such as "unknown".'
+            )
     return arrays
 
 

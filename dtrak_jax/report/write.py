@@ -9,6 +9,7 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.checks import check_images, instance, items, one_of, shown
 from dtrak_jax.data import Dataset
 from dtrak_jax.diffusion import Schedule
@@ -86,9 +87,8 @@ def write_report(
             _check_ids(
                 f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
             )
-    instance("groups", groups, Mapping, NoneType)
     columns = {n: c for n, c in first.columns.items() if n != "label"}
-    columns |= train.groups | _columns(groups or {}, train)
+    columns |= train.groups | check_columns(groups, len(train))
     train = dataclasses.replace(train, groups=columns)
     fields = {
         "pixels": similarities(train, datasets),
@@ -224,23 +224,6 @@ def _check_ids(what: str, ids: np.ndarray, images: Dataset, name: str) -> None:
 def _listed(ids: Sequence[str]) -> str:
     """Returns the first two ids as text."""
     return ", ".join(repr(str(name)) for name in ids[:2])
-
-
-def _columns(
-    groups: Mapping[str, Sequence[str]], train: Dataset
-) -> dict[str, np.ndarray]:
-    """Returns columns of groups as text, a name for each training image."""
-    columns = {
-        name: np.array(items(f"groups[{name!r}]", column), str)
-        for name, column in groups.items()
-    }
-    for name, column in columns.items():
-        if column.shape != (len(train),):
-            raise ValueError(
-                f"groups[{name!r}] has shape {column.shape}; it must have a name for "
-                f"each of {len(train)} training images."
-            )
-    return columns
 
 
 def _recipe(fingerprint: Mapping) -> Recipe:
