@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dtrak_jax.attribution.duplicates import members
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data import Dataset, trained_on
 from dtrak_jax.evaluation.statistics import spearman
@@ -21,17 +20,13 @@ FREQUENT = 12
 class Entry(NamedTuple):
     """A picture in a list: a training image, or the first of several near-duplicates."""
 
-    index: int
-    """Its row of the training images."""
+    rows: Sequence[int]
+    """The rows of its training images: one, or all near-duplicates."""
     score: float
     error: float
     """NaN if there is none."""
     above: bool
     """True if it stands out."""
-    copies: Sequence[str]
-    """The ids of all near-duplicates, itself among them; none if it is alone."""
-    rows: Sequence[int]
-    """Their rows of the training images, or its own."""
     width: float = 0.0
     """The length of its bar, as a part of the largest score and error of its query."""
     whisker: tuple[float, float] | None = None
@@ -59,11 +54,16 @@ def query_set(
         "count": count,
         "same": trained_on(images, train),
         "strongest": {
-            m: strongest(s, uncertainty(merged[m], recipe)[0], count, top, standing[m])
+            m: strongest(
+                *(s, merged[m], uncertainty(merged[m], recipe)[0]),
+                *(count, top, standing[m]),
+            )
             for m, s in scores.items()
         },
         "uncertainty": {m: uncertainty(s, recipe)[1] for m, s in scores.items()},
-        "verdicts": {m: verdicts(s, count, standing[m]) for m, s in scores.items()},
+        "verdicts": {
+            m: verdicts(s, merged[m], count, standing[m]) for m, s in scores.items()
+        },
         "agreement": agreement(*merged.values(), top) if len(merged) == 2 else None,
     }
 
@@ -91,13 +91,14 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)
 
 
-def verdicts(scores: Scores, count: int, standing: Standing) -> list[tuple]:
+def verdicts(
+    scores: Scores, pictures: Scores, count: int, standing: Standing
+) -> list[tuple]:
     """Returns (reason why nobody can say, ids that stand out, the strongest first) of
-    each of the first `count` queries."""
+    each of the first `count` queries, of scores and of what they are `merged`."""
     if standing.supporting is None:
         return [(standing.why, [])] * count
-    pictures, rows = scores.merged(), scores.picture_rows
-    reasons_and_ids = []
+    rows, reasons_and_ids = scores.picture_rows, []
     for i in range(count):
         order = np.argsort(-pictures.scores[i], kind="stable")
         order = order[standing.supporting[i, rows[order]]]
@@ -120,29 +121,31 @@ def most_alike(
 
 
 def strongest(
-    scores: Scores, errors: np.ndarray, count: int, top: int, standing: Standing
+    scores: Scores,
+    pictures: Scores,
+    errors: np.ndarray,
+    count: int,
+    top: int,
+    standing: Standing,
 ) -> list[dict[str, list[Entry]]]:
     """Returns {side: entries} of each of the first `count` queries.
 
-    Entries are pictures, and so are the errors: near-duplicates are one, see
-    `Scores.merged`.
+    Entries are pictures, and so are the errors: near-duplicates are one, as `pictures`,
+    the scores merged, have them.
     """
     sides = {
         "supporting": (1, standing.supporting),
         "opposing": (-1, standing.opposing),
     }
-    pictures, rows = scores.merged(), scores.picture_rows
-    copies = members(scores.train_ids, scores.picture_ids)
-    lists = []
+    rows, lists = scores.picture_rows, []
     for i in range(count):
         values = pictures.scores[i]
         entries = {
             side: [
                 Entry(
-                    *(rows[column], values[column], errors[i, column]),
-                    above is not None and bool(above[i, rows[column]]),
-                    copies.get(str(pictures.train_ids[column]), ()),
                     np.flatnonzero(scores.picture_ids == pictures.train_ids[column]),
+                    *(values[column], errors[i, column]),
+                    above is not None and bool(above[i, rows[column]]),
                 )
                 for column in _highest(sign * values, top)
             ]
