@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -14,7 +13,7 @@ from dtrak_jax import (
     diffusion,
     feature_sets,
     files,
-    locks,
+    image_sets,
     parallel,
     provenance,
     results,
@@ -22,6 +21,7 @@ from dtrak_jax import (
     training,
 )
 from dtrak_jax.attribution import Damping, Kernels, Scores
+from dtrak_jax.attribution.duplicates import Found
 from dtrak_jax.config import Config, flatten
 from dtrak_jax.digests import digest_tree
 from dtrak_jax.encoding.clip import Clip, kept_embeddings
@@ -95,31 +95,17 @@ class Run:
         settings. Nothing is written.
 
         Raises:
-          ValueError: the source has other ids, labels, groups or pixels than then.
+          ValueError: the source has other ids or pixels than then, or other labels or
+            captions of a model that is given them.
         """
-        path, settings = self.workdir / "splits.npz", locks.splits_made_from(self)
-        saved = files.read_npz(path) if path.exists() else {}
-        # Files of earlier versions do not say by which settings images were chosen.
-        same = bool(saved) and saved.get("settings", settings) == settings
-        return self.chosen.recorded_in(saved) if same else None
+        return image_sets.recorded(self)
 
     @functools.cached_property
     def splits(self) -> data.Splits:
         """The training and validation images, those that the first stage saw, see
-        `recorded`. Other settings of the data choose anew, in splits.npz."""
-        path = self.workdir / "splits.npz"
-        if not parallel.agreed(self.recorded is not None):
-            if parallel.is_main_process():
-                sets = self.chosen._asdict()
-                if self.config.queries.folder:
-                    sets["generated"] = self.generated
-                for text in data.remarks(sets, self.config.is_latent):
-                    warnings.warn(text, stacklevel=2)
-                settings = locks.splits_made_from(self)
-                files.write_npz(path, settings=settings, **self.chosen.columns())
-            parallel.barrier(f"write {path}")
-            vars(self)["recorded"] = self.chosen.recorded_in(files.read_npz(path))
-        return self.recorded
+        `recorded`. Other settings of the data choose anew, in splits.npz; corrected
+        groups, and labels that no model is given, are taken over, which a line says."""
+        return image_sets.splits(self)
 
     @property
     def is_sampled(self) -> bool:
@@ -310,9 +296,9 @@ class Run:
         return score_sets.load(self, method, queries)
 
     @once
-    def copies(self) -> np.ndarray:
-        """Returns for each training image the id of the first of its near-duplicates, by
-        pixels and, if a method has features, by these: scores/copies.npz, [train]."""
+    def copies(self) -> Found:
+        """Returns which training images are near-duplicates, by pixels and, if a method has
+        features that can tell, by these: scores/copies.npz."""
         return score_sets.copies(self)
 
     # Retrained models and results

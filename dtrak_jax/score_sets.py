@@ -1,4 +1,7 @@
-"""The scores of a run: which ones its methods make, and whether they are there."""
+"""The scores of a run: which ones its methods make, and whether they are there.
+
+A file in scores/ is complete: it has groups and near-duplicates as they are now.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,8 +11,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import feature_sets, files, parallel
-from dtrak_jax.attribution import Scores
-from dtrak_jax.attribution.duplicates import THRESHOLD, exact_copies, near_duplicates
+from dtrak_jax.attribution import Scores, duplicates
 from dtrak_jax.attribution.groups import names_hash
 from dtrak_jax.digests import digest
 from dtrak_jax.features import Features
@@ -28,55 +30,71 @@ def wanted(run: "Run") -> Iterator[tuple[str, str]]:
 
 
 def load(run: "Run", method: str, queries: str) -> Scores:
-    """Returns the scores of a method for a set of queries, see `Run.scores`."""
-    if not parallel.agreed(is_made(run, method, queries)):
+    """Returns the scores of a method for a set of queries, see `Run.scores`.
+
+    Where only groups or near-duplicates are others than in the file, the scores are kept.
+    """
+    path, copies = _path(run, method, queries), run.copies().copies
+    if not parallel.agreed(_is_scored(run, method, path)):
         for name, scores in METHODS[method].scores(run).items():
             if parallel.is_main_process():
-                scores = dataclasses.replace(scores, made_from=made_from(run, method))
+                made = made_from(run, method)
+                scores = dataclasses.replace(scores, made_from=made, copies=copies)
                 scores.save(_path(run, method, name))
         parallel.barrier(f"scores of {method}")
-    scores = Scores.load(_path(run, method, queries))
-    # Those of now, also where scores are not made from them.
-    columns = run.splits.train.groupings
-    return dataclasses.replace(scores, columns=columns, copies=run.copies())
-
-
-def copies(run: "Run") -> np.ndarray:
-    """Returns which training images are near-duplicates, see `Run.copies`."""
-    train, features = run.splits.train, run.config.features
-    learnt = any(METHODS[name].measurement for name in run.config.methods)
-    store = feature_sets.find(run, "train") if learnt else None
-    hashed = digest(train.digest, store.name if learnt else "", str(THRESHOLD))
-    path, made_from = run.workdir / "scores" / "copies.npz", np.array(hashed)
-    if not parallel.agreed(files.holds(path, {"made_from": made_from})):
+    if not parallel.agreed(_is_grouped(run, path)):
         if parallel.is_main_process():
-            if learnt:
-                first = Features.load(store, features.measurements[0])
-                found = near_duplicates(first, train.digests)
+            columns, scores = run.splits.train.groupings, Scores.load(path)
+            used = set(map(names_hash, columns.values()))
+            fields = {"columns": columns, "copies": copies}
+            for name in ("group_errors", "group_freedom"):
+                by_group = getattr(scores, name).items()
+                fields[name] = {k: v for k, v in by_group if k in used}
+            dataclasses.replace(scores, **fields).save(path)
+        parallel.barrier(f"groups of {method}")
+    return Scores.load(path)
+
+
+def copies(run: "Run") -> duplicates.Found:
+    """Returns which training images are near-duplicates, see `Run.copies`."""
+    path, hashed = _copies_path(run), _copies_made_from(run)
+    if not parallel.agreed(files.holds(path, hashed)):
+        if parallel.is_main_process():
+            train = run.splits.train
+            if store := _compared(run):
+                first = Features.load(store, run.config.features.measurements[0])
+                copies, why = duplicates.found(first, train.digests)
+                duplicates.warn_of(why)
             else:
-                found = exact_copies(train.ids, train.digests)
-            files.write_npz(path, copies=found, ids=train.ids, made_from=made_from)
+                copies = duplicates.exact_copies(train.ids, train.digests)
+                why = "no method has features"
+            files.write_npz(path, copies=copies, why=why, ids=train.ids, **hashed)
         parallel.barrier("copies")
-    return files.read_npz(path)["copies"]
+    saved = files.read_npz(path)
+    # Files of earlier versions do not say what was compared.
+    return duplicates.Found(saved["copies"], str(saved.get("why", "")))
 
 
 def is_made(run: "Run", method: str, queries: str) -> bool:
-    """Returns whether scores are there, and what they are made from is the same."""
+    """Returns whether scores are there, and what they are made from is the same, as are
+    groups and near-duplicates."""
     path = _path(run, method, queries)
-    return path.exists() and Scores.load(path).made_from == made_from(run, method)
+    return (
+        path.exists()
+        and files.holds(_copies_path(run), _copies_made_from(run))
+        and _is_scored(run, method, path)
+        and _is_grouped(run, path)
+    )
 
 
 def made_from(run: "Run", method: str) -> str:
-    """Returns the hash of all artefacts and settings that a method's scores depend on."""
+    """Returns the hash of all artefacts and settings that a method's scores depend on,
+    but for groups: these decide the errors of groups alone."""
     row, settings = METHODS[method], run.config.attribution
     examples = [run.splits.train, *run.queries.values()]
     parts = [method, *(images.digest for images in examples)]
     if row.measurement:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
-    if row.measurement and run.config.features.draws > 1:
-        # Errors of groups are made within each draw.
-        columns = run.splits.train.groupings
-        parts += ["errors", *(f"{k} {names_hash(v)}" for k, v in columns.items())]
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [
@@ -87,6 +105,49 @@ def made_from(run: "Run", method: str) -> str:
     if row.embeds:
         parts.append(run.clip_network.digest)
     return digest(*parts)
+
+
+def _is_scored(run: "Run", method: str, path: epath.Path) -> bool:
+    """Returns whether a file has the scores, and the errors of all groups if it has any."""
+    if not path.exists():
+        return False
+    scores, columns = Scores.load(path), run.splits.train.groupings
+    # Errors of groups are made within each draw.
+    missing = set(map(names_hash, columns.values())) - scores.group_freedom.keys()
+    return scores.made_from == made_from(run, method) and not (
+        scores.freedom and missing
+    )
+
+
+def _is_grouped(run: "Run", path: epath.Path) -> bool:
+    """Returns whether the groups and near-duplicates of a file are those of now."""
+    scores, columns = Scores.load(path), run.splits.train.groupings
+    arrays = scores.columns | {"copies": scores.copies}
+    expected = columns | files.read_npz(_copies_path(run))
+    return scores.columns.keys() == columns.keys() and all(
+        np.array_equal(array, expected[name]) for name, array in arrays.items()
+    )
+
+
+def _compared(run: "Run") -> epath.Path | None:
+    """Returns the store of the features that near-duplicates are found by, if any."""
+    learnt = any(METHODS[name].measurement for name in run.config.methods)
+    return feature_sets.find(run, "train") if learnt else None
+
+
+def _copies_made_from(run: "Run") -> dict[str, np.ndarray]:
+    """Returns the hash of what near-duplicates are found by, as their file has it."""
+    store = _compared(run)
+    parts = (
+        run.splits.train.digest,
+        store.name if store else "",
+        str(duplicates.THRESHOLD),
+    )
+    return {"made_from": np.array(digest(*parts))}
+
+
+def _copies_path(run: "Run") -> epath.Path:
+    return run.workdir / "scores" / "copies.npz"
 
 
 def _path(run: "Run", method: str, queries: str) -> epath.Path:

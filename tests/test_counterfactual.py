@@ -29,6 +29,7 @@ from dtrak_jax.config import (
 )
 from dtrak_jax.digests import short_digest
 from dtrak_jax.encoding.clip import Clip
+from dtrak_jax.evaluation import removals
 from dtrak_jax.evaluation.changes import distances, flattened
 from dtrak_jax.evaluation.counterfactual import FOLDER, bottleneck, counterfactual
 from dtrak_jax.evaluation.outputs import measure
@@ -424,6 +425,26 @@ def test_removals_take_exactly_the_top_or_the_largest_squares():
             values = values**2 if choice.transform == "squared" else values
             removed = np.setdiff1d(np.arange(12), rows)
             assert values[removed].min() > values[rows].max()
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, [3]), (2, [4, 5]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 4, 5])],
+)
+def test_copies_are_removed_together(count, expected):
+    """A picture whose copies do not fit is passed over, as one of them alone changes
+    nothing; only where nothing else is left it is cut."""
+    rows = np.array([[3.0, 3, 3, 8, 5, 4]])
+    ids = TRAIN_IDS[:6]
+    copies = ids[[0, 0, 0, 3, 4, 4]]
+    scores = Scores(rows, ids, IDS[:1], "dtrak", copies=copies)
+    for squared in (False, True):
+        assert sorted(removals.strongest(scores, 0, count, squared)) == expected
+    kept = kept_rows({Choice("dtrak"): scores}, IDS[:1], ids, count, 0)
+    gone = np.setdiff1d(np.arange(6), kept[Choice("dtrak"), IDS[0]])
+    assert gone.tolist() == expected
+    pairs = dataclasses.replace(scores, copies=ids[[0, 0, 0, 0, 4, 4]])
+    assert sorted(removals.strongest(pairs, 0, 3)) == [0, 4, 5]
 
 
 def test_random_removals_depend_on_seed_and_query_alone():

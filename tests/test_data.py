@@ -731,20 +731,36 @@ def test_captions_by_a_template(tmp_path):
         from_artbench(path, labels=("ukioye",))
 
 
-def test_captions_may_not_change():
-    """Nor vanish; and those that nobody has recorded are not missed."""
+def test_captions_that_a_model_is_given_may_not_change():
+    """Nor vanish; those that nobody has recorded are not missed. A corrected label is
+    taken, and the subsets stay those of the first one."""
     train = load(DataConfig(caption="a {label}", train=3), 8, 1).train
     saved = {f"train_{name}": column for name, column in train.columns().items()}
     assert set(saved) == {"train_ids", "train_labels", "train_captions"}
-    train.recorded_in(saved, "train")
-    for captions in (np.array(["a 1", "a 2", "b"]), None):
-        changed = replace(train, captions=captions)
-        with pytest.raises(
-            ValueError, match="train images have other captions .* such"
-        ):
-            changed.recorded_in(saved, "train")
+    train.recorded_in(saved, "train", ["caption"])
+    old = train.captions[2]
+    for captions, message in (
+        (
+            [*train.captions[:2], "b"],
+            f"caption of {train.ids[2]}: {old} -> b: 1 of 3 tr",
+        ),
+        (None, "the train images have no caption any more"),
+    ):
+        captions = captions and np.array(captions)
+        changed = replace(train, captions=captions, labels=train.labels[::-1])
+        with pytest.raises(ValueError, match=message):
+            changed.recorded_in(saved, "train", ["caption"])
+        recorded = changed.recorded_in(saved, "train")
+        np.testing.assert_array_equal(recorded.labels, train.labels[::-1])
+        np.testing.assert_array_equal(
+            recorded.take([2, 1]).strata, train.labels[[2, 1]]
+        )
+        again = {f"train_{name}": column for name, column in recorded.columns().items()}
+        np.testing.assert_array_equal(
+            changed.stratified_as(again, "train").strata, train.labels
+        )
     del saved["train_captions"]
-    train.recorded_in(saved, "train")
+    train.recorded_in(saved, "train", ["caption"])
 
 
 # Queries

@@ -11,7 +11,7 @@ import pytest
 from conftest import NO_ATTENTION, UNET_APPLY_FN
 
 import dtrak_jax as dtrak
-from dtrak_jax import ahead, models
+from dtrak_jax import ahead, files, models
 from dtrak_jax import pipeline as stages
 from dtrak_jax.config import (
     Config,
@@ -180,6 +180,13 @@ def test_labels_are_the_classes_of_a_conditional_model(tmp_path):
     run = Run(Config(data=data, model=CLASSES, sample=sample), tmp_path)
     train = run.splits.train
     np.testing.assert_array_equal(run.space.cond("train"), train.labels)
+    path, other = tmp_path / "splits.npz", np.roll(train.labels, 1)
+    saved = files.read_npz(path)
+    files.write_npz(path, **saved | {"train_labels": other})
+    with pytest.raises(
+        ValueError, match=r"label of digit-\d+: \d -> \d: .* of 20 train"
+    ):
+        Run(run.config, tmp_path).splits  # noqa: B018
     assert run.space.cond("train").dtype == run.space.shapes.cond.dtype == np.int32
     labels = run.space.generated_columns["labels"]
     assert labels.tolist() == ["7", "7", "3", "3"]

@@ -92,6 +92,28 @@ def test_copies_are_removed_together_as_a_group():
     assert dtrak.removal_set(phi, query, 1, groups=copies).names == ["copied"]
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_memory_is_told_with_the_blocks_of_groups(pooled, monkeypatch):
+    """All that is kept is counted, and blocks twice more."""
+    told, kept = [], []
+    monkeypatch.setattr(sets.host, "check_fits", lambda what, size: told.append(size))
+    init = sets.Removable.__init__
+
+    def counting(self, factor, m, ones, candidates):
+        init(self, factor, m, ones, candidates)
+        blocks = sum(of_size.leverages.nbytes for of_size in self.candidates)
+        kept.append((blocks, factor.nbytes))
+
+    monkeypatch.setattr(sets.Removable, "__init__", counting)
+    train, query = features()
+    names = ["a"] * (N - 2) + ["b"] * 2
+    dtrak.removal_set(train, query, 1, groups=names, pooled=pooled)
+    blocks, factors = np.sum(kept, axis=0)
+    rows = len(train) * N * (len(train) if pooled else 1)
+    added = 8 * rows * (N - 2)
+    assert told[-1] == pytest.approx(blocks + 2 * kept[0][0] + factors + added)
+
+
 def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     train, query = features()
 

@@ -1,6 +1,7 @@
 """All stages of a run, as a person types them, on a network that compiles fast."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -373,22 +374,54 @@ def test_an_ensemble_of_other_queries_is_measured_again(
 
 
 def test_changed_data_are_refused(workdir):
-    """Another order, another label, other pixels; each names what differs."""
+    """Another order, other pixels; each names what differs."""
     path = workdir / "splits.npz"
     saved = files.read_npz(path)
-    for column, message in (
-        ("train_ids", "the train images have other ids .* or their order has changed"),
-        ("validation_labels", "the validation images have other labels"),
-    ):
-        files.write_npz(path, **saved | {column: np.roll(saved[column], 1)})
-        with pytest.raises(ValueError, match=message):
-            open_run(command("report", workdir)).splits  # noqa: B018
+    files.write_npz(path, **saved | {"train_ids": np.roll(saved["train_ids"], 1)})
+    message = "the train images have other ids .* order has changed .every label has"
+    with pytest.raises(ValueError, match=message):
+        open_run(command("report", workdir)).splits  # noqa: B018
     digests = saved["train_digests"].copy()
     digests[7] = "0" * 16
     files.write_npz(path, **saved | {"train_digests": digests})
     splits = open_run(command("report", workdir)).splits
     with pytest.raises(ValueError, match=f"1 of 60 .*{saved['train_ids'][7]}"):
         splits.train.images  # noqa: B018
+
+
+def test_a_corrected_label_is_taken_and_nothing_is_made_again(workdir, counted, capsys):
+    """It regroups the scores; the subsets that models were trained on stay."""
+    path, place = workdir / "splits.npz", workdir / "scores" / "dtrak-generated.npz"
+    saved, made = files.read_npz(path), Scores.load(place)
+    assert made.copies is not None
+    before = saved["train_labels"].copy()
+    before[7] = (before[7] + 1) % 10
+    validation = np.roll(saved["validation_labels"], 1)
+    labels = {"train_labels": before, "validation_labels": validation}
+    files.write_npz(path, **saved | labels)
+    column = saved["label_names"][before]
+    old = dataclasses.replace(made, columns={"label": column}, copies=None)
+    old.save(place)
+    with pytest.warns(UserWarning) as warned:
+        type_in("attribute", workdir)
+    changed = f"{saved['label_names'][before[7]]} -> {made.columns['label'][7]}"
+    (said,) = (str(w.message) for w in warned if "than before" in str(w.message))
+    example = f"(label of {made.train_ids[7]}: {changed})"
+    assert f"1 of 60 training images have another label than before {example}" in said
+    assert "of 5 validation images have another label" in said
+    assert "nothing is trained again; still as before: report.html" in said
+    again = Scores.load(place)
+    assert again.made_from == made.made_from
+    for name in ("scores", "copies"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(made, name))
+    np.testing.assert_array_equal(again.columns["label"], made.columns["label"])
+    assert not counted.keys() - {"preprocess"}
+    run = open_run(command("report", workdir))
+    np.testing.assert_array_equal(run.splits.train.strata, before)
+    assert run.json("lds") is not None
+    # Other settings of the data keep them, and say nothing a second time.
+    splits = open_run(command("report", workdir, data__validation="4")).splits
+    np.testing.assert_array_equal(splits.train.strata, before)
 
 
 def test_samples_of_another_model_are_made_again(workdir):

@@ -7,6 +7,7 @@ the cosine of their features is close to 1.
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -84,29 +85,47 @@ def near_duplicates(
       ValueError: features of another shape, digests of other images, or a threshold
         that is not from 0 to 1.
     """
+    copies, why = found(train, digests, threshold)
+    warn_of(why)
+    return copies
+
+
+def warn_of(why: str) -> None:
+    """Warns that near-duplicates were not looked for, if there is a reason."""
+    if why:
+        warnings.warn(
+            f"Of near-duplicates only copies with the same pixels are found: {why}, and "
+            f"cannot tell (common noise and a dimension of {LEAST_DIMENSION} can).",
+            stacklevel=3,
+        )
+
+
+class Found(NamedTuple):
+    """Near-duplicates, and whether features could tell them."""
+
+    copies: np.ndarray
+    """See `near_duplicates`, str [n]."""
+    why: str
+    """The reason why there are exact copies alone; "" if features were compared."""
+
+
+def found(
+    train: Array, digests: Sequence[str] | None = None, threshold: float = THRESHOLD
+) -> Found:
+    """Returns the near-duplicates of `near_duplicates`, and no warning but the reason."""
     train, threshold = as_features(train), between("threshold", threshold, 0, 1)
     if len(train.shape) not in (2, 3) or 0 in train.shape:
         raise ValueError(
             f"train features have shape {tuple(train.shape)}; it must be [J, n, k] or "
             "[n, k], with nothing empty."
         )
-    ids, edges = example_ids(train), []
+    ids, edges, why = example_ids(train), [], "features do not share their noise"
     if digests is not None:
         edges.append(_equal(ids, digests))
     if not isinstance(train, Features) or train.fingerprint["noise"] == "common":
-        edges += _alike(train, threshold)
-    else:
-        _warn_of_exact("do not share their noise")
-    return _first_of_each(ids, edges)
-
-
-def _warn_of_exact(why: str) -> None:
-    """Warns that near-duplicates are not looked for."""
-    warnings.warn(
-        f"Of near-duplicates only copies with the same pixels are found: features {why}, "
-        f"and cannot tell (common noise and a dimension of {LEAST_DIMENSION} can).",
-        stacklevel=3,
-    )
+        alike, why = _alike(train, threshold)
+        edges += alike
+    return Found(_first_of_each(ids, edges), why)
 
 
 def exact_copies(ids: Sequence[str], digests: Sequence[str]) -> np.ndarray:
@@ -135,8 +154,9 @@ def _equal(ids: np.ndarray, digests: Sequence[str]) -> np.ndarray:
     return np.stack([first[index], np.arange(len(ids))])
 
 
-def _alike(train: Array, threshold: float) -> list[np.ndarray]:
-    """Returns pairs of images with such a cosine, [2, pairs] for each block of rows."""
+def _alike(train: Array, threshold: float) -> tuple[list[np.ndarray], str]:
+    """Returns pairs of images with such a cosine, [2, pairs] for each block of rows, or
+    the reason why cosines do not tell."""
     n, means, squares, sizes = train.shape[-2], [], 0.0, 0.0
     for phi in by_pair(train):
         means.append(phi.mean(axis=0, dtype=np.float64).astype(np.float32))
@@ -157,10 +177,9 @@ def _alike(train: Array, threshold: float) -> list[np.ndarray]:
         if not rows.start:
             dimension = _dimension(cosines[:SAMPLE, :SAMPLE])
             if dimension < LEAST_DIMENSION:
-                _warn_of_exact(f"have an effective dimension of {dimension:.3g}")
-                return []
+                return [], f"features have an effective dimension of {dimension:.3g}"
         edges.append(np.argwhere(cosines >= threshold).T + rows.start)
-    return edges
+    return edges, ""
 
 
 def _squares(rows: np.ndarray) -> np.ndarray:

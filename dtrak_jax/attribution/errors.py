@@ -88,6 +88,11 @@ class PairSum:
             return {}
         return {name: sums.errors for name, (_, sums) in self._groups.items()}
 
+    def group_freedom(self, rows: slice = slice(None)) -> dict[str, float]:
+        """Returns the degrees of freedom of `group_errors`, by grouping."""
+        groups = self._groups.items() if self.draws > 1 else ()
+        return {name: sums.freedom(rows) for name, (_, sums) in groups}
+
     def freedom(self, rows: slice = slice(None)) -> float:
         """Returns the degrees of freedom of the errors of some queries; 0 without errors."""
         parts = np.array([part[rows].sum() for part in self._by_timestep])

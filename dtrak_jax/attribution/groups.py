@@ -104,8 +104,13 @@ def overall(scores: np.ndarray) -> np.ndarray:
       v(g) = (1/Q) sum_q s(q, g) / max_h |s(q, h)|
 
     Scores are comparable within a query only, so that each query counts with the scores
-    relative to its largest one: v is 1 if the group is the first for every query. Queries
-    whose scores are all 0 count with 0.
+    relative to its largest one, of either sign: v is 1 if for every query the group is the
+    first, and no other has a negative score of more than its size. Queries whose scores
+    are all 0 count with 0.
+
+    It has no standard error: queries share their noise, so that one would take every
+    draw's sums for all queries, which nobody keeps; the errors of the queries' own sums,
+    added up as if they were independent, would be too small.
     """
     scores = np.asarray(scores, np.float64)
     largest = np.abs(scores).max(axis=1, keepdims=True)

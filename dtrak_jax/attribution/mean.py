@@ -58,4 +58,8 @@ def ensemble_mean(scores: Sequence[Scores]) -> Scores:
             for name in sorted(groupings)
         },
         freedom=min(member.freedom for member in scores),
+        group_freedom={
+            name: min(member.group_freedom.get(name, 0.0) for member in scores)
+            for name in sorted(groupings)
+        },
     )

@@ -34,8 +34,8 @@ NO_ERRORS = (
 )
 """The reason that goes behind what has none."""
 
-BY_GROUPING = ("columns", "group_errors")
-"""The fields that are dicts, a key and an array of the file for each grouping."""
+BY_GROUPING = ("columns", "group_errors", "group_freedom")
+"""The fields that are dicts, a key of the file for each grouping."""
 
 
 class Top(NamedTuple):
@@ -54,6 +54,7 @@ class Groups(NamedTuple):
     scores: np.ndarray  # float64 [queries, groups], see `group_scores`
     errors: np.ndarray  # [queries, groups]: their standard errors; NaN without
     sizes: np.ndarray  # int [groups]: the training examples of each
+    freedom: float = 0.0  # the degrees of freedom of the errors; 0 if nobody knows
 
     def shares(self) -> Shares:
         """Returns each query's positive scores as shares that add up to one, and how much
@@ -98,6 +99,8 @@ class Scores:
     group_errors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """The standard errors of the groups' scores [queries, groups], by `names_hash` of the
     grouping that was scored."""
+    group_freedom: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The degrees of freedom of `group_errors`, by the same key, see `PairSum`."""
     copies: np.ndarray | None = None
     """The id of the first of each training example's near-duplicates, its own where it
     has none, str [train]; None if nobody looked."""
@@ -237,7 +240,7 @@ class Scores:
             array = getattr(self, name)
             if array is not None:
                 first, arrays[name] = merge(array, self.copies, function)
-        ids, plain = self.train_ids[first], {"columns": {}, "group_errors": {}}
+        ids, plain = self.train_ids[first], {key: {} for key in BY_GROUPING}
         return dataclasses.replace(self, **arrays, train_ids=ids, copies=ids, **plain)
 
     def group(self, column: str | Sequence[str] | np.ndarray) -> Groups:
@@ -258,13 +261,16 @@ class Scores:
         if isinstance(column, str):
             one_of("column", column, self.columns)
             column = self.columns[column]
-        errors = self.group_errors.get(names_hash(column))
+        key = names_hash(column)
+        errors = self.group_errors.get(key)
         names, sums = group_scores(self.counted(column), column)
         if errors is None:
             errors = np.full(sums.shape, np.nan)
         as_they_are = group_scores(self.scores, column)[1]
         errors = np.where(sums == as_they_are, errors, np.nan)
-        return Groups(names, sums, errors, np.unique(column, return_counts=True)[1])
+        sizes = np.unique(column, return_counts=True)[1]
+        freedom = float(self.group_freedom.get(key, 0))
+        return Groups(names, sums, errors, sizes, freedom)
 
     def counted(self, column: Sequence[str] | np.ndarray) -> np.ndarray:
         """Returns the scores that groups add up [queries, train]: 0 where another copy

@@ -91,6 +91,10 @@ def _summed(total: PairSum, rows: slice, **fields) -> Scores:
             for name, array in total.group_errors.items()
         },
         freedom=total.freedom(rows),
+        group_freedom={
+            names_hash(fields["columns"][name]): freedom
+            for name, freedom in total.group_freedom(rows).items()
+        },
         **fields,
     )
 

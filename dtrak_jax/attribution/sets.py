@@ -156,7 +156,8 @@ def removal_set(
     It takes O(n (min(n, k) + count)) operations a choice and kernel, and
     8 n (min(n, k) + count) bytes a kernel beside the decomposed ones; with `pooled`, of
     J pairs, J n for n and J count for count. No n x n array is made but eigenvectors and,
-    of groups, the blocks of M of their own images.
+    of groups, the blocks of M of their own images: 8 sum_g n_g^2 bytes a kernel and twice
+    more, of groups of n_g images (J n_g with `pooled`).
 
     Args:
       train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
@@ -191,6 +192,9 @@ def removal_set(
     largest = sum(sorted(map(len, members))[-count:])
     joined = len(weights) if pooled else 1
     size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
+    # A kernel's blocks of M are factorised beside those of all kernels.
+    blocks = sum(len(rows) ** 2 for rows in members) * joined**2
+    size += 8 * blocks * (len(weights) // joined + 2)
     host.check_fits(
         f"kernels from which {count} {what} among {n} images are removed (count, "
         "timesteps, draws, dim)",

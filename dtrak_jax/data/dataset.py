@@ -3,16 +3,20 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax.checks import check_ids, check_images
+from dtrak_jax.data.corrections import GROUP, corrections, recorded_texts
 from dtrak_jax.data.preprocess import Picture
 from dtrak_jax.digests import digest, short_digest
 from dtrak_jax.progress import progress
+
+RESTORE = "Restore them, or name another --workdir."
+"""The remedy where images are not those of the run."""
 
 KEPT = 2**30
 """The bytes of pixels up to which those that were decoded for their digests are kept."""
@@ -41,6 +45,9 @@ class Dataset:
     """int [n], indices into `label_names`; None if there are no labels."""
     label_names: tuple[str, ...] = ()
     """All names of the source, including those that are not in use."""
+    first_labels: np.ndarray | None = field(default=None, repr=False)
+    """int [n], the labels that the first stage of a run saw, where they were corrected
+    since: they decided its random subsets. None if they are `labels`."""
     captions: np.ndarray | None = None
     """str [n]; None if there are no captions."""
     groups: dict[str, np.ndarray] = field(default_factory=dict)
@@ -70,6 +77,7 @@ class Dataset:
             read=lambda index: self.read(rows[index]),
             stamp=self.stamp and (lambda index: self.stamp(rows[index])),
             labels=None if self.labels is None else self.labels[rows],
+            first_labels=None if self.first_labels is None else self.first_labels[rows],
             captions=None if self.captions is None else self.captions[rows],
             groups={name: column[rows] for name, column in self.groups.items()},
             seeds=None if self.seeds is None else self.seeds[rows],
@@ -108,7 +116,7 @@ class Dataset:
             raise ValueError(
                 f"{len(changed)} of {len(self)} images have changed since the "
                 f"first stage of this run saw them, such as {self.ids[changed[0]]}. "
-                "Restore them, or name another --workdir."
+                f"{RESTORE}"
             )
 
     @functools.cached_property
@@ -175,32 +183,63 @@ class Dataset:
             return self.groups
         return {"label": np.array(self.label_names, str)[self.labels]} | self.groups
 
+    @property
+    def texts(self) -> dict[str, np.ndarray]:
+        """All that is said of the images, str [n]: `groupings`, and "caption"."""
+        captions = {} if self.captions is None else {"caption": self.captions}
+        return captions | self.groupings
+
+    @property
+    def strata(self) -> np.ndarray | None:
+        """The labels of which each random subset has its share, int [n]: those that the
+        first stage saw. None if there are none."""
+        return self.labels if self.first_labels is None else self.first_labels
+
     def columns(self) -> dict[str, np.ndarray]:
         """Returns what splits.npz has beside digests and stamps, by its names there."""
         columns = {"ids": self.ids, "labels": self.labels, "captions": self.captions}
-        columns |= {f"group_{name}": column for name, column in self.groups.items()}
+        columns["first_labels"] = self.first_labels
+        columns |= {f"{GROUP}{name}": column for name, column in self.groups.items()}
         return {name: c for name, c in columns.items() if c is not None}
 
-    def recorded_in(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
+    def recorded_in(
+        self, saved: dict[str, np.ndarray], role: str, deciding: Collection[str] = ()
+    ) -> "Dataset":
         """Returns the data set that refuses other pixels than those that were recorded.
 
         `saved` has the `columns` and the `digests` that an earlier stage saw, with
-        "train_" or "validation_" before their names. Other ids, labels, captions or
-        groups are a ValueError, and so are other pixels: here where the stamp is another
-        too, which costs decoding these images, and otherwise in `images`.
+        "train_" or "validation_" before their names. Other ids are a ValueError, and so
+        are other `texts` of the `deciding` columns, which the model is given, and other
+        pixels: here where the stamp is another too, which costs decoding these images,
+        and otherwise in `images`. All other texts are taken as they are now; `strata`
+        stay.
         """
-        columns = {"labels": np.array([]), "captions": np.array([])} | self.columns()
-        for name, column in columns.items():
-            recorded = saved.get(f"{role}_{name}", column)
-            if not np.array_equal(recorded, column):
-                changed = set(recorded.astype(str)) ^ set(column.astype(str))
-                such_as = f", such as {min(changed)}," if changed else ""
+        ids = saved.get(f"{role}_ids", self.ids)
+        if not np.array_equal(ids, self.ids):
+            changed = set(ids.tolist()) ^ set(self.ids.tolist())
+            such_as = f", such as {min(changed)}," if changed else ""
+            shares = (
+                "" if self.labels is None else " (every label has its share of them)"
+            )
+            raise ValueError(
+                f"the {role} images have other ids than the first stage of this run saw"
+                f"{such_as} or their order has changed{shares}. {RESTORE}"
+            )
+        before = recorded_texts(saved, role)
+        for name in deciding:
+            if name in before and name not in self.texts:
                 raise ValueError(
-                    f"the {role} images have other {name} than the first stage of this "
-                    f"run saw{such_as} or their order has changed. Restore them, or "
-                    "name another --workdir."
+                    f"the {role} images have no {name} any more. {RESTORE}"
                 )
-        recorded = replace(self, recorded=saved.get(f"{role}_digests"))
+        for column, rows, example in corrections(self.ids, before, self.texts):
+            if column in deciding:
+                raise ValueError(
+                    f"{example}: {len(rows)} of {len(self)} {role} images have another "
+                    f"{column} than the first stage of this run saw, and the model is "
+                    f"given it. {RESTORE}"
+                )
+        kept = self.stratified_as(saved, role)
+        recorded = replace(kept, recorded=saved.get(f"{role}_digests"))
         if "decoded" in vars(self):
             vars(recorded)["decoded"] = self.decoded
         stamps = saved.get(f"{role}_stamps", self.stamps)
@@ -209,6 +248,15 @@ class Dataset:
             if len(rows) and recorded.recorded is not None:
                 recorded._compare(self.take(rows).decoded.digests, rows)
         return recorded
+
+    def stratified_as(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
+        """Returns the data set with the `strata` that were recorded of these ids."""
+        if not np.array_equal(saved.get(f"{role}_ids"), self.ids):
+            return self
+        none = np.zeros(len(self), int)
+        first = saved.get(f"{role}_first_labels", saved.get(f"{role}_labels", none))
+        same = np.array_equal(first, none if self.labels is None else self.labels)
+        return replace(self, first_labels=None if same else first)
 
     def named_as(self, names: tuple[str, ...]) -> "Dataset":
         """Returns the data set with labels that are indices into `names`, then its own."""

@@ -1,5 +1,6 @@
 """Sentences on pictures that their owner may not expect, for a warning."""
 
+import unicodedata
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,7 +30,7 @@ def remarks(sets: Mapping[str, Dataset], uses_captions: bool = True) -> list[str
         if train is not None and images is not train:
             lines.append(_trained_on(name, images, train))
         else:
-            lines += _of_groups(images)
+            lines += remarks_on_groups(images)
     captioned = [n for n, s in sets.items() if s.captions is not None and len(s)]
     if captioned and not uses_captions:
         lines.append(
@@ -60,9 +61,11 @@ def _repeated(name: str, images: Dataset) -> str:
     )
 
 
-def _of_groups(images: Dataset) -> list[str]:
+def remarks_on_groups(images: Dataset) -> list[str]:
     """Returns sentences on columns of groups that rank nothing, or nothing but images."""
     lines = []
+    for column, names in images.groupings.items():
+        lines.append(look_alikes(column, names))
     for column, names in images.groups.items():
         count = len(np.unique(names))
         if count == 1:
@@ -76,6 +79,29 @@ def _of_groups(images: Dataset) -> list[str]:
                 "groups is that of images."
             )
     return lines
+
+
+def look_alikes(column: str, names: np.ndarray) -> str:
+    """Returns a sentence on names of groups that a reader may take for one another; "".
+
+    They differ in case, in how Unicode composes a letter, in width, in spaces, or in
+    characters that nobody sees.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in np.unique(names).tolist():
+        seen = (c for c in name if unicodedata.category(c) not in ("Cc", "Cf"))
+        folded = unicodedata.normalize("NFKC", "".join(seen)).casefold()
+        key = " ".join(unicodedata.normalize("NFKC", folded).split())
+        alike.setdefault(key, []).append(name)
+    pairs = [names for names in alike.values() if len(names) > 1]
+    if not pairs:
+        return ""
+    listed = ["; ".join(" and ".join(map(ascii, names)) for names in pairs[:4])]
+    listed += [f"{len(pairs) - 4} more"] if len(pairs) > 4 else []
+    return (
+        f"Names of `{column}` look alike and are different groups: {', '.join(listed)}. "
+        "Write them alike if they mean the same."
+    )
 
 
 def trained_on(queries: Dataset, train: Dataset) -> list[list[str]]:

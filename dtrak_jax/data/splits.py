@@ -28,18 +28,21 @@ class Splits(NamedTuple):
 
     def columns(self) -> dict[str, np.ndarray]:
         """Returns ids, labels, captions, groups, digests and stamps of all: splits.npz."""
-        columns = {"label_names": np.array(self.train.label_names, str)}
+        # Those of validation images may have further ones behind.
+        names = max(self.train.label_names, self.validation.label_names, key=len)
+        columns = {"label_names": np.array(names, str)}
         for role, images in self._asdict().items():
             described = images.columns()
             described |= {"stamps": images.stamps, "digests": images.digests}
             columns |= {f"{role}_{name}": column for name, column in described.items()}
         return columns
 
-    def recorded_in(self, saved: dict[str, np.ndarray]) -> "Splits":
+    def recorded_in(
+        self, saved: dict[str, np.ndarray], deciding: Sequence[str] = ()
+    ) -> "Splits":
         """Returns the images, which must be those of `columns`; see `Dataset`."""
-        return Splits(
-            *(images.recorded_in(saved, r) for r, images in self._asdict().items())
-        )
+        roles = self._asdict().items()
+        return Splits(*(images.recorded_in(saved, r, deciding) for r, images in roles))
 
 
 def load(config: DataConfig, size: int, channels: int) -> Splits:

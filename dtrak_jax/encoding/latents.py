@@ -196,6 +196,11 @@ class Latents:
         captions = self.run.examples(name).captions
         return encode.load_contexts(self.run, name, captions)
 
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The columns that the network is given, see `Dataset.recorded_in`."""
+        return ("caption",)
+
     def check_conditions(self, examples: Dataset, name: str) -> None:
         """Raises a ValueError unless there is a caption for each example."""
         encode.check_captions(name, examples)

@@ -129,6 +129,11 @@ class Pixels:
         """Returns the classes of a set, int32 [n], or None."""
         return self.classes_if_taken(self.run.examples(name), name)
 
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The columns that the network is given, see `Dataset.recorded_in`."""
+        return ("label",) if self.model.config.takes_classes else ()
+
     def check_conditions(self, examples: Dataset, name: str) -> None:
         """Raises a ValueError unless there is a class for each example, if one is needed."""
         if not self.model.config.takes_classes:

@@ -110,7 +110,11 @@ def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
     measurement = METHODS[method].measurement
     query = np.asarray(run.features("generated", measurement)[..., [row], :])
     kernels, count = run.kernels(measurement), run.config.counterfactual.count
-    rows = removal_set(kernels, query, count, damping=run.damping).rows
+    copies = run.copies().copies
+    # Near-duplicates go together; at most as many pictures as images are removed.
+    chosen = min(count, len(np.unique(copies)) - 1)
+    options = {"damping": run.damping, "groups": copies}
+    rows = removal_set(kernels, query, chosen, **options).rows[:count]
     return parallel.of_main_process(rows)
 
 

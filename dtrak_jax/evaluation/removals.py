@@ -1,6 +1,5 @@
 """The models of counterfactuals: which examples each is trained without, and how long."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,23 +74,51 @@ def kept_rows(
     """Returns the rows of the training set that are left, by (choice, query), ascending.
 
     A method removes the `count` examples with the highest scores for the query, or with
-    the largest squares, or a set that was chosen as a set: `sets` has its rows. A random
-    choice removes the examples with the smallest hashes of (seed, query, id), whichever
+    the largest squares, or a set that was chosen as a set: `sets` has its rows.
+    Near-duplicates go together, as without one of them the others make up for it: see
+    `strongest`. A random choice removes the examples with the smallest hashes of (seed, query, id), whichever
     other queries there are.
     """
     removed = {}
     for choice, ranked in scores.items():
-        if choice.transform == "squared":
-            ranked = dataclasses.replace(ranked, scores=np.square(ranked.scores))
-        top, positions = ranked.top(count).index, ranked.query_ids.tolist()
+        positions = ranked.query_ids.tolist()
+        squared = choice.transform == "squared"
         for query in queries:
-            removed[choice, query] = top[positions.index(query)]
+            row = positions.index(query)
+            removed[choice, query] = strongest(ranked, row, count, squared)
     removed |= sets or {}
     for query in queries:
         chosen = data.choose(train_ids, None, count, seed, f"{RANDOM}/{query}")
         removed[Choice(RANDOM), query] = chosen
     rows = np.arange(len(train_ids))
     return {key: np.delete(rows, gone) for key, gone in removed.items()}
+
+
+def strongest(
+    scores: Scores, row: int, count: int, squared: bool = False
+) -> np.ndarray:
+    """Returns the training images to remove for a query, the strongest first, int [count].
+
+    Pictures are taken by their `merged` scores, or the squares of these, each with all
+    of its copies; one that has more copies than may still be removed is passed over.
+    Where nothing fits any more, copies of the strongest of these fill the rest.
+    """
+    pictures = scores.merged().scores[row]
+    values = np.square(pictures) if squared else pictures
+    # Stable, so that equal scores come in the order of the training set.
+    order = np.argsort(-values, kind="stable")
+    _, picture = np.unique(scores.picture_ids, return_inverse=True)
+    first = picture[scores.picture_rows]
+    members = np.split(
+        np.argsort(picture, kind="stable"), np.cumsum(np.bincount(picture))[:-1]
+    )
+    ranked = [members[first[column]] for column in order]
+    chosen, passed, left = [], [], count
+    for rows in ranked:
+        fits = len(rows) <= left
+        (chosen if fits else passed).append(rows)
+        left -= len(rows) * fits
+    return np.concatenate([*chosen, *passed])[:count]
 
 
 class Removal(NamedTuple):

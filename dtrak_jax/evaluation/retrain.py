@@ -20,7 +20,7 @@ def retrain(run: Run) -> None:
     # A wrong setting of the measurement is refused before any model is trained.
     timestep_grid(settings.timesteps, run.schedule)
     how = settings.seed, settings.subsets, settings.fraction
-    masks = truth.subset_masks(images.ids, images.labels, *how)
+    masks = truth.subset_masks(images.ids, images.strata, *how)
     ensemble = truth.ensemble(masks, settings.seeds)
     train(run, ensemble, member_steps(run.config), "retrain")
     train(run, full_members(run), run.config.train.steps, "train models")

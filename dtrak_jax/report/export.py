@@ -19,7 +19,7 @@ from dtrak_jax.report.standing import Standing, standings
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the schema, which README.md describes."""
 
 UNIT = "unit of the query"
@@ -61,6 +61,8 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
             whole = facts | document(
                 *(s, standing[name][method], same, settings.top, settings.shares)
             )
+            whole["copies"]["looked_for"] = not run.copies().why
+            whole["copies"]["why"] = run.copies().why or None
             place = f"{method}-{name}"
             if settings.format != "csv":
                 text = json.dumps(whole, indent=1, allow_nan=False)
@@ -140,7 +142,6 @@ def document(
         else {"degrees_of_freedom": 0, "why": NO_ERRORS},
         "not_judged": standing.why or None,
         "copies": {
-            "looked_for": scores.copies is not None,
             "threshold": THRESHOLD,
             "score": "highest" if scores.method in COUNTED_ONCE else "sum",
             "clusters": clusters,
@@ -197,7 +198,11 @@ def _grouping(scores: Scores, name: str, standing: Standing, shares: bool) -> di
             (more["left_out"],) = _numbers(left_out[i : i + 1])
         ranking = _ranking(columns, groups.scores[i])
         queries.append({"query": str(query)} | more | {"groups": ranking})
-    return {"overall": _ranking(overall, value), "queries": queries}
+    return {
+        "degrees_of_freedom": groups.freedom,
+        "overall": _ranking(overall, value),
+        "queries": queries,
+    }
 
 
 def _ranking(columns: dict[str, list], values: np.ndarray) -> list[dict]:
@@ -220,7 +225,7 @@ def _image_rows(whole: dict) -> Iterator[list]:
     for query in whole["queries"]:
         for image in query["images"]:
             *fields, copies = image.values()
-            yield [query["query"], *fields, "|".join(copies)]
+            yield [query["query"], *fields, json.dumps(copies, ensure_ascii=False)]
 
 
 def _group_rows(whole: dict) -> Iterator[list]:

@@ -8,8 +8,10 @@ import numpy as np
 
 from dtrak_jax.attribution.scores import Groups, Scores
 from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import grouped
+from dtrak_jax.report.uncertainty import group_uncertainty
 
 LISTED = 8
 """Groups listed for a query, if there are more: the first, the last two, its own."""
@@ -49,6 +51,7 @@ def groupings(
     scores: Mapping[str, Mapping[str, Scores]],
     count: int,
     standing: Mapping[str, Mapping[str, Standing]],
+    recipe: Recipe | None = None,
 ) -> list[dict]:
     """Returns a view of every column of groups: its rankings for each set of queries.
 
@@ -61,6 +64,7 @@ def groupings(
             "total": len(np.unique(train.groups[column])),
             "sets": {
                 name: _of_set(column, train, sets[name], of_set, count, standing[name])
+                | {"uncertainty": _uncertainty(column, train, of_set, recipe)}
                 for name, of_set in scores.items()
             },
         }
@@ -115,11 +119,22 @@ def _of_set(
     }
 
 
+def _uncertainty(
+    column: str, train: Dataset, scores: Mapping[str, Scores], recipe: Recipe | None
+) -> dict[str, str]:
+    """Returns what the errors of each method's groups are, or why there are none."""
+    names = train.groups[column]
+    return {
+        method: group_uncertainty(s, s.group(names), recipe)
+        for method, s in scores.items()
+    }
+
+
 def _of_method(
     groups: Groups, own: Sequence[str | None], count: int, above: np.ndarray | None
 ) -> dict:
     """Returns the rankings of the groups, and how often each is first for whose queries."""
-    names, sums, errors, sizes = groups
+    names, sums, errors, sizes, _ = groups
     mean, none = groups.overall(), np.full(len(names), np.nan)
     first = names[sums.argmax(axis=1)].tolist()
     standing = np.zeros(sums.shape, bool) if above is None else above

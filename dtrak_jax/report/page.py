@@ -67,7 +67,9 @@ def page(record: Record) -> str:
     absolute = record.damping is not None and record.damping.absolute
     removal, lds = record.counterfactual, record.lds
     places = anchors(queries)
-    grouping_views = groupings(train, queries, scores, shown, standing)
+    grouping_views = groupings(
+        *(train, queries, scores, shown, standing, record.recipe)
+    )
     return TEMPLATES.get_template("page.html").render(
         record=record,
         train=train,

@@ -194,14 +194,18 @@ def agreement(a: Scores, b: Scores, top: int) -> dict:
 def frequent_supporters(method: str, scores: Sequence[Scores], top: int) -> dict:
     """Returns the pictures most often among a query's `top` supporters, of the method's
     scores for all sets of queries; near-duplicates are one."""
-    rows = scores[0].picture_rows
+    rows, picture_ids = scores[0].picture_rows, scores[0].picture_ids
     tops = [s.merged().top(min(top, len(rows))) for s in scores]
     supporters = np.concatenate([rows[t.index[t.scores > 0]] for t in tops])
     counts = np.bincount(supporters, minlength=len(scores[0].train_ids))
     order = np.argsort(-counts, kind="stable")[:FREQUENT]
     return {
         "method": method,
-        "images": [(index, counts[index]) for index in order if counts[index]],
+        "images": [
+            (np.flatnonzero(picture_ids == picture_ids[index]), counts[index])
+            for index in order
+            if counts[index]
+        ],
         "named": np.sum(counts > 0),
         "share": counts[order].sum() / max(1, counts.sum()),
         "queries": sum(len(s.query_ids) for s in scores),

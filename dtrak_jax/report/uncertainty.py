@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.attribution.duplicates import COUNTED_ONCE
+from dtrak_jax.attribution.scores import Groups, Scores
 from dtrak_jax.report.features import measurement
 from dtrak_jax.report.record import Recipe
 
@@ -26,6 +27,21 @@ def uncertainty(scores: Scores, recipe: Recipe | None) -> tuple[np.ndarray, str]
     if spread is not None:
         return spread, "± the standard deviation of several models' scores"
     return errors, f"No errors: {_reason(scores.method, recipe)}"
+
+
+def group_uncertainty(scores: Scores, groups: Groups, recipe: Recipe | None) -> str:
+    """Returns a sentence on what the errors of groups are, or why some have none."""
+    known = np.isfinite(groups.errors).all(axis=0)
+    if not np.isfinite(scores.errors).any():
+        return f"No errors: {_reason(scores.method, recipe)}"
+    why = "they were not among the groups that were scored"
+    if scores.method in COUNTED_ONCE and scores.copies is not None:
+        why = "copies of a picture count once in a group"
+    if not known.any():
+        return f"No errors: {why}"
+    freedom = f" ({groups.freedom:.2g} degrees of freedom)" if groups.freedom else ""
+    text = f"± standard error of the sum{freedom}"
+    return text if known.all() else f"{text}; some groups have none: {why}"
 
 
 def _reason(method: str, recipe: Recipe | None) -> str:
