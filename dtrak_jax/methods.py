@@ -3,6 +3,7 @@
 To add a method, write its function in `dtrak_jax.attribution`, and its row here.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -42,6 +43,7 @@ from dtrak_jax.attribution.scoring import (
     score,
 )
 from dtrak_jax.checks import instance, one_of
+from dtrak_jax.data import look_alikes
 from dtrak_jax.features import Features
 from dtrak_jax.switches import standard
 
@@ -285,6 +287,9 @@ def attribute(
     row = _choose(kernels.train, method)
     queries = query if isinstance(query, dict) else {"": query}
     scores = score(row, kernels, queries, damping, groups, draws)
+    for name, column in next(iter(scores.values())).columns.items():
+        if text := look_alikes(name, column):
+            warnings.warn(text, stacklevel=3)
     return scores if isinstance(query, dict) else scores[""]
 
 

@@ -593,6 +593,20 @@ def test_columns_of_a_csv_are_groups(gallery):
     said = " ".join(remarks({"train": train}))
     assert "All 2 images have the same `owner`, 'x': there is no group" in said
     assert "Each of the 2 images has a `artist` of its own" in said
+    assert "look alike" not in said
+
+
+def test_names_of_groups_that_look_alike_are_named():
+    """In case, composition, width, spaces, and what nobody sees; nothing else is."""
+    names = ["anna", "Anna", "Jos\u00e9", "Jose\u0301", "bo", "bo\u200b", "c d", "c  d"]
+    train = replace(load(DataConfig(train=9), 8, 1).train, groups={})
+    other = replace(train, groups={"artist": np.array([*names, "Jose"])})
+    assert remarks({"train": train}) == []
+    (said,) = (line for line in remarks({"train": other}) if "alike" in line)
+    assert said.startswith("Names of `artist` look alike and are different groups: ")
+    for pair in ("'Anna' and 'anna'", r"'Jose\u0301' and 'Jos\xe9'", r"'bo\u200b'"):
+        assert pair in said
+    assert "'Jose'" not in said and "'c  d' and 'c d'" in said
 
 
 def test_groups_that_cannot_be_are_refused():

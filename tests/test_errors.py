@@ -168,6 +168,8 @@ def test_groups_must_be_of_the_training_images():
             dtrak.attribute(train, query, groups={"of": column})
     with pytest.raises(TypeError, match="groups is an array"):
         dtrak.attribute(train, query, groups=COLUMN)
+    with pytest.warns(UserWarning, match="Names of `of` look alike .* 'A' and 'a'"):
+        dtrak.attribute(train, query, groups={"of": ["a", "A", *"bbbbbbb"]})
     scores = dtrak.attribute(train, query, groups={"of": COLUMN})
     with pytest.raises(ValueError, match="column is 'by'; it must be one of: 'of'"):
         scores.group("by")
@@ -190,6 +192,14 @@ def test_errors_go_with_their_scores(tmp_path):
     for array, same in zip(loaded.group("of"), scores.group("of"), strict=True):
         np.testing.assert_array_equal(array, same)
     assert loaded.freedom == scores.freedom
+    # Of groups of one image each, the freedom of their errors is that of the images'.
+    images = {"of": list(map(str, range(len(COLUMN))))}
+    alone = dtrak.attribute(train, query, draws=R, groups=images).group("of")
+    assert alone.freedom == pytest.approx(scores.freedom)
+    groups = scores.group("of")
+    assert 0 < groups.freedom != scores.freedom
+    assert ensemble_mean([scores, scores]).group("of").freedom == groups.freedom
+    assert scores.group(COLUMN[::-1]).freedom == 0
     low, high = dataclasses.replace(scores, freedom=4).interval(0.9)
     # The 95% quantile of Student's distribution with 4 degrees of freedom.
     np.testing.assert_allclose(high - low, 2 * 2.131847 * scores.errors, rtol=1e-5)

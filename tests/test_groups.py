@@ -1,6 +1,8 @@
 """Groups and near-duplicates: what counts once, and what rankings are made of."""
 
+import csv
 import dataclasses
+import io
 import json
 
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import dtrak_jax as dtrak
 from dtrak_jax.attribution import duplicates, groups
 from dtrak_jax.attribution.groups import names_hash
 from dtrak_jax.methods import METHODS
+from dtrak_jax.report import export
 from dtrak_jax.report.export import document
 from dtrak_jax.report.standing import Standing, standing
 from dtrak_jax.report.summary import summary
@@ -186,6 +189,13 @@ def test_an_export_tells_of_pictures_groups_and_queries_that_are_one_of_them():
         "first_of_queries": 1,
     }
     assert "share" not in ranking[0]
+    # Names may hold whatever joins them elsewhere.
+    ids = np.array(['a|b "c", d', *"bcde"])
+    odd = dataclasses.replace(scores, train_ids=ids, copies=ids[[0, 1, 0, 3, 4]])
+    whole = document(odd, Standing(None), [[], []], 0)
+    table = csv.reader(io.StringIO(export.image_table(whole).decode()))
+    cells = [json.loads(row[-1]) for row in list(table)[1:]]
+    assert cells[1] == [ids[0], "c"] and cells[0] == ["b"]
     shared = document(scores, judged, [[], []], 0, shares=True)["groups"]["of"]
     assert [g["share"] for g in shared["queries"][0]["groups"]] == [1, 0]
     assert shared["queries"][0]["left_out"] == 2 / 6

@@ -43,7 +43,7 @@ from dtrak_jax.report.queries import agreement, anchors
 from dtrak_jax.report.record import Recipe
 from dtrak_jax.report.text import signed
 from dtrak_jax.report.trust import STYLES
-from dtrak_jax.report.uncertainty import uncertainty
+from dtrak_jax.report.uncertainty import group_uncertainty, uncertainty
 
 RESULTS = Path(__file__).parents[1] / "configs" / "results"
 TIMESTEPS = (100, 300)
@@ -579,18 +579,43 @@ def test_it_is_said_what_the_errors_are_or_why_there_are_none(tmp_path):
         assert np.isnan(errors).all() == expected.startswith("No errors")
 
 
+def test_it_is_said_why_groups_have_no_errors(tmp_path):
+    one, *_ = make(tmp_path).made.values()
+    recipe = Recipe(TIMESTEPS, 1, True, "common", "sketch", 64)
+    column = np.array(["a"] * 5 + ["b"] * 15)
+    copies = one.train_ids.copy()
+    copies[1] = copies[0]
+    errors = {names_hash(column): np.ones((len(one.query_ids), 2))}
+    known = {"errors": np.ones_like(one.scores), "group_errors": errors}
+    once = known | {"method": "gradient-dot", "copies": copies}
+    for fields, expected in (
+        ({}, "No errors: one draw"),
+        (known, "± standard error of the sum"),
+        (known | {"group_errors": {}}, "No errors: they were not among the groups"),
+        (once, "± standard error of the sum; some groups have none: copies of a"),
+    ):
+        scores = dataclasses.replace(one, **fields)
+        text = group_uncertainty(scores, scores.group(column), recipe)
+        assert text.startswith(expected)
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_groups_have_the_errors_that_scores_have_of_them(tmp_path):
     run = describe(make(tmp_path, sets=("validation",)))
     columns = {"contributor": HANDS}
     errors = {names_hash(HANDS): np.full((5, 3), 0.25)}
-    html = page(with_fields(run, columns=columns, group_errors=errors))
+    freedom = {"group_freedom": dict.fromkeys(errors, 1.5)}
+    html = page(with_fields(run, columns=columns, group_errors=errors, **freedom))
     found = rankings(section(html, "validation"))
     assert all("± 0.25" in rest[1] for table in found for _, rest in table)
+    text = section(html, "validation")
+    assert text.count("· ± standard error of the sum (1.5 degrees of freedom)") == 4
     # The mean over queries has none, and of other groups these errors are not.
     assert "±" not in "".join(str(t) for t in rankings(section(html, "groups")))
     run.splits.train.groups = {"contributor": HANDS[::-1]}
-    assert "± 0.25" not in page(run)
+    html = page(run)
+    assert "± 0.25" not in html
+    assert html.count("No errors: they were not among the groups that were scored") == 4
     found = ranking(
         np.array(["a", "b"]), np.array([2.0, -1]), np.full(2, 0.5), np.ones(2), 8
     )
@@ -613,6 +638,10 @@ def test_near_duplicates_are_one_entry(tmp_path):
     assert found.count("<small>3 copies: train-004, train-006, train-009</small>") == 10
     # A picture that several gave is of them all.
     assert found.count("<span>ben, cleo</span>") == 10
+    # So are labels.
+    assert found.count("<span>cat, dog</span>") == 10 and "label cat, dog" in found
+    frequent = section(page(run), "frequent")
+    assert frequent.count("3 copies: train-004, train-006, train-009") == 2
     for kind, ids in lists(found):
         assert (ids[0] == train[4]) == (kind == "supporting") and len(ids) == 3
         assert train[6] not in ids and train[9] not in ids

@@ -310,12 +310,18 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
     )
     place = workdir / "export" / "trak-ensemble-generated"
     whole = files.read_json(place.with_suffix(".json"))
-    assert (whole["sign"], whole["schema"]) == (attribution.scores.SIGN, 1)
+    assert (whole["sign"], whole["schema"]) == (attribution.scores.SIGN, 2)
     assert whole["damping"] == {"value": 0.1, "absolute": False}
     assert whole["features"]["timesteps"] == [100, 300]
     with place.with_suffix(".csv").open() as table:
         header, *rows = csv.reader(table)
     assert header[:4] == ["query", "rank", "image", "score [unit of the query]"]
+    assert not whole["copies"]["looked_for"]
+    assert "an effective dimension of" in whole["copies"]["why"]
+    entries = [image for query in whole["queries"] for image in query["images"]]
+    assert [json.loads(row[-1]) for row in rows] == [e["copies"] for e in entries]
+    freedom = whole["groups"]["label"]["degrees_of_freedom"]
+    assert freedom == scores.group("label").freedom > 0
     position = {name: i for i, name in enumerate(scores.train_ids)}
     for row, query in enumerate(whole["queries"]):
         images = query["images"]

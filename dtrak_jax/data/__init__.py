@@ -11,7 +11,13 @@ from dtrak_jax.data.preprocess import (
     to_picture,
     to_pixels,
 )
-from dtrak_jax.data.remarks import NAMES, remarks, remarks_on_groups, trained_on
+from dtrak_jax.data.remarks import (
+    NAMES,
+    look_alikes,
+    remarks,
+    remarks_on_groups,
+    trained_on,
+)
 from dtrak_jax.data.sources import load_images, load_queries, samples
 from dtrak_jax.data.splits import Splits, choose, load, subset_mask
 
@@ -27,6 +33,7 @@ __all__ = [
     "load",
     "load_images",
     "load_queries",
+    "look_alikes",
     "plain_pictures",
     "preprocess",
     "recorded_texts",

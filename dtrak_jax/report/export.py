@@ -68,7 +68,7 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
                 text = json.dumps(whole, indent=1, allow_nan=False)
                 yield f"{place}.json", f"{text}\n".encode()
             if settings.format != "json":
-                yield f"{place}.csv", _table(IMAGES, _image_rows(whole))
+                yield f"{place}.csv", image_table(whole)
                 if whole["groups"]:
                     header = (*GROUPS, *[SHARE] * settings.shares)
                     yield f"{place}-groups.csv", _table(header, _group_rows(whole))
@@ -220,12 +220,14 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(str(value)) if np.isfinite(value) else None for value in values]
 
 
-def _image_rows(whole: dict) -> Iterator[list]:
-    """Yields the rows of METHOD-QUERIES.csv."""
-    for query in whole["queries"]:
-        for image in query["images"]:
-            *fields, copies = image.values()
-            yield [query["query"], *fields, json.dumps(copies, ensure_ascii=False)]
+def image_table(whole: dict) -> bytes:
+    """Returns METHOD-QUERIES.csv; ids of copies are a JSON list in their cell."""
+    rows = [
+        [query["query"], *fields, json.dumps(copies, ensure_ascii=False)]
+        for query in whole["queries"]
+        for *fields, copies in (image.values() for image in query["images"])
+    ]
+    return _table(IMAGES, iter(rows))
 
 
 def _group_rows(whole: dict) -> Iterator[list]:
