@@ -15,6 +15,12 @@ MADE = ("report.html", "export")
 """What holds the groups of its time until its command is run again."""
 
 
+def chosen(run: "Run") -> data.Splits:
+    """Returns the images that the source has now, see `Run.chosen`."""
+    size, _, channels = run.space.image_shape
+    return data.load(run.config.data, size, channels, _saved(run))
+
+
 def recorded(run: "Run") -> data.Splits | None:
     """Returns the images that were recorded, see `Run.recorded`."""
     saved = _saved(run)
@@ -55,7 +61,8 @@ def _has_texts(images: data.Splits, saved: Mapping[str, np.ndarray]) -> bool:
     """Returns whether labels, captions and groups are those of splits.npz."""
     for role, examples in images._asdict().items():
         before, texts = data.recorded_texts(saved, role), examples.texts
-        same = before.keys() == texts.keys()
+        # Files of earlier versions do not say what was chosen from.
+        same = before.keys() == texts.keys() and f"{role}_pool" in saved
         if not (same and all(np.array_equal(before[k], texts[k]) for k in texts)):
             return False
     return True

@@ -86,8 +86,7 @@ class Run:
     @functools.cached_property
     def chosen(self) -> data.Splits:
         """The images that the source has now, of which nothing is decoded or recorded."""
-        size, _, channels = self.space.image_shape
-        return data.load(self.config.data, size, channels)
+        return image_sets.chosen(self)
 
     @functools.cached_property
     def recorded(self) -> data.Splits | None:

@@ -320,6 +320,33 @@ def test_the_number_of_validation_images_does_not_change_the_training_images():
     assert without.validation.ids.shape == without.validation.labels.shape == (0,)
 
 
+def test_a_corrected_label_chooses_no_other_images(gallery):
+    """Unless the source has other ids: then every label has its share again."""
+    folder, names = gallery[0] / "many", [f"{i:02d}.png" for i in range(20)]
+    for i, name in enumerate(names):
+        (folder).mkdir(exist_ok=True)
+        (folder / name).write_bytes(png(noise(8, 8, 1, seed=i)[..., 0]))
+
+    def choose_from(labels, saved=None):
+        lines = [f"{name},{label}" for name, label in zip(names, labels)]
+        (folder / "list.csv").write_text("\n".join(["file,label", *lines]))
+        how = {"csv": "list.csv", "train": 10, "validation": 4}
+        config = DataConfig(source="folder", name=str(folder), **how)
+        return load(config, 8, 1, saved)
+
+    first = choose_from("ab" * 10)
+    corrected, saved = "b" * 9 + "a" * 11, first.columns()
+    assert set(choose_from(corrected).train.ids) != set(first.train.ids)
+    again = choose_from(corrected, saved)
+    for now, before in zip(again, first, strict=True):
+        np.testing.assert_array_equal(now.ids, before.ids)
+    assert again.train.label_names[again.train.labels[0]] in "ab"
+    again.recorded_in(saved)
+    names.pop(3 if "03.png" not in first.train.ids else 4)
+    other = choose_from(corrected, saved)
+    np.testing.assert_array_equal(other.train.ids, choose_from(corrected).train.ids)
+
+
 def test_labels_are_kept_by_name_or_number():
     splits = load(DataConfig(labels=("3", "8"), train=200, validation=100), 8, 1)
     assert set(splits.train.labels) == set(splits.validation.labels) == {3, 8}

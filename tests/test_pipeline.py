@@ -40,6 +40,7 @@ from dtrak_jax import (
     training,
 )
 from dtrak_jax.attribution import Scores
+from dtrak_jax.features import gradients
 from dtrak_jax.run import Run
 
 FLAGS = {
@@ -305,6 +306,58 @@ def test_every_command_runs_on_shipped_configs(
         f'id="{part}"' in page for part in ("trust", "counterfactual", "ablations")
     )
     assert f"wrote {workdir / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_corrected_contributor_locks_nothing(simple, monkeypatch, tmp_path):
+    """Corrected after training, killed while scores are made anew: all files end with
+    the same groups, and nothing is trained or featurized again."""
+    write_pictures(tmp_path / "pictures", 30)
+    more = {"data.name": str(tmp_path / "pictures"), "data.groups": "hand"}
+    more |= {"attribution.methods": "dtrak trak pixel-cosine", "features.draws": "2"}
+
+    def line(stage):
+        line = digits_command(stage, tmp_path / "run", SMALL | more, {})
+        line[1] = str(DIGITS.parent / "mnist.py")
+        return line
+
+    cli.main(line("export"))
+    csv, scores = tmp_path / "pictures" / "labels.csv", tmp_path / "run" / "scores"
+    train = open_run(line("export")).splits.train
+    image = train.ids[train.groups["hand"] == "left"][0]
+    (row,) = (row for row in csv.read_text().split() if row.startswith(image))
+    csv.write_text(csv.read_text().replace(row, row.replace("left", "right")))
+    for module, name in (
+        (training, "train"),
+        (gradients, "gradient_function"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, n=name, **__: pytest.fail(n))
+    save = Scores.save
+
+    def save_once(self, path):
+        monkeypatch.setattr(Scores, "save", lambda *_: 1 / 0)
+        save(self, path)
+
+    monkeypatch.setattr(Scores, "save", save_once)
+    with (
+        pytest.warns(
+            UserWarning, match=f"1 of 24 .*hand of {image}: left -> right.*exp"
+        ),
+        pytest.raises(ZeroDivisionError),
+    ):
+        cli.main(line("attribute"))
+    monkeypatch.setattr(Scores, "save", save)
+    cli.main(line("export"))
+    hands = open_run(line("export")).splits.train.groups["hand"]
+    for path in scores.glob("*-*.npz"):
+        groups = Scores.load(path).group("hand")
+        np.testing.assert_array_equal(groups.sizes, np.unique_counts(hands).counts)
+        assert np.isnan(groups.errors).any() == path.name.startswith("pixel")
+        whole = files.read_json(tmp_path / "run" / "export" / f"{path.stem}.json")
+        for row, query in enumerate(whole["groups"]["hand"]["queries"]):
+            by_name = {group["group"]: group for group in query["groups"]}
+            made = [by_name[name] for name in groups.names]
+            assert [group["score"] for group in made] == groups.scores[row].tolist()
+            assert [group["images"] for group in made] == groups.sizes.tolist()
 
 
 GIVEN = """

@@ -58,6 +58,8 @@ class Dataset:
     """Returns the size of an image's file and when it was written; None without files."""
     recorded: np.ndarray | None = field(default=None, repr=False)
     """The `digests` that the images must have, str [n]; None if nobody knows."""
+    pool: str = field(default="", repr=False)
+    """The hash of all ids that the images were chosen from; "" if none were chosen."""
     notes: tuple[str, ...] = field(default=(), repr=False)
     """Sentences on how the source was read, where that may not be expected."""
 

@@ -4,8 +4,9 @@ A choice uses no random number generator, so that it stays the same under every 
 of NumPy and JAX, and no positions, so that the order of a data set does not matter.
 """
 
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from dtrak_jax.checks import alike, check_ids
 from dtrak_jax.data.config import DataConfig
 from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.data.sources import open_source, open_validation
+from dtrak_jax.digests import digest
 
 
 class Splits(NamedTuple):
@@ -34,6 +36,7 @@ class Splits(NamedTuple):
         for role, images in self._asdict().items():
             described = images.columns()
             described |= {"stamps": images.stamps, "digests": images.digests}
+            described["pool"] = np.array(images.pool)
             columns |= {f"{role}_{name}": column for name, column in described.items()}
         return columns
 
@@ -45,7 +48,12 @@ class Splits(NamedTuple):
         return Splits(*(images.recorded_in(saved, r, deciding) for r, images in roles))
 
 
-def load(config: DataConfig, size: int, channels: int) -> Splits:
+def load(
+    config: DataConfig,
+    size: int,
+    channels: int,
+    saved: Mapping[str, np.ndarray] | None = None,
+) -> Splits:
     """Chooses the images that a configuration asks for; none is decoded yet.
 
     Both choices are functions of `config.seed`, ids and labels, and give every label
@@ -54,25 +62,28 @@ def load(config: DataConfig, size: int, channels: int) -> Splits:
     same examples as training images otherwise; an example whose id a training image
     has is never one, but in a folder of their own. If `config.train` is 0, validation
     images are chosen first, and all that they leave are training images. Images are
-    ordered as in their source and never mirrored: mirroring belongs to training.
+    ordered as in their source and never mirrored: mirroring belongs to training. Those of
+    `saved`, the `Splits.columns` of an earlier choice by the same settings, are chosen
+    again if the source has the same ids, also where labels were corrected since.
 
     Raises:
       ValueError: a source, split, label, group or file is missing or wrong, or there
         are too few examples.
     """
     pool = _labelled(config, open_source(config, config.train_split, size, channels))
+    take = functools.partial(_choose, config, saved or {})
     if config.validation_folder:
         validation = open_validation(config, size, channels).named_as(pool.label_names)
-        train = _choose(config, "train", pool)
-        return Splits(train, _choose(config, "validation", validation))
+        train = take("train", pool)
+        return Splits(train, take("validation", validation))
     apart, split = pool, config.validation_split
     if config.has_splits and config.validation and split != config.train_split:
         apart = _labelled(config, open_source(config, split, size, channels))
     if config.train:
-        train = _choose(config, "train", pool)
-        return Splits(train, _choose(config, "validation", apart, besides=train))
-    validation = _choose(config, "validation", apart)
-    return Splits(_choose(config, "train", pool, besides=validation), validation)
+        train = take("train", pool)
+        return Splits(train, take("validation", apart, besides=train))
+    validation = take("validation", apart)
+    return Splits(take("train", pool, besides=validation), validation)
 
 
 def _labelled(config: DataConfig, source: Dataset) -> Dataset:
@@ -109,7 +120,11 @@ def _labelled(config: DataConfig, source: Dataset) -> Dataset:
 
 
 def _choose(
-    config: DataConfig, role: str, pool: Dataset, besides: Dataset | None = None
+    config: DataConfig,
+    saved: Mapping[str, np.ndarray],
+    role: str,
+    pool: Dataset,
+    besides: Dataset | None = None,
 ) -> Dataset:
     """Returns the examples out of `pool` that are to have a role, but for `besides`."""
     if besides is not None:
@@ -131,7 +146,12 @@ def _choose(
             f"data.{role} is {count}, but there are only {len(pool)} examples"
             f"{labels}{apart}."
         )
-    return pool.take(choose(pool.ids, pool.labels, count, config.seed, role))
+    source = digest(*pool.ids.tolist())
+    if str(saved.get(f"{role}_pool")) == source:
+        rows = np.flatnonzero(np.isin(pool.ids, saved[f"{role}_ids"]))
+    else:
+        rows = choose(pool.ids, pool.labels, count, config.seed, role)
+    return replace(pool.take(rows), pool=source)
 
 
 def choose(
