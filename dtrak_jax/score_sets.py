@@ -71,8 +71,7 @@ def copies(run: "Run") -> duplicates.Found:
             files.write_npz(path, copies=copies, why=why, ids=train.ids, **hashed)
         parallel.barrier("copies")
     saved = files.read_npz(path)
-    # Files of earlier versions do not say what was compared.
-    return duplicates.Found(saved["copies"], str(saved.get("why", "")))
+    return duplicates.Found(saved["copies"], str(saved["why"]))
 
 
 def is_made(run: "Run", method: str, queries: str) -> bool:
@@ -122,10 +121,10 @@ def _is_scored(run: "Run", method: str, path: epath.Path) -> bool:
 def _is_grouped(run: "Run", path: epath.Path) -> bool:
     """Returns whether the groups and near-duplicates of a file are those of now."""
     scores, columns = Scores.load(path), run.splits.train.groupings
-    arrays = scores.columns | {"copies": scores.copies}
-    expected = columns | files.read_npz(_copies_path(run))
-    return scores.columns.keys() == columns.keys() and all(
-        np.array_equal(array, expected[name]) for name, array in arrays.items()
+    return (
+        files.holds(_copies_path(run), {"copies": scores.copies})
+        and scores.columns.keys() == columns.keys()
+        and all(np.array_equal(scores.columns[k], columns[k]) for k in columns)
     )
 
 
@@ -142,6 +141,7 @@ def _copies_made_from(run: "Run") -> dict[str, np.ndarray]:
         run.splits.train.digest,
         store.name if store else "",
         str(duplicates.THRESHOLD),
+        "why",  # Files of earlier versions do not have it.
     )
     return {"made_from": np.array(digest(*parts))}
 

@@ -1419,6 +1419,8 @@ MEASURE = """<!doctype html><title></title>
     height: page.documentElement.scrollHeight,
     broken: images.filter(image => !image.naturalWidth).length,
     images: images.length,
+    cut: [...page.querySelectorAll("#answer .scroll")].filter(
+      table => table.scrollWidth > table.clientWidth).length,
     larger: first.getBoundingClientRect().width / before,
   });
 })</script>"""
@@ -1445,7 +1447,7 @@ def test_browser_lays_it_out_on_a_narrow_screen(name, request, tmp_path):
 
     dom = browse("--dump-dom", name="measure.html")
     layout = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
-    assert layout["width"] <= 400
+    assert layout["width"] <= 400 and not layout["cut"]
     assert layout["height"] > 2000
     assert layout["images"] == html.count("<img ") and not layout["broken"]
     assert layout["larger"] > 2, "a picture with the focus is enlarged"
