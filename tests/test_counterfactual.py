@@ -15,6 +15,7 @@ from test_clip_similarity import write_clip
 import dtrak_jax as dtrak
 from dtrak_jax import data, diffusion, files, models, pipeline, training
 from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution.duplicates import Found
 from dtrak_jax.config import (
     AttributionConfig,
     ClipConfig,
@@ -31,7 +32,12 @@ from dtrak_jax.digests import short_digest
 from dtrak_jax.encoding.clip import Clip
 from dtrak_jax.evaluation import removals
 from dtrak_jax.evaluation.changes import distances, flattened
-from dtrak_jax.evaluation.counterfactual import FOLDER, bottleneck, counterfactual
+from dtrak_jax.evaluation.counterfactual import (
+    FOLDER,
+    bottleneck,
+    chosen_set,
+    counterfactual,
+)
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
 from dtrak_jax.evaluation.statistics import summarize
@@ -445,6 +451,16 @@ def test_copies_are_removed_together(count, expected):
     assert gone.tolist() == expected
     pairs = dataclasses.replace(scores, copies=ids[[0, 0, 0, 0, 4, 4]])
     assert sorted(removals.strongest(pairs, 0, 3)) == [0, 4, 5]
+
+
+def test_a_set_takes_copies_together(finished):
+    """All images are pairs of copies here, so that a set is of pairs."""
+    run = Run.at(CONFIG, finished.workdir)
+    ids = run.splits.train.ids
+    run.kept[("copies",)] = Found(ids[np.arange(len(ids)) // 2 * 2], "")
+    pairs = chosen_set(run, "trak", 0) // 2
+    assert len(pairs) == COUNT and len(set(pairs.tolist())) == (COUNT + 1) // 2
+    np.testing.assert_array_equal(pairs[: COUNT // 2 * 2 : 2], pairs[1::2])
 
 
 def test_random_removals_depend_on_seed_and_query_alone():

@@ -69,7 +69,8 @@ class CounterfactualConfig:
     queries: int = free(60)
     """The number of generated images, chosen by the hash of their ids."""
     count: int = free(1000)
-    """The number of training images that are removed for each."""
+    """The number of training images that are removed for each; near-duplicates go
+    together."""
     methods: tuple[MethodName, ...] = free(())
     """Methods whose highest scores choose what is removed; if there are none, those of
     `attribution.methods`. A random choice is always beside them."""
