@@ -10,7 +10,6 @@ import numpy as np
 
 from dtrak_jax.attribution.errors import PairSum, draws_of
 from dtrak_jax.attribution.groups import check_columns, names_hash
-from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
 from dtrak_jax.attribution.mean import ensemble_mean
@@ -60,12 +59,13 @@ def score(
     _warn_of_slots(kernels.train)
     query = joined(list(queries.values()))
     fields = {"train_ids": train_ids, "method": method.name, "columns": columns}
+    fields["signed"] = method.signed
     if method.damped:
         method.function(kernels, query, damping, total)
         fields["damping"] = damping
     else:
         method.function(kernels.train, query, total)
-    if method.function is influence:
+    if method.objective:
         made = kernels.seen.values()
         fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
         if kernels.solver == "eigh":

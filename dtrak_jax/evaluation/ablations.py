@@ -10,7 +10,7 @@ from dtrak_jax.attribution import (
     gradient_cosine,
 )
 from dtrak_jax.digests import digest
-from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
@@ -28,7 +28,7 @@ def ablate(run: Run) -> None:
     for arm in progress(ordered, "ablate", unit="arm"):
         rows += _rows_of(run, arm, {n: truth[n] for n in arm.queries if n in truth})
     rows.sort(key=lambda row: run.config.ablation.studies.index(row["name"]))
-    ceilings = {name: lds.ceiling(losses) for name, losses in truth.items()}
+    ceilings = {name: datamodeling.ceiling(losses) for name, losses in truth.items()}
     described = {name: best and best._asdict() for name, best in ceilings.items()}
     result = {"rows": rows, "ceiling": described}
     results.save(run, "ablations", result, ["retrained models", "model"])
@@ -86,7 +86,7 @@ def arm_rows(
     else:
         kernels, pooled = Kernels(train), arm.kernel == "pooled"
         masks = next(iter(truth.values())).masks
-        grid, path = lds.damping_path(kernels, query, masks, pooled)
+        grid, path = datamodeling.damping_path(kernels, query, masks, pooled)
         rule = ("label-free", DEFAULT_DAMPING)
         (scores,) = damping_path(kernels, query, [DEFAULT_DAMPING], pooled=pooled)
     transforms = {"linear": scores}
@@ -99,7 +99,9 @@ def arm_rows(
         start, end = end, end + len(losses.query_ids)
         scored = []
         for transform, values in transforms.items():
-            estimate, _ = lds.bootstrap(losses.predict(values[start:end]), losses)
+            estimate, _ = datamodeling.bootstrap(
+                losses.predict(values[start:end]), losses
+            )
             scored.append(lds.row(estimate, *rule) | {"transform": transform})
         if grid:
             scored += lds.damping_rows(grid, path[:, :, start:end], losses)[:-1]

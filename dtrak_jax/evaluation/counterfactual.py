@@ -106,11 +106,13 @@ def check(run: Run) -> None:
 
 
 def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
-    """Returns the training images of one query's `removal_set`, by a method's kernels."""
+    """Returns the training images of one query's `removal_set`, by a method's kernels and
+    its objective."""
     measurement = METHODS[method].measurement
     query = np.asarray(run.features("generated", measurement)[..., [row], :])
     kernels, count = run.kernels(measurement), run.config.counterfactual.count
-    rows = removal_set(kernels, query, count, damping=run.damping).rows
+    settings = {"objective": METHODS[method].objective, "damping": run.damping}
+    rows = removal_set(kernels, query, count, **settings).rows
     return parallel.of_main_process(rows)
 
 

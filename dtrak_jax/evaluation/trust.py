@@ -24,7 +24,8 @@ from dtrak_jax.checks import (
     real_numbers,
 )
 from dtrak_jax.digests import digest_tree
-from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
+from dtrak_jax.evaluation.datamodeling import bootstrap, ceiling
+from dtrak_jax.evaluation.lds import scored_rows, with_controls
 from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
     WORDS,
