@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dtrak_jax.attribution.coverage import coverage
 from dtrak_jax.attribution.errors import PairSum, draws_of
 from dtrak_jax.attribution.groups import check_columns, names_hash
+from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
 from dtrak_jax.attribution.mean import ensemble_mean
@@ -65,7 +67,7 @@ def score(
         fields["damping"] = damping
     else:
         method.function(kernels.train, query, total)
-    if method.objective:
+    if method.function in (influence, coverage):
         made = kernels.seen.values()
         fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
         if kernels.solver == "eigh":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrak_jax import attribution, parallel, results
+from dtrak_jax.attribution import predict
 from dtrak_jax.evaluation.datamodeling import (
     bootstrap,
     ceiling,
@@ -24,6 +25,9 @@ from dtrak_jax.progress import progress
 
 if TYPE_CHECKING:
     from dtrak_jax.run import Run
+
+OF_TRANSFORM = {"linear": [], "squared": ["squared"], "exact": ["exact"]}
+"""The words that follow a method's name where it predicts by other than sums of scores."""
 
 
 def evaluate(run: "Run") -> None:
@@ -47,8 +51,8 @@ def evaluate(run: "Run") -> None:
 def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
     """Returns what lds.json says of one set of queries.
 
-    "rows" has every method, by each rule that chooses lambda and squared, and the
-    controls; "differences" the first method less each other one, from resamples that
+    "rows" has every method, by each rule that chooses lambda and squared, that of coverage
+    also without adding up, and the controls; "differences" the first method less each other one, from resamples that
     they share; "curves" the LDS over lambda.
     """
     settings, rows, curves, compared = run.config.attribution, [], {}, {}
@@ -65,6 +69,10 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
             rule = ("label-free", scores.damping[0])
         compared[name], squared = scored_rows(name, scores.scores, truth, *rule)
         rows += [compared[name][0], squared]
+        if method.objective == "coverage":
+            exact = exact_row(run, name, queries, truth, *rule)
+            compared[f"{name} exact"] = exact
+            rows.append(exact[0])
         if method.kernel and settings.solver == "eigh":
             kernels = run.kernels(method.measurement)
             query = run.features(queries, method.measurement)
@@ -119,6 +127,17 @@ def scored_rows(
     squares = np.square(scores, dtype=np.float64)
     squared, _ = predicted_row(method, truth.predict(squares), truth, *rule)
     return linear, squared | {"transform": "squared"}
+
+
+def exact_row(
+    run: "Run", method: str, queries: str, truth: RetrainedLosses, *rule
+) -> tuple[dict, np.ndarray]:
+    """Returns the `predicted_row` of the coverage of each subset, which is no sum of scores."""
+    measurement = METHODS[method].measurement
+    kernels, query = run.kernels(measurement), run.features(queries, measurement)
+    predictions = predict(kernels, query, truth.masks, damping=run.damping).values
+    exact, samples = predicted_row(method, predictions, truth, *rule)
+    return exact | {"transform": "exact"}, samples
 
 
 def row(
@@ -177,7 +196,7 @@ def table(result: dict) -> str:
             ceiling = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**queries["ceiling"])
             lines.append(f"  {'noise ceiling':<42} {ceiling}")
         for scored in queries["rows"]:
-            label = scored["method"] + " squared" * (scored["transform"] == "squared")
+            label = " ".join([scored["method"], *OF_TRANSFORM[scored["transform"]]])
             if scored["damping_rule"]:
                 damping = scored["damping"]
                 values = [] if damping is None else np.atleast_1d(damping)
