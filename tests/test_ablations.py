@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
+import dtrak_jax as dtrak
 from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.ablations import arm_rows
 from dtrak_jax.evaluation.arms import KERNELS, STUDIES, arms
@@ -106,3 +107,16 @@ def test_rows_of_a_kernel(made, kernel):
         expected = datamodeling.lds(truth.predict(values), truth)
         assert by_rule["label-free", transform] == pytest.approx(expected, abs=2e-3)
     assert by_rule["oracle", "linear"] >= by_rule["label-free", "linear"]
+
+
+@pytest.mark.parametrize("kernel", ["apart", "pooled"])
+def test_rows_of_coverage(made, kernel):
+    train, query, truth = made
+    arm = next(a for a in study("coverage") if a.kernel == kernel)
+    rows = arm_rows(arm, train, query, {"one": truth})
+    assert {row["transform"] for row in rows} == {"exact"}
+    by_rule = {row["damping_rule"]: row["lds"] for row in rows}
+    pooled = kernel == "pooled"
+    predicted = dtrak.predict(train, query, truth.masks, damping=0.1, pooled=pooled)
+    assert by_rule["label-free"] == datamodeling.lds(predicted.values, truth)
+    assert by_rule["oracle"] >= max(by_rule["label-free"], by_rule["cross-fitted"])

@@ -16,7 +16,8 @@ the query's loss, coverage how much the image tells of it.
 """
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -120,57 +121,52 @@ def predict(
         )
         values = sums.T
     else:
-        values = -_variances(kernels, query, subsets, damping, pooled)
+        (values,) = coverage_path(kernels, query, [damping], subsets, pooled)
     return Predictions(values, subsets, example_ids(kernels.train), example_ids(query))
 
 
-def _variances(
+def coverage_path(
     kernels: Kernels,
     query: Array,
+    dampings: Sequence[float | Damping],
     subsets: np.ndarray,
-    damping: Damping,
-    pooled: bool,
+    pooled: bool = False,
 ) -> np.ndarray:
-    """Returns v_S(q) for each subset and query, float64 [M, q]."""
-    total = np.zeros((len(subsets), query.shape[-2]))
-    parts, count = _parts(kernels, query, damping, pooled)
+    """Returns -v_S(q) at every damping, float64 [len(dampings), M, q]; see `predict`."""
+    dampings = list(map(Damping.of, dampings))
+    total = np.zeros((len(dampings), len(subsets), query.shape[-2]))
+    if pooled:
+        joined = np.concatenate(list(by_pair(query)))
+        parts, count = [(*kernels.pooled, joined)], 1
+    else:
+        parts, count = query_pairs(kernels, query), math.prod(query.shape[:-2])
     each = itertools.product(parts, enumerate(subsets))
     number = count * len(subsets)
     for part, (row, subset) in progress(each, "coverage", number, "kernel", delay=2):
-        phi, value, g = part
+        phi, kernel, g = part
+        lambdas = [kernel.lambda_of(damping) for damping in dampings]
         kept = phi.reshape(-1, len(subset), phi.shape[-1])[:, subset]
-        variances = variance(kept.reshape(-1, phi.shape[-1]), value, g)
-        total[row] += variances.reshape(-1, total.shape[1]).sum(axis=0)
+        found = variances(kept.reshape(-1, phi.shape[-1]), g, lambdas)
+        total[:, row] -= found.reshape(len(found), -1, total.shape[2]).sum(axis=1)
     return total
 
 
-def _parts(
-    kernels: Kernels, query: Array, damping: Damping, pooled: bool
-) -> tuple[Iterator[tuple[np.ndarray, float, np.ndarray]], int]:
-    """Returns the features, the lambda and the queries' features of each kernel, and the
-    number of kernels; the one kernel of all pairs has all pairs' rows."""
-    if pooled:
-        phi, kernel = kernels.pooled
-        part = phi, kernel.lambda_of(damping), np.concatenate(list(by_pair(query)))
-        return iter([part]), 1
-    pairs = query_pairs(kernels, query)
-    parts = ((phi, kernel.lambda_of(damping), g) for phi, kernel, g in pairs)
-    return parts, int(np.prod(query.shape[:-2]))
-
-
-def variance(phi: np.ndarray, value: float, g: np.ndarray) -> np.ndarray:
-    """Returns g (phi^T phi + lambda I)^-1 g^T of each row of g [q, k], float64 [q].
+def variances(phi: np.ndarray, g: np.ndarray, lambdas: Sequence[float]) -> np.ndarray:
+    """Returns g (phi^T phi + lambda I)^-1 g^T for each lambda and row of g [q, k], float64
+    [len(lambdas), q].
 
     Of rows phi [n, k] it decomposes the smaller of phi phi^T and phi^T phi.
     """
     n, k = phi.shape
     g, dual = g.astype(np.float64), n <= k
     gram = gram_matrix(phi if dual else phi.T).astype(np.float64)
-    gram[np.diag_indices_from(gram)] += value
-    lower = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True)
     right = phi @ g.T if dual else g.T
-    solved = scipy.linalg.solve_triangular(lower, right, lower=True)
-    squares = np.einsum("mq,mq->q", solved, solved)
-    if not dual:
-        return squares
-    return (np.einsum("qk,qk->q", g, g) - squares) / value
+    diagonal, found = np.diagonal(gram).copy(), []
+    for value in lambdas:
+        np.fill_diagonal(gram, diagonal + value)
+        lower = scipy.linalg.cholesky(gram, lower=True)
+        solved = scipy.linalg.solve_triangular(lower, right, lower=True)
+        squares = np.einsum("mq,mq->q", solved, solved)
+        whole = np.einsum("qk,qk->q", g, g)
+        found.append((whole - squares) / value if dual else squares)
+    return np.stack(found)

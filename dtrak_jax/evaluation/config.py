@@ -100,7 +100,8 @@ class CounterfactualConfig:
 
 
 Study = Literal[
-    "noise", "draws", "timesteps", "measurement", "projection", "checkpoint"
+    *("noise", "draws", "timesteps", "measurement", "projection", "checkpoint"),
+    "coverage",
 ]
 
 
