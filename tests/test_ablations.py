@@ -114,9 +114,14 @@ def test_rows_of_coverage(made, kernel):
     train, query, truth = made
     arm = next(a for a in study("coverage") if a.kernel == kernel)
     rows = arm_rows(arm, train, query, {"one": truth})
+    pooled = kernel == "pooled"
+    if not pooled:
+        linear, *rows = rows
+        scores = dtrak.attribution.coverage(train, query)
+        expected = datamodeling.lds(truth.predict(scores), truth)
+        assert (linear["transform"], linear["lds"]) == ("linear", expected)
     assert {row["transform"] for row in rows} == {"exact"}
     by_rule = {row["damping_rule"]: row["lds"] for row in rows}
-    pooled = kernel == "pooled"
     predicted = dtrak.predict(train, query, truth.masks, damping=0.1, pooled=pooled)
     assert by_rule["label-free"] == datamodeling.lds(predicted.values, truth)
     assert by_rule["oracle"] >= max(by_rule["label-free"], by_rule["cross-fitted"])

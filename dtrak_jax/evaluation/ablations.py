@@ -7,6 +7,7 @@ from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
     GRID,
     Kernels,
+    coverage,
     damping_path,
     gradient_cosine,
 )
@@ -120,17 +121,23 @@ def arm_rows(
 def _coverage_rows(
     arm: Arm, kernels: Kernels, query: np.ndarray, truth: dict[str, RetrainedLosses]
 ) -> list[dict]:
-    """Returns the rows of an arm that predicts by the coverage of each subset."""
+    """Returns the rows of an arm that predicts by the coverage of each subset, and of
+    kernels apart by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
     path = coverage_path(kernels, query, COVERAGE_GRID, masks, pooled)
+    scores = None if pooled else coverage(kernels, query)
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
+        described = arm.describe() | {"queries": name}
+        if scores is not None:
+            sums = losses.predict(scores[start:end])
+            estimate, _ = datamodeling.bootstrap(sums, losses)
+            rows.append(described | lds.row(estimate, "label-free", DEFAULT_DAMPING))
         of_set = path[:, :, start:end]
         default = of_set[COVERAGE_GRID.index(DEFAULT_DAMPING)]
         estimate, _ = datamodeling.bootstrap(default, losses)
         scored = [lds.row(estimate, "label-free", DEFAULT_DAMPING)]
         scored += lds.damping_rows(COVERAGE_GRID, of_set, losses)[:-1]
-        described = arm.describe() | {"queries": name}
         rows += [described | row | {"transform": "exact"} for row in scored]
     return rows
