@@ -9,6 +9,7 @@ from dtrak_jax.attribution import (
     absolute,
     damping_path,
     near_duplicates,
+    predict,
     removal_set,
 )
 from dtrak_jax.data import load_images
@@ -62,6 +63,7 @@ __all__ = [
     "merge",
     "models",
     "near_duplicates",
+    "predict",
     "removal_set",
     "retrain",
     "scaled_linear_schedule",

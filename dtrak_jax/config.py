@@ -134,6 +134,11 @@ class AttributionConfig:
             raise ValueError("attribution.methods is empty; name one or more.")
         check_choices("attribution", self)
         distinct("attribution.methods", self.methods)
+        if not any(METHODS[name].signed for name in self.methods):
+            raise ValueError(
+                f"attribution.methods is {self.methods}, which have no sign; a report "
+                "needs one that has, such as 'dtrak'."
+            )
         positive("attribution.damping", self.damping)
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:
@@ -150,8 +155,8 @@ class ReportConfig:
     queries: int = free(16)
     """Queries shown of each kind; the scores of all are in scores/."""
     methods: tuple[MethodName, ...] = free(("dtrak", "trak"))
-    """Methods whose scores are shown, of those in `attribution.methods`; all of these if none
-    of them is."""
+    """Methods whose scores are shown, of those in `attribution.methods`; all signed ones of
+    these if none of them is."""
     top: int = free(6)
     """Supporting and opposing training images shown for each query."""
 
@@ -325,9 +330,10 @@ class Config:
 
     @property
     def shown_methods(self) -> tuple[str, ...]:
-        """The methods whose scores the report shows query by query."""
+        """The methods whose scores the report shows query by query: signed ones."""
         methods = self.attribution.methods
-        return tuple(m for m in methods if m in self.report.methods) or methods
+        signed = tuple(name for name in methods if METHODS[name].signed)
+        return tuple(m for m in signed if m in self.report.methods) or signed
 
 
 def flatten(config: Config) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dtrak_jax.attribution import (
     Damping,
     Kernels,
     Scores,
+    coverage,
     datamodels,
     embedding_cosine,
     embedding_dot,
@@ -73,6 +74,12 @@ class Method(NamedTuple):
         return self.inputs is ONE_MODEL and self.function is influence
 
     @property
+    def objective(self) -> str | None:
+        """What a `removal_set` by its kernels raises, or lowers; None without any."""
+        names = {influence: "influence", coverage: "coverage"}
+        return names.get(self.function) if self.inputs is ONE_MODEL else None
+
+    @property
     def embeds(self) -> bool:
         """True if the scores are those of CLIP's embeddings, which need `clip.folder`."""
         return self.inputs is EMBEDDINGS
@@ -101,15 +108,19 @@ class Method(NamedTuple):
 
 
 DTRAK, TRAK, RELATIF = "arXiv 2311.00500", "arXiv 2303.14186", "arXiv 2003.11630"
+DAS = "arXiv 2410.18639"
 TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
 
 
 def _kernel(
     name, label, measurement, note, source=DTRAK, inputs=ONE_MODEL, function=influence
 ) -> Method:
-    """Returns the row of a method with a kernel, decomposed but for plain influence."""
+    """Returns the row of a method with a kernel, decomposed but for influence and coverage."""
     row = Method(name, label, function, note, source, inputs, measurement, damped=True)
-    return row._replace(decomposed=function is not influence)
+    return row._replace(
+        decomposed=function not in (influence, coverage),
+        signed=function is not coverage,
+    )
 
 
 def _loss(name, label, function, note, source, inputs=ONE_MODEL) -> Method:
@@ -125,6 +136,14 @@ ROWS = (
     _kernel("kernel-l2", "L2", "l2", "kernel of gradients of its L2 norm"),
     _kernel("kernel-linf", "L∞", "linf", "kernel of gradients of its largest entry"),
     _kernel("kernel-elbo", "ELBO", "elbo", "kernel of gradients of the weighted loss"),
+    _kernel(
+        "coverage",
+        "coverage",
+        "square",
+        "how much of what the query needs the example holds: dtrak's kernels, squared",
+        DAS,
+        function=coverage,
+    ),
     _loss(
         "gradient-dot", "gradient dot", gradient_dot, "gradients' inner product", TRACIN
     ),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import DIGITS
 
-from dtrak_jax.evaluation import lds
+import dtrak_jax as dtrak
+from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.ablations import arm_rows
 from dtrak_jax.evaluation.arms import KERNELS, STUDIES, arms
 from dtrak_jax.evaluation.truth import RetrainedLosses
@@ -89,7 +90,7 @@ def test_rows_of_a_kernel(made, kernel):
         )
         scores = np.einsum("tqk,tnk->qn", unit_query, unit_train) / 2
         assert by_rule.keys() == {(None, "linear"), (None, "squared")}
-        expected = lds.lds(truth.predict(scores), truth)
+        expected = datamodeling.lds(truth.predict(scores), truth)
         assert by_rule[None, "linear"] == pytest.approx(expected, abs=1e-6)
         return
     if kernel == "averaged":
@@ -103,6 +104,24 @@ def test_rows_of_a_kernel(made, kernel):
         for q, g, phi in zip(query, grams, train, strict=True)
     )
     for transform, values in (("linear", scores), ("squared", scores**2)):
-        expected = lds.lds(truth.predict(values), truth)
+        expected = datamodeling.lds(truth.predict(values), truth)
         assert by_rule["label-free", transform] == pytest.approx(expected, abs=2e-3)
     assert by_rule["oracle", "linear"] >= by_rule["label-free", "linear"]
+
+
+@pytest.mark.parametrize("kernel", ["apart", "pooled"])
+def test_rows_of_coverage(made, kernel):
+    train, query, truth = made
+    arm = next(a for a in study("coverage") if a.kernel == kernel)
+    rows = arm_rows(arm, train, query, {"one": truth})
+    pooled = kernel == "pooled"
+    if not pooled:
+        linear, *rows = rows
+        scores = dtrak.attribution.coverage(train, query)
+        expected = datamodeling.lds(truth.predict(scores), truth)
+        assert (linear["transform"], linear["lds"]) == ("linear", expected)
+    assert {row["transform"] for row in rows} == {"exact"}
+    by_rule = {row["damping_rule"]: row["lds"] for row in rows}
+    predicted = dtrak.predict(train, query, truth.masks, damping=0.1, pooled=pooled)
+    assert by_rule["label-free"] == datamodeling.lds(predicted.values, truth)
+    assert by_rule["oracle"] >= max(by_rule["label-free"], by_rule["cross-fitted"])

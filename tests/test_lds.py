@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.statistics import resamples, spearman
 from dtrak_jax.evaluation.truth import RetrainedLosses
 
@@ -62,10 +62,12 @@ def test_resamples_are_samples_with_replacement():
 
 def test_true_scores_reach_1_and_random_ones_0(rng):
     truth, scores = make_truth(rng, noise=0)
-    assert lds.lds(truth.predict(scores), truth) == pytest.approx(1, abs=1e-6)
-    assert lds.lds(truth.predict(-scores), truth) == pytest.approx(-1, abs=1e-6)
+    assert datamodeling.lds(truth.predict(scores), truth) == pytest.approx(1, abs=1e-6)
+    assert datamodeling.lds(truth.predict(-scores), truth) == pytest.approx(
+        -1, abs=1e-6
+    )
     guess = rng.normal(size=scores.shape)
-    estimate, _ = lds.bootstrap(truth.predict(guess), truth)
+    estimate, _ = datamodeling.bootstrap(truth.predict(guess), truth)
     assert estimate.low < 0 < estimate.high
 
 
@@ -75,9 +77,9 @@ def test_the_order_of_subsets_is_nothing_and_the_value_lies_within(rng):
     shuffled = dataclasses.replace(
         truth, outputs=truth.outputs[order], masks=truth.masks[order]
     )
-    value = lds.lds(truth.predict(scores), truth)
-    assert lds.lds(shuffled.predict(scores), shuffled) == pytest.approx(value)
-    estimate, samples = lds.bootstrap(truth.predict(scores), truth)
+    value = datamodeling.lds(truth.predict(scores), truth)
+    assert datamodeling.lds(shuffled.predict(scores), shuffled) == pytest.approx(value)
+    estimate, samples = datamodeling.bootstrap(truth.predict(scores), truth)
     assert estimate.low < value == estimate.value < estimate.high
     assert samples.shape == (lds.RESAMPLES,)
 
@@ -93,11 +95,11 @@ def test_the_interval_holds_the_value_of_endless_subsets(rng):
         return RetrainedLosses(losses[:, None], masks, *ids)
 
     many = draw(4000)
-    target = lds.lds(many.predict(scores), many)
+    target = datamodeling.lds(many.predict(scores), many)
     held = 0
     for _ in range(100):
         few = draw(24)
-        estimate, _ = lds.bootstrap(few.predict(scores), few)
+        estimate, _ = datamodeling.bootstrap(few.predict(scores), few)
         held += estimate.low <= target <= estimate.high
     assert held >= 85
 
@@ -105,12 +107,12 @@ def test_the_interval_holds_the_value_of_endless_subsets(rng):
 def test_the_ceiling_is_what_the_truth_itself_reaches(rng):
     for seeds in (2, 3, 4):
         truth, scores = make_truth(rng, subsets=150, seeds=seeds, queries=60)
-        reached = lds.lds(truth.predict(scores), truth)
-        found = lds.ceiling(truth)
+        reached = datamodeling.lds(truth.predict(scores), truth)
+        found = datamodeling.ceiling(truth)
         assert found.value == pytest.approx(reached, abs=0.02)
         assert found.low < found.value < found.high
     alone = dataclasses.replace(truth, outputs=truth.outputs[:, :1])
-    assert lds.ceiling(alone) is None
+    assert datamodeling.ceiling(alone) is None
 
 
 def test_a_difference_is_sharper_than_its_parts(rng):
@@ -134,16 +136,16 @@ def test_the_row_of_predictions(rng):
     truth, scores = make_truth(rng)
     predictions = truth.predict(scores)
     row, _ = lds.predicted_row("trak", predictions, truth, "oracle", 0.5)
-    estimate, _ = lds.bootstrap(predictions, truth)
+    estimate, _ = datamodeling.bootstrap(predictions, truth)
     assert row == {
         "method": "trak",
         "damping_rule": "oracle",
         "damping": 0.5,
         "transform": "linear",
-        "lds": lds.lds(predictions, truth),
+        "lds": datamodeling.lds(predictions, truth),
         "low": estimate.low,
         "high": estimate.high,
-        "reference": lds.reference_interval(predictions, truth),
+        "reference": datamodeling.reference_interval(predictions, truth),
     }
 
 
@@ -180,7 +182,7 @@ def test_the_table_shows_every_row():
 def test_the_reference_interval_is_scipys_and_narrower(rng):
     truth, scores = make_truth(rng)
     predicted = truth.predict(scores)
-    found = lds.reference_interval(predicted, truth)
+    found = datamodeling.reference_interval(predicted, truth)
 
     def loop(subsets):
         columns = zip(predicted[subsets].T, truth.target[subsets].T, strict=True)
@@ -191,7 +193,7 @@ def test_the_reference_interval_is_scipys_and_narrower(rng):
     )
     assert found["low"] == pytest.approx(expected.confidence_interval.low, abs=1e-6)
     assert found["high"] == pytest.approx(expected.confidence_interval.high, abs=1e-6)
-    estimate, _ = lds.bootstrap(predicted, truth)
+    estimate, _ = datamodeling.bootstrap(predicted, truth)
     assert found["high"] - found["low"] < estimate.high - estimate.low
 
 
@@ -200,15 +202,15 @@ def test_cross_fitting_never_sees_what_it_is_scored_on(rng):
     # One guess for each damping: the best of 50 on all subsets flatters itself.
     guesses = rng.normal(size=(50, *scores.shape))
     path = np.stack([truth.predict(guess) for guess in guesses])
-    values = [lds.lds(predictions, truth) for predictions in path]
-    honest, chosen = lds.cross_fitted(path, truth)
+    values = [datamodeling.lds(predictions, truth) for predictions in path]
+    honest, chosen = datamodeling.cross_fitted(path, truth)
     assert max(values) > honest.value + 0.02
     assert abs(honest.value) < 0.1
     # Where one damping is right, it is found by both halves.
     path[17] = truth.predict(scores)
-    found, chosen = lds.cross_fitted(path, truth)
+    found, chosen = datamodeling.cross_fitted(path, truth)
     assert chosen == [17, 17]
-    assert found.low < lds.lds(path[17], truth) < found.high
+    assert found.low < datamodeling.lds(path[17], truth) < found.high
 
 
 def test_learning_from_halves_is_not_remembering(rng):
@@ -220,9 +222,9 @@ def test_learning_from_halves_is_not_remembering(rng):
         return -(losses - losses.mean(axis=0)).T @ (masks - masks.mean(axis=0))
 
     seen = remember(noise.masks, -noise.target)
-    assert lds.lds(noise.predict(seen), noise) > 0.3
-    assert abs(lds.from_halves(remember, noise).value) < 0.15
-    assert lds.from_halves(remember, truth).value > 0.15
+    assert datamodeling.lds(noise.predict(seen), noise) > 0.3
+    assert abs(datamodeling.from_halves(remember, noise).value) < 0.15
+    assert datamodeling.from_halves(remember, truth).value > 0.15
 
 
 def test_wrong_truths(rng):
@@ -235,4 +237,4 @@ def test_wrong_truths(rng):
     few = {"outputs": truth.outputs[:10], "masks": truth.masks[:10]}
     small = dataclasses.replace(truth, **few)
     with pytest.raises(ValueError, match="needs 16"):
-        lds.cross_fitted(small.predict(scores)[None], small)
+        datamodeling.cross_fitted(small.predict(scores)[None], small)

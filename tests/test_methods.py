@@ -349,8 +349,8 @@ def test_every_method_scores_a_run(name):
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
         assert scores.damping == ((0.2, False) if row.damped else None)
-        with_kernels = row.kernel or name == "journey-trak"
-        assert (scores.eigenvalues is not None) == with_kernels
+        with_kernels = row.objective or name == "journey-trak"
+        assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.
         has_errors = bool(row.measurement)
         assert scores.freedom == has_errors

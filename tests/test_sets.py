@@ -17,6 +17,18 @@ def features(pairs=3, n=N, k=K, queries=2, seed=0):
     return (rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
+def uncovered(train, query, rows, lambdas, pooled=False):
+    """Returns the sum over pairs and queries of phi_q (Phi_K^T Phi_K + lambda)^-1 phi_q^T,
+    of the kept rows K."""
+    train, query = train.astype(np.float64), query.astype(np.float64)
+    kept = np.delete(train, rows, axis=1)
+    grams = np.einsum("jnk,jnl->jkl", kept, kept)
+    if pooled:
+        grams = np.broadcast_to(grams.sum(axis=0), grams.shape)
+    inverses = np.linalg.inv(grams + np.diag([lambdas[0]] * grams.shape[-1]))
+    return np.einsum("jqk,jkl,jql->", query, inverses, query)
+
+
 def newton(train, query, rows, lambdas, weights, pooled=False):
     """Returns sum_j phi_q (Phi_K^T Phi_K + lambda)^-1 Phi_S^T w, of the kept rows K."""
     train, query = train.astype(np.float64), query.astype(np.float64)
@@ -34,23 +46,33 @@ def newton(train, query, rows, lambdas, weights, pooled=False):
 @pytest.mark.parametrize("grouped", [False, True], ids=["images", "groups"])
 @pytest.mark.parametrize("pooled", [False, True], ids=["apart", "pooled"])
 @pytest.mark.parametrize("k", [K, 40], ids=["primal", "dual"])
-def test_every_choice_is_the_best_by_the_exact_step(pooled, k, grouped):
+@pytest.mark.parametrize("objective", ["influence", "coverage"])
+def test_every_choice_is_the_best_by_the_exact_step(pooled, k, grouped, objective):
     train, query = features(k=k)
     groups = np.array(list("abcabbcdeeab")) if grouped else None
     count, weights = 3, np.ones((3, N))
     damping = dtrak.absolute(4.0)
     chosen = dtrak.removal_set(
-        train, query, count, damping=damping, pooled=pooled, groups=groups
+        *(train, query, count),
+        objective=objective,
+        damping=damping,
+        pooled=pooled,
+        groups=groups,
     )
+
+    def exact(rows):
+        arguments = train, query, rows, [4.0] * 3
+        if objective == "influence":
+            return newton(*arguments, weights, pooled)
+        covered = uncovered(*(train, query, [], [4.0] * 3), pooled)
+        return uncovered(*arguments, pooled) - covered
+
     names = np.unique(groups) if grouped else np.arange(N).astype(str)
     of_name = groups if grouped else names
     gone = []
     for name, predicted in zip(chosen.names, chosen.predicted):
         steps = {
-            other: newton(
-                *(train, query, np.flatnonzero(np.isin(of_name, [*gone, other]))),
-                *([4.0] * 3, weights, pooled),
-            )
+            other: exact(np.flatnonzero(np.isin(of_name, [*gone, other])))
             for other in set(names) - set(gone)
         }
         assert name == max(steps, key=steps.get)
@@ -126,6 +148,10 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     one = ["all"] * N
     refused(r"of 1 groups 1 to 0", train, query, 1, groups=one)
     refused(r"groups have shape \(2,\)", train, query, 1, groups=["a", "b"])
+    by_coverage = {"objective": "coverage"}
+    ones = np.ones(N)
+    refused("weights are of objective", train, query, 1, weights=ones, **by_coverage)
+    refused("objective must be one of|objective is", train, query, 1, objective="cover")
     refused(r"weights have shape \(3,\)", train, query, 1, weights=np.ones(3))
     iterated = kernel.Kernels(train, solver="cg")
     refused("a removal set needs kernels decomposed", iterated, query, 1)

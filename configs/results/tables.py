@@ -52,6 +52,7 @@ METHODS = {
 DATA = ("digits", "mnist")
 NOISES = ("common", "cyclic", "reference", "independent")
 KERNELS = ("apart", "pooled", "averaged", "cosine")
+SETS = ("validation", "generated")
 MEASUREMENTS = {"loss": "TRAK", "square": "D-TRAK"}
 MEASURED = {"loss_increase": "loss increase", "pixel_l2": "distance"}
 MEASURED |= {"bottleneck_cosine": "cosine in the bottleneck"}
@@ -337,6 +338,28 @@ def differences(pairs: Sequence[tuple]) -> Lines:
     return lines
 
 
+def coverage() -> Lines:
+    """The LDS of coverage on digits: of its scores, and of each subset's own."""
+    columns = {
+        "scores": {"transform": "linear"},
+        "exact": {"transform": "exact", "damping_rule": "label-free"},
+        "exact, λ cross-fitted": {"transform": "exact", "damping_rule": "cross-fitted"},
+    }
+    heads = [f"{name}, {text}" for name in SETS for text in columns]
+    lines = [["kernel", "gradients", "readout", *heads]]
+    rows = read("digits_coverage")["rows"]
+    keys = dict.fromkeys((r["kernel"], r["draws"], r["measurement"]) for r in rows)
+    for kernel, draws, measurement in sorted(keys):
+        key = {"kernel": kernel, "draws": draws, "measurement": measurement}
+        cells = []
+        for name, column in itertools.product(SETS, columns.values()):
+            wanted = key | {"queries": name} | column
+            found = [interval(row) for row in rows if wanted.items() <= row.items()]
+            cells.append(found[0] if found else "")
+        lines.append([kernel, str(5 * draws), f"`{measurement}`", *cells])
+    return lines
+
+
 def sets() -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
     rows, lines = (
@@ -388,6 +411,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "measurements": measurements,
     "removal": removal,
     "removal differences": removal_differences,
+    "coverage": coverage,
     "sets": sets,
     "set differences": set_differences,
     **runpy.run_path(str(HERE / "plans" / "table.py"))["TABLES"],

@@ -5,6 +5,7 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.coverage import Predictions, coverage, predict
 from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
@@ -43,9 +44,11 @@ __all__ = [
     "Damping",
     "Kernels",
     "PairSum",
+    "Predictions",
     "RemovalSet",
     "Scores",
     "absolute",
+    "coverage",
     "damping_path",
     "datamodels",
     "embedding_cosine",
@@ -61,6 +64,7 @@ __all__ = [
     "near_duplicates",
     "pixel_cosine",
     "pixel_dot",
+    "predict",
     "random_scores",
     "relative_influence",
     "removal_set",

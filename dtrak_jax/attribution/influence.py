@@ -96,7 +96,7 @@ def influence(
       MemoryError: min(n, k) is too large to be decomposed on this host.
     """
     total = total or PairSum()
-    for phi, kernel, g in _pairs(train, query):
+    for phi, kernel, g in query_pairs(train, query):
         value = kernel.lambda_of(Damping.of(damping))
         if kernel.eigenvalues is None:
             total.add(iterative.solve(phi, g, value))
@@ -120,7 +120,7 @@ def relative_influence(
     and kernels must be decomposed.
     """
     total = total or PairSum()
-    for phi, kernel, g in _pairs(train, query, needed_by="relative influence"):
+    for phi, kernel, g in query_pairs(train, query, needed_by="relative influence"):
         value, tau = kernel.lambda_of(Damping.of(damping)), solution(kernel, phi, g)
         # Eigenvectors give the size of a row of zeros their rounding errors.
         sizes = tau.inverse_norms(value) * phi.any(axis=1)
@@ -141,14 +141,14 @@ def renormalised_influence(
     Influence Estimation" (arXiv 2201.10055). All else is as in `relative_influence`.
     """
     total = total or PairSum()
-    for phi, kernel, g in _pairs(train, query, needed_by="renormalised influence"):
+    for phi, kernel, g in query_pairs(train, query, needed_by="renormalised influence"):
         value = kernel.lambda_of(Damping.of(damping))
         sizes = np.linalg.norm(phi.astype(np.float64), axis=1)
         total.add(solution(kernel, phi, g).scores(value) * _inverses(sizes))
     return total.total
 
 
-def _pairs(
+def query_pairs(
     train: Array | Kernels, query: Array, needed_by: str = ""
 ) -> Iterator[tuple[np.ndarray, Kernel, np.ndarray]]:
     """Yields each pair's training features, their kernel, and the queries' features.
@@ -163,7 +163,7 @@ def _pairs(
         yield phi, kernel, g
 
 
-def _checked(subsets: np.ndarray, n: int) -> np.ndarray:
+def check_subsets(subsets: np.ndarray, n: int) -> np.ndarray:
     """Returns subsets as an array, or raises a ValueError unless they are bool [M, n]."""
     subsets = np.asarray(subsets)
     if subsets.dtype != bool or subsets.ndim != 2 or subsets.shape[1] != n:
@@ -206,7 +206,9 @@ def damping_path(
     kernels = Kernels.of(train)
     dampings = list(map(Damping.of, items("dampings", dampings)))
     instance("pooled", pooled, bool, np.bool_)
-    subsets = None if subsets is None else _checked(subsets, kernels.train.shape[-2])
+    subsets = (
+        None if subsets is None else check_subsets(subsets, kernels.train.shape[-2])
+    )
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a path over dampings")
     if pooled:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dtrak_jax.report.gallery import Gallery
 
 SIGN = "positive: training on the example lowered the query's loss"
+NO_SIGN = "none"
 
 NO_ERRORS = (
     "no errors: they take 2 noise draws or more at each timestep, kept apart, and a "
@@ -71,7 +72,8 @@ class Groups(NamedTuple):
 class Scores:
     """The scores of every training example for every query.
 
-    Positive means that training on the example lowered the query's loss. Damping, lambdas
+    Positive means that training on the example lowered the query's loss, unless `signed`
+    is False: then all are sizes, and say nothing of a direction. Damping, lambdas
     and eigenvalues are None for a method without a kernel.
     """
 
@@ -106,6 +108,8 @@ class Scores:
     has none, str [train]; None if nobody looked."""
     freedom: float = 0.0
     """The degrees of freedom of the errors, see `PairSum`; 0 without errors."""
+    signed: bool = True
+    """False where scores have no sign, such as those of coverage."""
 
     def __post_init__(self):
         instance("method", self.method, str)
@@ -303,8 +307,9 @@ class Scores:
         for name in BY_GROUPING:
             by_name = fields.pop(name)
             fields |= {f"{name}/{key}": array for key, array in by_name.items()}
+        sign = SIGN if fields.pop("signed") else NO_SIGN
         arrays = {name: value for name, value in fields.items() if value is not None}
-        files.write_npz(path, **arrays, sign=SIGN)
+        files.write_npz(path, **arrays, sign=sign)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> "Scores":
@@ -323,6 +328,7 @@ class Scores:
         for name in ("method", "made_from"):
             saved[name] = str(saved.get(name, ""))
         saved["freedom"] = float(saved.get("freedom", 0))
+        saved["signed"] = str(saved.get("sign", SIGN)) != NO_SIGN
         for name in BY_GROUPING:
             keys = [key for key in saved if key.startswith(f"{name}/")]
             saved[name] = {key.removeprefix(f"{name}/"): saved[key] for key in keys}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from dtrak_jax.attribution.coverage import coverage
 from dtrak_jax.attribution.errors import PairSum, draws_of
 from dtrak_jax.attribution.groups import check_columns, names_hash
 from dtrak_jax.attribution.influence import influence
@@ -60,12 +61,13 @@ def score(
     _warn_of_slots(kernels.train)
     query = joined(list(queries.values()))
     fields = {"train_ids": train_ids, "method": method.name, "columns": columns}
+    fields["signed"] = method.signed
     if method.damped:
         method.function(kernels, query, damping, total)
         fields["damping"] = damping
     else:
         method.function(kernels.train, query, total)
-    if method.function is influence:
+    if method.function in (influence, coverage):
         made = kernels.seen.values()
         fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
         if kernels.solver == "eigh":

@@ -9,11 +9,17 @@ matrix of these rows as the curvature, changes the query's measurement by
 
 where K are the rows that are kept. Additive scores, the sum of m_S, are its first term
 (Koh et al., "On the Accuracy of Influence Functions for Measuring Group Effects",
-arXiv 1905.13289, compare both).
+arXiv 1905.13289, compare both). With m_S in place of the ones,
+
+  c(S) = m_S^T (I - M_SS)^-1 m_S
+       = phi(q)^T (Phi_K^T Phi_K + lambda I)^-1 phi(q) - phi(q)^T H^-1 phi(q),
+
+it is the coverage of the query that S alone has, see `attribution.coverage`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy.linalg
@@ -22,9 +28,11 @@ from dtrak_jax import host
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernel, Kernels
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
+
+Objective = Literal["influence", "coverage"]
 
 LEAST = float(np.finfo(np.float32).eps)
 """The least 1 - M_ii that is more than the rounding errors of float32 features."""
@@ -38,7 +46,7 @@ class RemovalSet(NamedTuple):
     rows: np.ndarray
     """The positions of all removed images in the training set, in this order."""
     predicted: np.ndarray
-    """The change s of the measurement, added up over queries, after each choice [count]."""
+    """The objective s or c, added up over kernels and queries, after each choice [count]."""
 
 
 class Candidates(NamedTuple):
@@ -50,7 +58,8 @@ class Candidates(NamedTuple):
 
 
 class Removable:
-    """One kernel from which rows are taken away: M, m and the ones as they then are.
+    """One kernel from which rows are taken away: M, m and the ones (or of coverage a second
+    m) as they then are.
 
     Of M there are the factor of the whole kernel, M = factor^T factor, the blocks of the
     candidates, and what each removal has added, in rows of `added`: M + added^T added.
@@ -135,20 +144,23 @@ def removal_set(
     query: Array,
     count: int,
     *,
+    objective: Objective = "influence",
     damping: float | Damping = DEFAULT_DAMPING,
     pooled: bool = False,
     groups: Sequence[str] | np.ndarray | None = None,
     weights: np.ndarray | None = None,
 ) -> RemovalSet:
-    """Chooses the training images whose removal together raises a measurement most.
+    """Chooses the training images whose removal together raises a measurement most, or
+    leaves most of what the query needs uncovered.
 
     Greedily: each choice is the one that makes the sum over kernels and queries of
 
       s(S) = m_S^T (I - M_SS)^-1 1 = phi(q)^T (Phi_K^T Phi_K + lambda I)^-1 Phi_S^T 1
 
-    largest, exactly, with all earlier ones gone; see the module. A choice raises s by
+    (objective "influence") or c(S) = m_S^T (I - M_SS)^-1 m_S ("coverage") largest,
+    exactly, with all earlier ones gone; see the module. A choice raises s by
     m_i o_i / (1 - M_ii), where m, M and o, the ones, are those of the kernel without the
-    earlier ones. With features of the loss s is a prediction of the loss's increase, up
+    earlier ones; and c by m_i^2 / (1 - M_ii). With features of the loss s is a prediction of the loss's increase, up
     to a factor: where k is above n leverages M_ii are near 1, and s is too large. Without
     one copy of a picture the others make up for it, so that none may be chosen; as
     `groups` copies go together.
@@ -163,22 +175,27 @@ def removal_set(
       train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
       query: of one query or several, [T, q, k] or [q, k], over which s is added up.
       count: how many images, or groups, to choose; at least one is left.
+      objective: "influence", s; or "coverage", c.
       damping: as of `attribute`.
       pooled: take one kernel, that of all pairs, instead of one for each pair; an image
-        is then J rows, of which a query's pair meets its own alone, as in
-        `damping_path`.
+        is then J rows; by influence a query's pair meets its own row alone, as in
+        `damping_path`, and by coverage all rows.
       groups: the name of each image's group [n], to choose among groups.
       weights: [n], or [T, n], in place of the ones. With the residuals of a ridge
         regression on the features, -s is exactly the change of its prediction.
 
     Raises:
-      ValueError: features, count, groups or weights do not fit; a damping that is not
+      ValueError: features, count, groups or weights do not fit, or weights are given by
+        coverage, which has none; a damping that is not
         above rounding errors; or 1 - M_ii is below them.
       MemoryError: what is kept does not fit this host.
     """
     kernels = Kernels.of(train)
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a removal set")
+    one_of("objective", objective, get_args(Objective))
+    if weights is not None and objective == "coverage":
+        raise ValueError("weights are of objective 'influence'; leave them out.")
     ids = example_ids(kernels.train)
     names, members = _members(ids, groups)
     what = "images" if groups is None else "groups"
@@ -188,20 +205,23 @@ def removal_set(
             "removed, and one must be left."
         )
     *pairs, n, k = kernels.train.shape
-    weights = _weights(weights, pairs, n)
+    count_pairs = math.prod(pairs)
+    ones = _weights(weights, pairs, n) if objective == "influence" else None
+    rows_of_m = query.shape[-2] if ones is None else 1
     largest = sum(sorted(map(len, members))[-count:])
-    joined = len(weights) if pooled else 1
-    size = 8 * len(weights) * n * (min(n * joined, k) + joined * largest)
+    joined = count_pairs if pooled else 1
+    kept = min(n * joined, k) + joined * (largest + 2 * rows_of_m)
+    size = 8 * count_pairs * n * kept
     # A kernel's blocks of M are factorised beside those of all kernels.
     blocks = sum(len(rows) ** 2 for rows in members) * joined**2
-    size += 8 * blocks * (len(weights) // joined + 2)
+    size += 8 * blocks * (count_pairs // joined + 2)
     host.check_fits(
         f"kernels from which {count} {what} among {n} images are removed (count, "
         "timesteps, draws, dim)",
         size,
     )
     of_query = kernels, query, Damping.of(damping)
-    removables = list(_removables(*of_query, weights, members, pooled))
+    removables = list(_removables(*of_query, ones, members, pooled))
     chosen, predicted = [], []
     for _ in progress(range(count), "removal set", unit=what[:-1], delay=2):
         gains = sum(removable.gains(len(names)) for removable in removables)
@@ -242,29 +262,34 @@ def _removables(
     kernels: Kernels,
     query: Array,
     damping: Damping,
-    weights: np.ndarray,
+    weights: np.ndarray | None,
     members: Sequence[np.ndarray],
     pooled: bool,
 ) -> Iterator[Removable]:
     """Yields each pair's kernel, in which an image is one row; or if pooled the kernel of
-    all pairs, in which an image is a row of each."""
+    all pairs, in which an image is a row of each.
+
+    Influence, with weights, is linear in the queries and takes their sum; coverage,
+    without, takes them one by one.
+    """
+    queries = [
+        np.asarray(g, np.float64)
+        if weights is None
+        else g.sum(axis=0, keepdims=True, dtype=np.float64)
+        for g in by_pair(query)
+    ]
     if not pooled:
-        each = zip(kernels, by_pair(query), weights, strict=True)
-        for (phi, kernel), g, ones in each:
-            factor, m = _factor(kernel, phi, _total(g), damping)
-            yield Removable(factor, m, ones[None].copy(), members)
+        for pair, ((phi, kernel), g) in enumerate(zip(kernels, queries, strict=True)):
+            factor, m = _factor(kernel, phi, g, damping)
+            ones = m.copy() if weights is None else weights[[pair]]
+            yield Removable(factor, m, ones, members)
         return
-    (phi, kernel), (pairs, n) = kernels.pooled, weights.shape
-    g = np.concatenate([_total(g) for g in by_pair(query)])
-    factor, m = _factor(kernel, phi, g, damping)
-    ones = scipy.linalg.block_diag(*weights)
+    phi, kernel = kernels.pooled
+    factor, m = _factor(kernel, phi, np.concatenate(queries), damping)
+    ones = m.copy() if weights is None else scipy.linalg.block_diag(*weights)
+    pairs, n = len(queries), kernels.train.shape[-2]
     starts = n * np.arange(pairs)[:, None]
     yield Removable(factor, m, ones, [(starts + rows).ravel() for rows in members])
-
-
-def _total(g: np.ndarray) -> np.ndarray:
-    """Returns the sum of the queries' features [1, k]."""
-    return g.sum(axis=0, keepdims=True, dtype=np.float64)
 
 
 def _factor(

@@ -5,18 +5,24 @@ import numpy as np
 from dtrak_jax import feature_sets, files, parallel, results
 from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
+    GRID,
     Kernels,
+    coverage,
     damping_path,
     gradient_cosine,
 )
+from dtrak_jax.attribution.coverage import coverage_path
 from dtrak_jax.digests import digest
-from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
 from dtrak_jax.features import Projection
 from dtrak_jax.progress import progress
 from dtrak_jax.run import Run
+
+COVERAGE_GRID = tuple(damping for damping in GRID if damping > 0.03)
+"""The values of lambda that are tried for coverage, whose best is large."""
 
 
 def ablate(run: Run) -> None:
@@ -28,7 +34,7 @@ def ablate(run: Run) -> None:
     for arm in progress(ordered, "ablate", unit="arm"):
         rows += _rows_of(run, arm, {n: truth[n] for n in arm.queries if n in truth})
     rows.sort(key=lambda row: run.config.ablation.studies.index(row["name"]))
-    ceilings = {name: lds.ceiling(losses) for name, losses in truth.items()}
+    ceilings = {name: datamodeling.ceiling(losses) for name, losses in truth.items()}
     described = {name: best and best._asdict() for name, best in ceilings.items()}
     result = {"rows": rows, "ceiling": described}
     results.save(run, "ablations", result, ["retrained models", "model"])
@@ -73,11 +79,14 @@ def store(run: Run, spec: FeatureSpec, name: str) -> FeatureSet:
 def arm_rows(
     arm: Arm, train: np.ndarray, query: np.ndarray, truth: dict[str, RetrainedLosses]
 ) -> list[dict]:
-    """Returns the rows of one arm: an LDS for each rule that chooses lambda, and squared.
+    """Returns the rows of one arm: an LDS for each rule that chooses lambda, and squared;
+    in the study "coverage" that of each subset's coverage, at fewer dampings.
 
     Its features are those of the training set [pairs, n, k] and of all queries
     [pairs, q, k], in the order of the sets of queries in `truth`.
     """
+    if arm.study == "coverage":
+        return _coverage_rows(arm, Kernels(train), query, truth)
     grid, path, rule = [], None, ()
     if arm.kernel == "averaged":
         train, query = train.mean(axis=0), query.mean(axis=0)
@@ -86,7 +95,7 @@ def arm_rows(
     else:
         kernels, pooled = Kernels(train), arm.kernel == "pooled"
         masks = next(iter(truth.values())).masks
-        grid, path = lds.damping_path(kernels, query, masks, pooled)
+        grid, path = datamodeling.damping_path(kernels, query, masks, pooled)
         rule = ("label-free", DEFAULT_DAMPING)
         (scores,) = damping_path(kernels, query, [DEFAULT_DAMPING], pooled=pooled)
     transforms = {"linear": scores}
@@ -99,9 +108,36 @@ def arm_rows(
         start, end = end, end + len(losses.query_ids)
         scored = []
         for transform, values in transforms.items():
-            estimate, _ = lds.bootstrap(losses.predict(values[start:end]), losses)
+            estimate, _ = datamodeling.bootstrap(
+                losses.predict(values[start:end]), losses
+            )
             scored.append(lds.row(estimate, *rule) | {"transform": transform})
         if grid:
             scored += lds.damping_rows(grid, path[:, :, start:end], losses)[:-1]
         rows += [arm.describe() | {"queries": name} | row for row in scored]
+    return rows
+
+
+def _coverage_rows(
+    arm: Arm, kernels: Kernels, query: np.ndarray, truth: dict[str, RetrainedLosses]
+) -> list[dict]:
+    """Returns the rows of an arm that predicts by the coverage of each subset, and of
+    kernels apart by its first-order scores."""
+    masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
+    path = coverage_path(kernels, query, COVERAGE_GRID, masks, pooled)
+    scores = None if pooled else coverage(kernels, query)
+    rows, end = [], 0
+    for name, losses in truth.items():
+        start, end = end, end + len(losses.query_ids)
+        described = arm.describe() | {"queries": name}
+        if scores is not None:
+            sums = losses.predict(scores[start:end])
+            estimate, _ = datamodeling.bootstrap(sums, losses)
+            rows.append(described | lds.row(estimate, "label-free", DEFAULT_DAMPING))
+        of_set = path[:, :, start:end]
+        default = of_set[COVERAGE_GRID.index(DEFAULT_DAMPING)]
+        estimate, _ = datamodeling.bootstrap(default, losses)
+        scored = [lds.row(estimate, "label-free", DEFAULT_DAMPING)]
+        scored += lds.damping_rows(COVERAGE_GRID, of_set, losses)[:-1]
+        rows += [described | row | {"transform": "exact"} for row in scored]
     return rows

@@ -159,6 +159,11 @@ def _checkpoints(config: Config, base: FeatureSpec) -> Iterator[Arm]:
         yield from _arms("checkpoint", replace(base, checkpoint=step, draws=1))
 
 
+def _coverage(config: Config, base: FeatureSpec) -> Iterator[Arm]:
+    for draws in dict.fromkeys((1, base.draws)):
+        yield from _arms("coverage", base, ("apart", "pooled"), draws=draws)
+
+
 STUDIES = {
     "noise": _noises,
     "draws": _draws,
@@ -166,5 +171,6 @@ STUDIES = {
     "measurement": _measurements,
     "projection": _projections,
     "checkpoint": _checkpoints,
+    "coverage": _coverage,
 }
 """For each study of the config, the function (config, base spec) -> arms."""

@@ -77,7 +77,8 @@ class CounterfactualConfig:
     squared: tuple[MethodName, ...] = free(())
     """Methods whose largest squared scores, of either sign, choose what is removed."""
     sets: tuple[MethodName, ...] = free(())
-    """Methods by whose kernels a set is chosen as a set (`removal_set`)."""
+    """Methods by whose kernels a set is chosen as a set (`removal_set`): of coverage the
+    set that leaves most of a query uncovered."""
     seed: int = free(0)
     """Chooses the queries and the random images."""
 
@@ -94,13 +95,14 @@ class CounterfactualConfig:
                     f"counterfactual.{name} has 'random', which is always there; leave "
                     "it out."
                 )
-        of_kernels = [name for name, row in METHODS.items() if row.kernel]
+        of_kernels = [name for name, row in METHODS.items() if row.objective]
         for name in self.sets:
             one_of("counterfactual.sets", name, of_kernels)
 
 
 Study = Literal[
-    "noise", "draws", "timesteps", "measurement", "projection", "checkpoint"
+    *("noise", "draws", "timesteps", "measurement", "projection", "checkpoint"),
+    "coverage",
 ]
 
 

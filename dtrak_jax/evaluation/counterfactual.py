@@ -106,7 +106,8 @@ def check(run: Run) -> None:
 
 
 def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
-    """Returns the training images of one query's `removal_set`, by a method's kernels."""
+    """Returns the training images of one query's `removal_set`, by a method's kernels and
+    its objective."""
     measurement = METHODS[method].measurement
     query = np.asarray(run.features("generated", measurement)[..., [row], :])
     kernels, count = run.kernels(measurement), run.config.counterfactual.count
@@ -114,6 +115,7 @@ def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
     # Near-duplicates go together; at most as many pictures as images are removed.
     chosen = min(count, len(np.unique(copies)) - 1)
     options = {"damping": run.damping, "groups": copies}
+    options["objective"] = METHODS[method].objective
     rows = removal_set(kernels, query, chosen, **options).rows[:count]
     return parallel.of_main_process(rows)
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from dtrak_jax import files
-from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution import Predictions, Scores
 from dtrak_jax.checks import (
     at_least,
     between,
@@ -24,7 +24,8 @@ from dtrak_jax.checks import (
     real_numbers,
 )
 from dtrak_jax.digests import digest_tree
-from dtrak_jax.evaluation.lds import bootstrap, ceiling, scored_rows, with_controls
+from dtrak_jax.evaluation.datamodeling import bootstrap, ceiling
+from dtrak_jax.evaluation.lds import scored_rows, with_controls
 from dtrak_jax.evaluation.statistics import Estimate, interval, spearman
 from dtrak_jax.evaluation.truth import (
     WORDS,
@@ -220,7 +221,7 @@ class LDS:
 
 
 @standard()
-def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
+def lds(scores: AnyScores | Predictions, truth: RetrainedLosses) -> LDS:
     """Returns the linear datamodeling score (Park et al., arXiv 2303.14186, section 3).
 
     For each query: Spearman's correlation, over the subsets of `retrain`, of the sum of
@@ -231,7 +232,8 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
 
     Args:
       scores: of `attribute`, matched by ids; or an array [queries, train] in the order
-        of the truth, positive where the example lowers the query's loss.
+        of the truth, positive where the example lowers the query's loss; or what `predict`
+        says of each of the truth's subsets.
       truth: of `retrain`.
 
     Raises:
@@ -239,7 +241,7 @@ def lds(scores: AnyScores, truth: RetrainedLosses) -> LDS:
         has a correlation.
     """
     instance("truth", truth, RetrainedLosses)
-    predictions = truth.predict(fitting(scores, truth))
+    predictions = predicted(scores, truth)
     unranked, sentence = truth.unranked(predictions)
     if unranked.all():
         raise ValueError(
@@ -265,24 +267,41 @@ def record(scores: Mapping[str, AnyScores], truth: RetrainedLosses) -> dict:
     return with_controls(rows, compared, truth) | {"curves": {}}
 
 
+def predicted(scores: AnyScores | Predictions, truth: RetrainedLosses) -> np.ndarray:
+    """Returns what scores, or predictions of the same subsets, say [subsets, queries]."""
+    if not isinstance(scores, Predictions):
+        return truth.predict(fitting(scores, truth))
+    queries, train = _orders(scores, truth)
+    if not np.array_equal(scores.subsets[:, train], truth.masks):
+        raise ValueError(
+            "the predictions are of other subsets than the truth: give `predict` its masks."
+        )
+    return scores.values[:, queries]
+
+
+def _orders(scores: Scores | Predictions, truth: RetrainedLosses) -> list[list[int]]:
+    """Returns where the queries and the training examples of the truth are in scores."""
+    orders = []
+    for name in ("query_ids", "train_ids"):
+        ids = getattr(truth, name).tolist()
+        places = {str(key): i for i, key in enumerate(getattr(scores, name))}
+        if places.keys() != set(ids):
+            differing = min(places.keys() ^ set(ids))
+            raise ValueError(
+                f"the ids of {WORDS[name]} differ between scores and truth, such as "
+                f"by {differing!r}: give `retrain` the ids of `featurize`."
+            )
+        orders.append([places[key] for key in ids])
+    return orders
+
+
 def fitting(scores: AnyScores, truth: RetrainedLosses) -> np.ndarray:
     """Returns scores [queries, train] in the order of the truth; see `lds`."""
-    expected = {"query_ids": truth.query_ids, "train_ids": truth.train_ids}
     if isinstance(scores, Scores):
-        orders = []
-        for name, ids in expected.items():
-            places = {str(key): i for i, key in enumerate(getattr(scores, name))}
-            if places.keys() != set(ids.tolist()):
-                differing = min(places.keys() ^ set(ids.tolist()))
-                raise ValueError(
-                    f"the ids of {WORDS[name]} differ between scores and truth, such as "
-                    f"by {differing!r}: give `retrain` the ids of `featurize`."
-                )
-            orders.append([places[key] for key in ids.tolist()])
-        values = np.asarray(scores.scores)[np.ix_(*orders)]
+        values = np.asarray(scores.scores)[np.ix_(*_orders(scores, truth))]
     else:
         values = real_numbers("scores", scores)
-    shape = tuple(map(len, expected.values()))
+    shape = len(truth.query_ids), len(truth.train_ids)
     if values.shape != shape or not np.isfinite(values).all():
         raise ValueError(
             f"scores have shape {values.shape}; they must be finite, and {list(shape)}: "

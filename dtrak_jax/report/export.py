@@ -132,7 +132,7 @@ def document(
         "label": method.label,
         "source": method.source,
         "measurement": method.measurement,
-        "sign": SIGN if method.signed else None,
+        "sign": SIGN if scores.signed else None,
         "comparable": "within a query; the sizes of different queries say nothing",
         "damping": scores.damping and scores.damping._asdict(),
         "lambdas": None if scores.lambdas is None else _numbers(scores.lambdas),

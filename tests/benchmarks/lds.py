@@ -11,7 +11,7 @@ ties, and the reference's BCa interval is NaN: on both sides, as it must be.
 import numpy as np
 import scipy.stats
 
-from dtrak_jax.evaluation import lds
+from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.statistics import resamples
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from tests.benchmarks.rows import Row, in_turn
@@ -24,7 +24,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     settings = {"subsets": subsets, "queries": queries, "training images": n}
 
     def our_lds():
-        return lds.lds(truth.predict(scores), truth)
+        return datamodeling.lds(truth.predict(scores), truth)
 
     def their_lds():
         return spearman_loop(predict(scores, truth), truth.target)
@@ -32,7 +32,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
     def our_interval():
         # What is drawn once for all scores counts here.
         resamples.cache_clear()
-        return lds.bootstrap(truth.predict(scores), truth)[0]
+        return datamodeling.bootstrap(truth.predict(scores), truth)[0]
 
     def their_interval():
         return bootstrap_loop(predict(scores, truth), truth.target)
@@ -41,7 +41,7 @@ def measure(small: bool, repetitions: int) -> list[Row]:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
         return float(np.nan_to_num(np.abs(np.subtract(ours, theirs))).max())
 
-    ours = lds.reference_interval(truth.predict(scores), truth)
+    ours = datamodeling.reference_interval(truth.predict(scores), truth)
     return [
         Row(
             name="LDS",

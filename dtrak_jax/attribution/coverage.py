@@ -1,0 +1,172 @@
+"""Coverage: how much of what a query needs do the training images hold?
+
+In a linear model of features phi, trained on the images of a set S with the penalty lambda,
+the prediction for a query varies from one training to the next, with its noise, by
+
+  v_S(q) = sum_j g_j(q)^T (Phi_Sj^T Phi_Sj + lambda_j I)^-1 g_j(q)
+
+times the variance of the noise (Rasmussen and Williams, "Gaussian Processes for Machine
+Learning", 2006, equation 2.8), where Phi_Sj are the rows of S at pair j and g_j(q) the
+query's features. The less S holds of what the query needs, the larger it is, and with it
+the expected loss: its other part, the bias, is what signed scores estimate. No label and no
+residual takes part, and any readout of the network will do. Coverage is minus v.
+
+It answers another question than signed scores: these ask in which direction an image pulls
+the query's loss, coverage how much the image tells of it.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import scipy.linalg
+
+from dtrak_jax.attribution import iterative
+from dtrak_jax.attribution.errors import PairSum
+from dtrak_jax.attribution.influence import (
+    check_subsets,
+    damping_path,
+    query_pairs,
+    solution,
+)
+from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
+from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels
+from dtrak_jax.attribution.linalg import gram_matrix
+from dtrak_jax.checks import instance, one_of
+from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
+
+By = Literal["influence", "coverage"]
+
+
+@standard()
+def coverage(
+    train: Array | Kernels,
+    query: Array,
+    damping: float | Damping = DEFAULT_DAMPING,
+    total: PairSum | None = None,
+) -> np.ndarray:
+    """Returns sum_j (g_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n))^2, float64 [q, n].
+
+    It is the derivative of coverage, -v(q) of the whole training set, with respect to the
+    weight of example n, by which phi_j(n) phi_j(n)^T counts in Phi_j^T Phi_j. It has no
+    sign. Squared scores of this kind are those of DAS (Lin et al., arXiv 2410.18639). All
+    else is as in `influence`.
+    """
+    total = total or PairSum()
+    for phi, kernel, g in query_pairs(train, query):
+        value = kernel.lambda_of(Damping.of(damping))
+        if kernel.eigenvalues is None:
+            tau = iterative.solve(phi, g, value)
+        else:
+            tau = solution(kernel, phi, g).scores(value)
+        total.add(tau**2)
+    return total.total
+
+
+class Predictions(NamedTuple):
+    """What is predicted of models that are trained on subsets: minus the queries' losses,
+    up to a constant and a factor for each query."""
+
+    values: np.ndarray  # float64 [subsets, queries]
+    subsets: np.ndarray  # bool [subsets, train]
+    train_ids: np.ndarray  # str [train]
+    query_ids: np.ndarray  # str [queries]
+
+
+@standard()
+def predict(
+    train: Array | Kernels,
+    query: Array,
+    subsets: np.ndarray,
+    *,
+    by: By = "coverage",
+    damping: float | Damping = DEFAULT_DAMPING,
+    pooled: bool = False,
+) -> Predictions:
+    """Predicts minus the loss of every query after training on each subset.
+
+    By "influence" it is the sum of the subset's scores. By "coverage" it is -v_S(q), see
+    the module: exactly, with a kernel of each subset S, and so beyond sums of scores.
+    `lds(predict(train, query, truth.masks), truth)` tells how right it is.
+
+    By coverage it takes a Cholesky decomposition of min(n_S, k) rows for each subset of
+    n_S images and each pair; with `pooled`, of min(J n_S, k) rows for each subset.
+
+    Args:
+      train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
+      query: of the queries, [T, q, k] or [q, k].
+      subsets: of the training set, bool [M, n]; none of them empty.
+      by: "influence" or "coverage".
+      damping: lambda_j in units of the mean eigenvalue of the kernel of the whole training
+        set, for all subsets; or `absolute(lambda)`.
+      pooled: take one kernel, that of all pairs, instead of one for each pair.
+
+    Raises:
+      ValueError: the features do not belong together; subsets of another shape or an empty
+        one; an unknown `by`; or a damping that is not above rounding errors.
+    """
+    kernels, damping = Kernels.of(train), Damping.of(damping)
+    one_of("by", by, get_args(By))
+    instance("pooled", pooled, bool, np.bool_)
+    _, query = check_features(kernels.train, query)
+    subsets = check_subsets(subsets, kernels.train.shape[-2])
+    if not subsets.any(axis=1).all():
+        raise ValueError(f"subsets[{subsets.any(axis=1).argmin()}] is empty.")
+    if by == "influence":
+        (sums,) = damping_path(
+            kernels, query, [damping], pooled=pooled, subsets=subsets
+        )
+        values = sums.T
+    else:
+        (values,) = coverage_path(kernels, query, [damping], subsets, pooled)
+    return Predictions(values, subsets, example_ids(kernels.train), example_ids(query))
+
+
+def coverage_path(
+    kernels: Kernels,
+    query: Array,
+    dampings: Sequence[float | Damping],
+    subsets: np.ndarray,
+    pooled: bool = False,
+) -> np.ndarray:
+    """Returns -v_S(q) at every damping, float64 [len(dampings), M, q]; see `predict`."""
+    dampings = list(map(Damping.of, dampings))
+    total = np.zeros((len(dampings), len(subsets), query.shape[-2]))
+    if pooled:
+        joined = np.concatenate(list(by_pair(query)))
+        parts, count = [(*kernels.pooled, joined)], 1
+    else:
+        parts, count = query_pairs(kernels, query), math.prod(query.shape[:-2])
+    each = itertools.product(parts, enumerate(subsets))
+    number = count * len(subsets)
+    for part, (row, subset) in progress(each, "coverage", number, "kernel", delay=2):
+        phi, kernel, g = part
+        lambdas = [kernel.lambda_of(damping) for damping in dampings]
+        kept = phi.reshape(-1, len(subset), phi.shape[-1])[:, subset]
+        found = variances(kept.reshape(-1, phi.shape[-1]), g, lambdas)
+        total[:, row] -= found.reshape(len(found), -1, total.shape[2]).sum(axis=1)
+    return total
+
+
+def variances(phi: np.ndarray, g: np.ndarray, lambdas: Sequence[float]) -> np.ndarray:
+    """Returns g (phi^T phi + lambda I)^-1 g^T for each lambda and row of g [q, k], float64
+    [len(lambdas), q].
+
+    Of rows phi [n, k] it decomposes the smaller of phi phi^T and phi^T phi.
+    """
+    n, k = phi.shape
+    g, dual = g.astype(np.float64), n <= k
+    gram = gram_matrix(phi if dual else phi.T).astype(np.float64)
+    right = phi @ g.T if dual else g.T
+    diagonal, found = np.diagonal(gram).copy(), []
+    for value in lambdas:
+        np.fill_diagonal(gram, diagonal + value)
+        lower = scipy.linalg.cholesky(gram, lower=True)
+        solved = scipy.linalg.solve_triangular(lower, right, lower=True)
+        squares = np.einsum("mq,mq->q", solved, solved)
+        whole = np.einsum("qk,qk->q", g, g)
+        found.append((whole - squares) / value if dual else squares)
+    return np.stack(found)

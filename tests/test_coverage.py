@@ -1,0 +1,122 @@
+"""Coverage: a query's posterior variance under a subset, and its first-order scores."""
+
+import numpy as np
+import pytest
+
+import dtrak_jax as dtrak
+from dtrak_jax.attribution import Scores, coverage
+from dtrak_jax.config import AttributionConfig, Config
+
+J, N, Q, M = 2, 12, 3, 9
+
+
+def features(k, seed=0):
+    """Returns features of a training set [J, N, k] and of queries [J, Q, k]."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(J, n, k)).astype(np.float32) for n in (N, Q))
+
+
+def variance(train, query, weights, pooled, value=2.0):
+    """Returns sum_j g_j^T (sum_n w_n phi_n phi_n^T + lambda I)^-1 g_j, by definition."""
+    train, query = train.astype(np.float64), query.astype(np.float64)
+    grams = np.einsum("n,jnk,jnl->jkl", weights, train, train)
+    grams = grams.sum(axis=0, keepdims=True) if pooled else grams
+    inverses = np.linalg.inv(grams + value * np.eye(train.shape[-1]))
+    inverses = np.broadcast_to(inverses, (J, *inverses.shape[1:]))
+    return np.einsum("jqk,jkl,jql->q", query, inverses, query)
+
+
+@pytest.fixture
+def subsets():
+    return np.random.default_rng(1).random((M, N)) < 0.5
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["apart", "pooled"])
+@pytest.mark.parametrize("k", [4, 40], ids=["primal", "dual"])
+def test_a_prediction_is_minus_the_variance_under_the_subset(k, pooled, subsets):
+    train, query = features(k)
+    given = {"damping": dtrak.absolute(2.0), "pooled": pooled}
+    found = dtrak.predict(train, query, subsets, **given)
+    expected = [-variance(train, query, subset, pooled) for subset in subsets]
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5)
+    # Conjugate gradients need nothing decomposed, and nor do variances.
+    if not pooled:
+        kernels = dtrak.attribution.Kernels(train, solver="cg")
+        again = dtrak.predict(kernels, query, subsets, **given)
+        np.testing.assert_array_equal(again.values, found.values)
+
+
+def test_lambda_is_in_units_of_the_whole_training_set(subsets):
+    train, query = features(5)
+    unit = np.einsum("jnk,jnk->", train, train) / 5
+    found = dtrak.predict(train, query, subsets, damping=0.3, pooled=True)
+    expected = [-variance(train, query, s, True, 0.3 * unit) for s in subsets]
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "cg"])
+def test_scores_are_the_derivative_of_coverage_by_a_weight(solver):
+    train, query = features(6)
+    kernels = dtrak.attribution.Kernels(train, solver=solver)
+    found, step = coverage(kernels, query, dtrak.absolute(2.0)), 1e-4
+    for n in range(N):
+        change = step * np.eye(N)[n]
+        more, less = (
+            variance(train, query, 1 + sign * change, False) for sign in (1, -1)
+        )
+        np.testing.assert_allclose(found[:, n], (less - more) / 2 / step, rtol=1e-3)
+
+
+def test_predictions_by_influence_are_sums_of_scores(subsets):
+    train, query = features(6)
+    found = dtrak.predict(train, query, subsets, by="influence")
+    scores = dtrak.attribute(train, query, method="trak").scores
+    np.testing.assert_allclose(found.values, subsets @ scores.T, rtol=1e-4)
+
+
+def test_lds_of_predictions_matches_by_ids(subsets):
+    train, query = features(6)
+    found = dtrak.predict(train, query, subsets)
+    truth = dtrak.RetrainedLosses(-found.values, subsets)
+    assert dtrak.lds(found, truth).value == pytest.approx(1)
+    order, rows = np.random.default_rng(2).permutation(N), [2, 0, 1]
+    shuffled = dtrak.RetrainedLosses(
+        -found.values[:, rows],
+        subsets[:, order],
+        found.query_ids[rows],
+        found.train_ids[order],
+    )
+    assert dtrak.lds(found, shuffled).value == pytest.approx(1)
+    with pytest.raises(ValueError, match="other subsets than the truth"):
+        dtrak.lds(found._replace(subsets=~subsets), truth)
+    with pytest.raises(ValueError, match="ids of queries differ"):
+        dtrak.lds(found._replace(query_ids=np.array(["a", "b", "c"])), truth)
+
+
+def test_scores_without_a_sign_say_so_and_are_not_reported(tmp_path):
+    train, query = features(6)
+    scores = dtrak.attribute(train, query, method="coverage")
+    assert not scores.signed and (scores.scores >= 0).all()
+    scores.save(tmp_path / "scores.npz")
+    assert str(np.load(tmp_path / "scores.npz")["sign"]) == "none"
+    assert not Scores.load(tmp_path / "scores.npz").signed
+    config = Config(attribution=AttributionConfig(methods=("coverage", "dtrak")))
+    assert config.shown_methods == ("dtrak",)
+    with pytest.raises(ValueError, match=r"\('coverage',\), which have no sign"):
+        AttributionConfig(methods=("coverage",))
+
+
+def test_what_does_not_fit_is_refused_by_name(subsets):
+    train, query = features(6)
+
+    def refused(match, masks=subsets, **options):
+        with pytest.raises(ValueError, match=match):
+            dtrak.predict(train, query, masks, **options)
+
+    refused("by is 'loss'|by must be one of", by="loss")
+    refused("they must be bool", subsets.astype(int))
+    refused(rf"bool \[M, {N}\]", subsets[:, 1:])
+    refused(r"subsets\[1\] is empty", np.stack([subsets[0], np.zeros(N, bool)]))
+    refused("damping", damping=-1.0)
+    with pytest.raises(TypeError, match="pooled is 'yes'; it must be bool"):
+        dtrak.predict(train, query, subsets, pooled="yes")
