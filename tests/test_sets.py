@@ -124,16 +124,16 @@ def test_memory_is_told_with_the_blocks_of_groups(pooled, monkeypatch):
     def counting(self, factor, m, ones, candidates):
         init(self, factor, m, ones, candidates)
         blocks = sum(of_size.leverages.nbytes for of_size in self.candidates)
-        kept.append((blocks, factor.nbytes))
+        kept.append((blocks, factor.nbytes + m.nbytes + ones.nbytes))
 
     monkeypatch.setattr(sets.Removable, "__init__", counting)
     train, query = features()
     names = ["a"] * (N - 2) + ["b"] * 2
     dtrak.removal_set(train, query, 1, groups=names, pooled=pooled)
-    blocks, factors = np.sum(kept, axis=0)
+    blocks, arrays = np.sum(kept, axis=0)
     rows = len(train) * N * (len(train) if pooled else 1)
     added = 8 * rows * (N - 2)
-    assert told[-1] == pytest.approx(blocks + 2 * kept[0][0] + factors + added)
+    assert told[-1] == pytest.approx(blocks + 2 * kept[0][0] + arrays + added)
 
 
 def test_what_does_not_fit_is_refused_by_name(monkeypatch):
