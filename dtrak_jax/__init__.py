@@ -8,6 +8,7 @@ from dtrak_jax.attribution import (
     Scores,
     absolute,
     damping_path,
+    ensemble_mean,
     near_duplicates,
     removal_set,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "counterfactual",
     "damping_path",
     "distortion",
+    "ensemble_mean",
     "featurize",
     "flow_schedule",
     "layer",
