@@ -205,9 +205,9 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data)) as archive:
             return dict(archive)
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it and rerun."
-        ) from error
+        # NumPy takes what it does not know for a pickle, and says how to trust it.
+        why = "it holds no arrays" if "pickle" in str(error) else error
+        raise ValueError(f"{path} is damaged ({why}); delete it and rerun.") from error
 
 
 def size_text(count: float) -> str:
