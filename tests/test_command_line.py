@@ -89,6 +89,22 @@ def test_a_report_says_what_is_still_open(there, sampled, said, capsys):
     assert err.startswith(said) and err.count("next:") == bool(said)
 
 
+def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path):
+    """The file of a plan, the page and the folder of an export."""
+    options = SimpleNamespace(output=str(tmp_path), profile="")
+    with pytest.raises(IsADirectoryError, match="--output is .*, a folder"):
+        cli.execute("plan", Config(), options)
+    run = SimpleNamespace(workdir=tmp_path)
+    (tmp_path / "export").touch()
+    (tmp_path / "report.html").mkdir()
+    for stage, named in (
+        ("export", "the folder of the export"),
+        ("report", "the report"),
+    ):
+        with pytest.raises(OSError, match=f"{named} is .*, (which is a file|a folder)"):
+            ahead.check(run, stage)
+
+
 def test_the_short_help_fits_on_a_screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = help.short("run", cli.COMMANDS["run"], Config()).splitlines()
