@@ -38,6 +38,7 @@ stratified draw by this project's own hash.
 from dtrak_jax.config import (
     AttributionConfig,
     Config,
+    CounterfactualConfig,
     DataConfig,
     FeaturesConfig,
     ModelConfig,
@@ -86,4 +87,5 @@ def get_config() -> Config:
             noise_batch=52, projection="sketch", batch_size=50
         ),
         attribution=AttributionConfig(damping=500 / 32768, absolute=True),
+        counterfactual=CounterfactualConfig(queries=60, count=1000),
     )

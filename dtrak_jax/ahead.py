@@ -8,7 +8,7 @@ were written since an earlier stage, or where settings changed that may decide t
 import warnings
 from collections.abc import Sequence
 
-from dtrak_jax import feature_sets, host, locks
+from dtrak_jax import feature_sets, files, host, locks
 from dtrak_jax.attribution.scoring import OUTPUTS
 from dtrak_jax.checks import seed
 from dtrak_jax.encoding.clip import Clip
@@ -223,6 +223,16 @@ def ablate(run: Run) -> None:
         run.task(measurement=spec.measurements, per_timestep=True, **changes)
 
 
+def report(run: Run) -> None:
+    """Checks that the page can be written."""
+    files.check_file("the report", run.workdir / "report.html")
+
+
+def export(run: Run) -> None:
+    """Checks that the export can be written."""
+    files.check_folder("the folder of the export", run.workdir / "export")
+
+
 CHECKS = {
     "base": model,
     "encode": data,
@@ -234,14 +244,15 @@ CHECKS = {
     "lds": lds,
     "counterfactual": removal,
     "ablate": ablate,
+    "report": report,
+    "export": export,
 }
-"""The function that checks a stage; report and export show what there is."""
+"""The function that checks a stage."""
 
 
 def check(run: Run, stage: str) -> None:
     """Raises what a stage would raise of settings and files."""
-    if stage in CHECKS:
-        CHECKS[stage](run)
+    CHECKS[stage](run)
 
 
 def fits(run: Run, stages: Sequence[str]) -> Footprint:

@@ -103,7 +103,10 @@ def help_page(
     words: Sequence[str],
     config: Config,
 ) -> str:
-    """Returns the page that `--help`, `--help SECTION` or `--help-all` asks for."""
+    """Returns the page that `--help`, `--help SECTION` or `--help-all` asks for.
+
+    A setting such as data.csv may stand for its section.
+    """
     if flag == "--help-all":
         return help.sections(list(help.SECTIONS), config)
     section = flag.partition("=")[2] or next(
@@ -111,8 +114,9 @@ def help_page(
     )
     if not section:
         return help.short(command, commands[command], config)
-    flags.known(section, help.SECTIONS, "section")
-    return help.sections([section], config)
+    settings = [name for known in help.SECTIONS for name in help.names_of(known)]
+    flags.known(section, [*help.SECTIONS, *settings], "section")
+    return help.sections([section.partition(".")[0]], config)
 
 
 def load_config(path: str) -> Config:

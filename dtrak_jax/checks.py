@@ -36,9 +36,16 @@ def one_of(name: str, value: object, allowed: Collection) -> None:
     if not _is_hashable(value) or value not in allowed:
         known = ", ".join(repr(choice) for choice in allowed)
         # Names that differ in a letter or two: what is in a file is no slip of the hand.
-        near = difflib.get_close_matches(str(value), map(str, allowed), 1, 0.8)
+        near = _nearest(str(value), list(map(str, allowed)), 0.8)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{name} is {shown(value)}{hint}; it must be one of: {known}.")
+
+
+def _nearest(value: str, names: Collection[str], cutoff: float) -> list[str]:
+    """Returns the name that has the same letters in another order or case, or is most
+    like a value with a ratio of `difflib` of at least the cutoff; [] if none is."""
+    same = [name for name in names if sorted(name.lower()) == sorted(value.lower())]
+    return same[:1] or difflib.get_close_matches(value, names, 1, cutoff)
 
 
 def _is_hashable(value: object) -> bool:
@@ -104,7 +111,7 @@ def alike(value: object, allowed: Collection, first: Sequence[str] = ()) -> str:
     """
     texts = [choice for choice in allowed if isinstance(choice, str)]
     names = (
-        difflib.get_close_matches(str(value), texts, 1, 0.85)
+        _nearest(str(value), texts, 0.85)
         or first
         or difflib.get_close_matches(str(value), texts, 3, 0.6)
     )
@@ -181,9 +188,11 @@ def between(name: str, value: object, low: float, high: float = math.inf) -> flo
 
 def positive(name: str, value: object) -> float:
     """Returns a number as Python's, or raises a ValueError unless it is above zero."""
-    number = between(name, value, 0)
-    if number == 0:
-        raise ValueError(f"{name} is 0; it must be a finite number above 0.")
+    number = _plain(value, float)
+    if number is None or not math.isfinite(number) or number <= 0:
+        raise ValueError(
+            f"{name} is {shown(value)}; it must be a finite number above 0."
+        )
     return number
 
 

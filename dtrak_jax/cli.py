@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from dtrak_jax import arguments as command_line
-from dtrak_jax import methods, parallel, pipeline, planning, score_sets
+from dtrak_jax import files, methods, parallel, pipeline, planning, score_sets
 from dtrak_jax.arguments import load_config
 from dtrak_jax.config import Config
 from dtrak_jax.planning.topology import COMPILER
@@ -134,6 +134,10 @@ def execute(command: str, config: Config | None, options: argparse.Namespace) ->
     quieten_libtpu()
     use_cores(os.cpu_count() if command in ENSEMBLE else MOST_CORES)
     keep_compilations()
+    if options.output:
+        files.check_file("--output", options.output)
+    if options.profile:
+        files.check_folder("--profile", options.profile)
     if command == "plan":
         names = options.stages.split(",") if options.stages else ()
         topology = planning.find(options.topology or None)

@@ -91,6 +91,39 @@ def _explained(path: epath.Path, what: str):
         raise OSError(error.errno, message, str(path)) from error
 
 
+def check_folder(name: str, path: epath.PathLike) -> epath.Path:
+    """Returns a path at which a folder is or can be made.
+
+    Raises:
+      NotADirectoryError: it, or what is above it, is a file; the error names the setting.
+    """
+    path = at(path)
+    for folder in () if is_remote(path) else (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            what = "which" if folder == path else f"and {folder}"
+            raise NotADirectoryError(
+                f"{name} is {str(path)!r}, {what} is a file; name a folder."
+            )
+    return path
+
+
+def check_file(name: str, path: epath.PathLike) -> epath.Path:
+    """Returns a path at which a file is or can be written.
+
+    Raises:
+      IsADirectoryError: it is a folder.
+      NotADirectoryError: what is above it is a file.
+    """
+    path = at(path)
+    if not is_remote(path):
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{name} is {str(path)!r}, a folder; name a file in it."
+            )
+        check_folder(f"the folder of {name}", path.parent)
+    return path
+
+
 def is_empty(folder: epath.PathLike, besides: str = "") -> bool:
     """Returns whether a folder has no files, besides a name and what killed writes left."""
     folder = at(folder)
@@ -172,9 +205,9 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(data)) as archive:
             return dict(archive)
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it and rerun."
-        ) from error
+        # NumPy takes what it does not know for a pickle, and says how to trust it.
+        why = "it holds no arrays" if "pickle" in str(error) else error
+        raise ValueError(f"{path} is damaged ({why}); delete it and rerun.") from error
 
 
 def size_text(count: float) -> str:

@@ -91,6 +91,14 @@ def value_of(name: str, kind: object, words: str | list[str] | bool) -> object:
     if isinstance(words, list) and len(kinds) > 1 and len(words) == 1:
         # Of a number or several, a single word is the number.
         words = words[0]
+    if many and isinstance(words, str | list) and many[0] is not str:
+        joined = words if isinstance(words, str) else " ".join(words)
+        if "," in joined:
+            spaced = " ".join(joined.replace(",", " ").split())
+            raise ValueError(
+                f"{name} is {joined!r}; spaces separate several values: "
+                f"{help.flag(name)} {spaced}"
+            )
     if isinstance(words, list):
         if not words and len(kinds) > 1:
             raise ValueError(f"{name} is empty; name one number or more.")
@@ -149,13 +157,16 @@ def known(name: str, names: Collection[str], what: str) -> None:
         return
     last = name.strip("-").rpartition(".")[2]
     # A setting may be called without its section, or with another one's.
-    same = [other for other in names if other.rpartition(".")[2].strip("-") == last]
+    lasts = {other: other.rpartition(".")[2].strip("-") for other in names}
+    same = [other for other in names if lasts[other] == last]
     near = alike(name, names, same)
+    if not near and (meant := alike(last, lasts.values())):
+        near = " or ".join(other for other in names if lasts[other] == meant)
     hint = f"did you mean {near}?"
     if not near:
         hint = (
             "`dtrak-jax COMMAND --help-all` lists all."
             if what == "option"
-            else f"there are {', '.join(names)}."
+            else f"there are {', '.join(n for n in names if '.' not in n)}."
         )
     raise ValueError(f"there is no {what} {name}; {hint}")

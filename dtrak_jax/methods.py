@@ -251,6 +251,12 @@ METHODS: dict[str, Method] = {row.name: row for row in ROWS}
 MethodName = Literal[*METHODS]
 """The type of a setting that names a method."""
 
+RemovalName = Literal[*(name for name in METHODS if name != "random")]
+"""The type of one that is held against chance, which is always there."""
+
+KernelName = Literal[*(name for name, row in METHODS.items() if row.objective)]
+"""The type of one that names a method of one model's kernels."""
+
 
 @standard()
 def attribute(

@@ -65,8 +65,9 @@ class Run:
 
         Raises:
           ValueError: the directory holds something else.
+          OSError: it is a file.
         """
-        run = cls(config, files.at(workdir))
+        run = cls(config, files.check_folder("workdir", workdir))
         path = run.workdir / "config.json"
         if not path.exists() and not files.is_empty(run.workdir):
             raise ValueError(

@@ -6,6 +6,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,9 +64,45 @@ def test_every_stage_is_checked_announced_and_explained(tmp_path):
     """The tables of what stages have beside their row in `pipeline.STAGES` agree."""
     names = [stage.name for stage in pipeline.STAGES]
     assert list(help.SECTION_OF) == list(messages.AFTER) == names
-    assert [*ahead.CHECKS, "report", "export"] == names
+    assert list(ahead.CHECKS) == names
     run = Run(Config(), tmp_path)
     assert all(work.describe(name, run) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("there", "sampled", "said"),
+    [
+        ((), True, "next: `dtrak-jax lds` measures"),
+        (("lds",), True, "next: `dtrak-jax counterfactual` shows"),
+        (("lds",), False, ""),
+        (("lds", "counterfactual"), True, ""),
+    ],
+)
+def test_a_report_says_what_is_still_open(there, sampled, said, capsys):
+    run = SimpleNamespace(
+        json=lambda name: {} if name in there else None,
+        is_sampled=sampled,
+        config=SimpleNamespace(is_given=False),
+    )
+    messages.after(run, "report", None)
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("next:") == bool(said)
+
+
+def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path):
+    """The file of a plan, the page and the folder of an export."""
+    options = SimpleNamespace(output=str(tmp_path), profile="")
+    with pytest.raises(IsADirectoryError, match="--output is .*, a folder"):
+        cli.execute("plan", Config(), options)
+    run = SimpleNamespace(workdir=tmp_path)
+    (tmp_path / "export").touch()
+    (tmp_path / "report.html").mkdir()
+    for stage, named in (
+        ("export", "the folder of the export"),
+        ("report", "the report"),
+    ):
+        with pytest.raises(OSError, match=f"{named} is .*, (which is a file|a folder)"):
+            ahead.check(run, stage)
 
 
 def test_the_short_help_fits_on_a_screen(monkeypatch):
@@ -92,6 +129,34 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
         (
             ["run", str(DIGITS), "--help", "trian"],
             "no section trian; did you mean train?",
+        ),
+        (["--help", "cvs"], "no section cvs; did you mean data.csv or queries.csv?"),
+        (["--help", "epochs"], "no section epochs; there are data, model, base,"),
+        (["lsd"], "no command lsd; did you mean lds?"),
+        (["run", "--cvs", "a"], "no option --cvs; did you mean --data.csv or"),
+        (
+            ["export", str(DIGITS), "--format", "cvs"],
+            "export.format is 'cvs' (did you mean csv?)",
+        ),
+        (
+            ["run", str(DIGITS), "--features.timesteps", "100,300"],
+            "'100,300'; spaces separate several values: --features.timesteps 100 300",
+        ),
+        (
+            ["run", str(DIGITS), "--attribution.methods", "trak,", "dtrak"],
+            "spaces separate several values: --attribution.methods trak dtrak",
+        ),
+        (
+            ["run", str(DIGITS), "--counterfactual.sets", "dtrk"],
+            "'dtrk' (did you mean dtrak?); it must be one of: 'dtrak', 'trak', 'kernel-m",
+        ),
+        (
+            ["run", str(DIGITS), "--counterfactual.methods", "randon"],
+            "counterfactual.methods is 'randon'; it must be one of: 'dtrak'",
+        ),
+        (
+            ["run", str(DIGITS), "--attribution.damping", "-1"],
+            "attribution.damping is -1.0; it must be a finite number above 0.",
         ),
         (["run", "--workdir"], "--workdir: expected one argument"),
         (["run", "--images", "a", "--data.name", "b"], "--images decides --data.name"),
@@ -146,6 +211,12 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
             "0 takes all that validation leaves. (default: 0)",
         ),
         (["--help", "clip"], "--clip.folder TEXT"),
+        (["--help", "clip.folder"], "--clip.folder TEXT"),
+        (
+            ["--help", "counterfactual"],
+            "dtrak, trak, kernel-mean, kernel-l1, kernel-l2, kernel-linf, kernel-elbo.",
+        ),
+        (["--help", "counterfactual"], "0 takes a fifth of the training images"),
         (["--help-all"], "--report.top INT"),
         (["--version"], version("dtrak-jax")),
     ],

@@ -39,7 +39,7 @@ from dtrak_jax.evaluation.counterfactual import (
     counterfactual,
 )
 from dtrak_jax.evaluation.outputs import measure
-from dtrak_jax.evaluation.removals import RANDOM, Choice, kept_rows, plan
+from dtrak_jax.evaluation.removals import RANDOM, Choice, plan, removed_rows
 from dtrak_jax.evaluation.statistics import summarize
 from dtrak_jax.models.functions import bottleneck_fn
 from dtrak_jax.run import Run
@@ -205,6 +205,14 @@ def test_the_results(finished, queries):
     )
     expected = {"count": COUNT, "queries": queries, "seed": 0, "steps": 8}
     assert result["settings"] == expected
+    assert list(result["removed"]) == REMOVALS
+    for name, of_query in result["removed"].items():
+        assert list(of_query) == queries
+        assert {len(set(ids)) for ids in of_query.values()} == {COUNT}
+        for query, ids in of_query.items():
+            (folder,) = (finished.workdir / FOLDER).glob(f"{name}-{query}-*")
+            rows = np.flatnonzero(~np.isin(finished.splits.train.ids, ids))
+            assert folder.name.endswith(short_digest(rows.astype("<i8").tobytes()))
 
     def name(row):
         return Choice(row["method"], row["transform"]).name
@@ -281,6 +289,7 @@ def test_a_model_of_ones_own_has_the_results_of_the_run(finished, tmp_path):
         else:
             np.testing.assert_allclose(found.images[name], pictures, atol=PIXEL)
     expected = finished.json("counterfactual")
+    assert found.removed == expected["removed"]
     for row, other in zip(found.rows, expected["rows"], strict=True):
         assert row["query"] == other["query"]
         for metric in ("pixel_l2", "pixels_cosine", "loss_increase"):
@@ -395,7 +404,14 @@ def test_an_image_that_is_not_finite(workdir, queries, monkeypatch):
         ),
         (
             {"queries": QueriesConfig(folder="pictures")},
-            "queries.folder must be empty and sample.count 1 or more",
+            "leave out --queries",
+        ),
+        (
+            {
+                "sample": SampleConfig(count=0),
+                "data": DataConfig(source="digits", train=12, validation=2),
+            },
+            "sample.count must be 1 or more",
         ),
     ],
 )
@@ -404,6 +420,12 @@ def test_refused_settings(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         counterfactual(run)
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_fifth_is_removed_unless_a_number_is_named():
+    assert CounterfactualConfig().removed_of(5000) == 1000
+    assert CounterfactualConfig().removed_of(2) == 1
+    assert CounterfactualConfig(count=7).removed_of(5000) == 7
 
 
 # The functions that need no run.
@@ -420,17 +442,15 @@ def make_scores(method="dtrak"):
 def test_removals_take_exactly_the_top_or_the_largest_squares():
     scores, asked = make_scores(), [IDS[2], IDS[0]]
     choices = Choice("dtrak"), Choice("dtrak", "squared")
-    kept = kept_rows(dict.fromkeys(choices, scores), asked, TRAIN_IDS, COUNT, 0)
     every = (*choices, Choice(RANDOM))
-    assert list(kept) == [(choice, query) for choice in every for query in asked]
-    for (choice, query), rows in kept.items():
-        assert rows.tolist() == sorted(set(rows.tolist()))
-        assert len(rows) == 12 - COUNT
+    rows_of = removed_rows(dict.fromkeys(choices, scores), asked, TRAIN_IDS, COUNT, 0)
+    assert list(rows_of) == [(choice, query) for choice in every for query in asked]
+    for (choice, query), removed in rows_of.items():
+        assert len(set(removed.tolist())) == COUNT
         if choice.method != RANDOM:
             values = scores.scores[IDS.tolist().index(query)]
             values = values**2 if choice.transform == "squared" else values
-            removed = np.setdiff1d(np.arange(12), rows)
-            assert values[removed].min() > values[rows].max()
+            assert removed.tolist() == np.argsort(-values)[:COUNT].tolist()
 
 
 @pytest.mark.parametrize(
@@ -446,9 +466,8 @@ def test_copies_are_removed_together(count, expected):
     scores = Scores(rows, ids, IDS[:1], "dtrak", copies=copies)
     for squared in (False, True):
         assert sorted(removals.strongest(scores, 0, count, squared)) == expected
-    kept = kept_rows({Choice("dtrak"): scores}, IDS[:1], ids, count, 0)
-    gone = np.setdiff1d(np.arange(6), kept[Choice("dtrak"), IDS[0]])
-    assert gone.tolist() == expected
+    gone = removed_rows({Choice("dtrak"): scores}, IDS[:1], ids, count, 0)
+    assert sorted(gone[Choice("dtrak"), IDS[0]]) == expected
     pairs = dataclasses.replace(scores, copies=ids[[0, 0, 0, 0, 4, 4]])
     assert sorted(removals.strongest(pairs, 0, 3)) == [0, 4, 5]
 
@@ -465,8 +484,8 @@ def test_a_set_takes_copies_together(finished):
 
 def test_random_removals_depend_on_seed_and_query_alone():
     def rows(queries, seed, scores):
-        kept = kept_rows(scores, queries, TRAIN_IDS, COUNT, seed)
-        return {query: kept[Choice(RANDOM), query].tolist() for query in queries}
+        removed = removed_rows(scores, queries, TRAIN_IDS, COUNT, seed)
+        return {query: removed[Choice(RANDOM), query].tolist() for query in queries}
 
     whole = rows(IDS.tolist(), 0, {Choice("dtrak"): make_scores()})
     assert rows(IDS[::-1].tolist(), 0, {}) == whole
@@ -477,9 +496,10 @@ def test_random_removals_depend_on_seed_and_query_alone():
 
 def test_the_plan_keeps_the_epochs_and_names_the_rows():
     choice = Choice("dtrak", "squared")
-    kept = {(choice, "a"): np.arange(9), (Choice(RANDOM), "a"): np.arange(1)}
+    removed = {(choice, "a"): [11, 9, 10], (Choice(RANDOM), "a"): np.arange(1, 12)}
     config = TrainConfig(steps=10, seed=5)
-    planned = plan(config, kept, ["a"], 12)
+    planned = plan(config, removed, ["a"], 12)
+    assert planned[0].member.rows.tolist() == list(range(9))
     rows = [
         (m.choice.name, len(m.member.rows), m.member.seed, m.steps) for m in planned
     ]
@@ -492,7 +512,7 @@ def test_the_plan_keeps_the_epochs_and_names_the_rows():
     name = planned[0].member.name
     assert name.startswith("dtrak-squared-a-")
     assert len(name) == len("dtrak-squared-a-") + 8
-    other = plan(config, {(choice, "a"): np.arange(1, 10)}, ["a"], 12)
+    other = plan(config, {(choice, "a"): [0, 10, 11]}, ["a"], 12)
     assert other[0].member.name != name
     assert other[1].member.name == planned[2].member.name
 

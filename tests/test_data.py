@@ -32,6 +32,7 @@ from dtrak_jax.data import (
     to_pixels,
 )
 from dtrak_jax.data import preprocess as prepare_picture
+from dtrak_jax.data.folder import pictures
 from dtrak_jax.data.hands import CONTRAST, GREY, HANDS, hands
 
 IDS = [f"example-{i}" for i in range(1000)]
@@ -478,6 +479,8 @@ def test_a_csv_gives_labels_and_captions(gallery):
     assert data.labels.tolist() == [1, 0, 1]
     captions = ["ein Gemälde", "a painting, baroque", "an ukiyo e painting"]
     assert data.captions.tolist() == captions
+    notes = pictures(path, None, "list.csv").notes
+    assert notes[0] == f"{path}/list.csv: columns that are not read: 'artist'."
     only = from_folder(path, train=2, csv="list.csv", labels=("ukiyo_e",))
     assert only.ids.tolist() == ["a/grey.png", "tall.png"]
     assert only.captions.tolist() == captions[::2]
@@ -486,6 +489,9 @@ def test_a_csv_gives_labels_and_captions(gallery):
     assert from_folder(path, csv="labels.csv").captions is None
     (path / "captions.csv").write_text("caption,file\nx,b.png\n")
     assert from_folder(path, csv="captions.csv").labels is None
+    (path / "captions.csv").write_text("caption,file,lable,\nx,b.png,y,0\n")
+    (note,) = (n for n in pictures(path, None, "captions.csv").notes if "read" in n)
+    assert note.endswith("not read: 'lable' (did you mean label?), ''.")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from test_attribution import as_features
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
 from dtrak_jax.attribution import PairSum
-from dtrak_jax.attribution.mean import ensemble_mean
+from dtrak_jax.attribution.groups import names_hash
 
 T, R, N, Q, K = 2, 3, 9, 4, 14
 COLUMN = np.array(["b", "a", "b", "c", "a", "a", "c", "b", "b"])
@@ -173,6 +173,13 @@ def test_groups_must_be_of_the_training_images():
     scores = dtrak.attribute(train, query, groups={"of": COLUMN})
     with pytest.raises(ValueError, match="column is 'by'; it must be one of: 'of'"):
         scores.group("by")
+    for wrong in ([None] * 9, ["a"], [["a"], ["b", "c"]]):
+        with pytest.raises(ValueError, match="column has .*training example"):
+            scores.group(wrong)
+    numbers = np.arange(9) + 5
+    numbered = dtrak.attribute(train, query, draws=2, groups={"of": numbers})
+    for given, same in zip(numbered.group(numbers), numbered.group("of"), strict=True):
+        np.testing.assert_array_equal(given, same)
 
 
 def test_errors_go_with_their_scores(tmp_path):
@@ -198,7 +205,7 @@ def test_errors_go_with_their_scores(tmp_path):
     assert alone.freedom == pytest.approx(scores.freedom)
     groups = scores.group("of")
     assert 0 < groups.freedom != scores.freedom
-    assert ensemble_mean([scores, scores]).group("of").freedom == groups.freedom
+    assert dtrak.ensemble_mean([scores, scores]).group("of").freedom == groups.freedom
     assert scores.group(COLUMN[::-1]).freedom == 0
     low, high = dataclasses.replace(scores, freedom=4).interval(0.9)
     # The 95% quantile of Student's distribution with 4 degrees of freedom.
@@ -207,16 +214,29 @@ def test_errors_go_with_their_scores(tmp_path):
 
 def test_an_ensembles_error_is_no_smaller_than_with_noise_of_its_own():
     """The mean of errors is what models that share all their noise have."""
-    members = [dtrak.attribute(*pairs(seed=s), draws=R) for s in range(3)]
-    mean = ensemble_mean(members)
+    other, how = COLUMN[::-1], {"draws": R}
+    groups = [{"of": COLUMN, "by": other}, {"by": COLUMN}, {"of": COLUMN}]
+    members = [
+        dtrak.attribute(*pairs(seed=s), groups=groups[s], **how) for s in range(3)
+    ]
+    mean = dtrak.ensemble_mean(members)
+    # Groupings are the same by their names, whatever they are called.
+    by_name = [member.group(COLUMN).errors for member in members]
+    np.testing.assert_allclose(mean.group(COLUMN).errors, np.mean(by_name, axis=0))
+    assert np.isfinite(by_name).all() and np.ptp(by_name, axis=0).all()
+    assert list(mean.group_errors) == [names_hash(COLUMN)]
+    assert np.isnan(mean.group("by").errors).all()
+    for wrong in (members[0], [1]):
+        with pytest.raises(TypeError, match="scores is"):
+            dtrak.ensemble_mean(wrong)
     values = np.array([member.scores for member in members])
     np.testing.assert_allclose(mean.spread, values.std(axis=0, ddof=1), rtol=1e-4)
     errors = np.array([member.errors for member in members])
     assert (mean.errors >= np.sqrt((errors**2).sum(axis=0)) / 3).all()
-    shared = ensemble_mean([members[0]] * 3)
+    shared = dtrak.ensemble_mean([members[0]] * 3)
     np.testing.assert_allclose(shared.errors, members[0].errors, rtol=1e-6)
     assert not shared.spread.any() and shared.freedom == members[0].freedom
-    assert ensemble_mean(members[:1]).spread is None
+    assert dtrak.ensemble_mean(members[:1]).spread is None
 
 
 def test_intervals_hold_the_score_of_many_draws(images):

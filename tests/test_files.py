@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
-from conftest import init, train_apply
+from conftest import apply, init, train_apply
 
 import dtrak_jax as dtrak
 from dtrak_jax import files, training
-from dtrak_jax.config import TrainConfig
+from dtrak_jax.config import Config, TrainConfig
+from dtrak_jax.run import Run
 from dtrak_jax.training import checkpoint
 
 
@@ -70,6 +71,33 @@ def test_paths(tmp_path, monkeypatch):
     for wrong in ("gs:/bucket/run", "s3://bucket/run", "memory://run"):
         with pytest.raises(ValueError, match="neither a path of a local disk nor gs:"):
             files.at(wrong)
+
+
+def test_what_is_no_archive_is_said_without_advice_to_trust_it(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"a.npz is damaged \(it holds no arrays\)"):
+        files.read_npz(tmp_path / "a.npz")
+
+
+def test_a_path_whose_parent_is_a_file_is_refused(tmp_path, images):
+    (tmp_path / "file").touch()
+    wrong = tmp_path / "file" / "run"
+    task = dtrak.Task(apply, dtrak.linear_schedule(), timesteps=2)
+    given = task, init(jax.random.key(0)), images, dtrak.Projection("none")
+    for check in (
+        lambda: Run.at(Config(), wrong),
+        lambda: dtrak.featurize(*given, store=wrong),
+        lambda: dtrak.featurize(*given, store=wrong.parent),
+        lambda: files.check_file("--output", wrong),
+    ):
+        with pytest.raises(OSError, match=r"is '.*/file.*', (and|which) .*is a file"):
+            check()
+    with pytest.raises(
+        IsADirectoryError, match="--output is .*, a folder; name a file"
+    ):
+        files.check_file("--output", tmp_path)
+    assert files.check_folder("store", tmp_path / "new" / "store").parent.name == "new"
+    assert str(files.check_file("x", "gs://bucket/a")) == "gs://bucket/a"
 
 
 def test_a_missing_package_is_named_by_its_extra(monkeypatch):

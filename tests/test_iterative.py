@@ -89,8 +89,9 @@ def test_wrong_arguments():
     phi, query = features(5, 8)
     with pytest.raises(ValueError, match="solver is 'lu'; it must be one of: 'eigh'"):
         dtrak.attribute(phi, query, solver="lu")
-    with pytest.raises(ValueError, match="damping is 0"):
-        dtrak.attribute(phi, query, solver="cg", damping=0)
+    for damping in (0, -1):
+        with pytest.raises(ValueError, match=f"damping is {damping}; .* above 0"):
+            dtrak.attribute(phi, query, solver="cg", damping=damping)
     with pytest.raises(ValueError, match="all features of the training set are 0"):
         dtrak.attribute(0 * phi, query, solver="cg")
     with pytest.raises(ValueError, match="'relative-influence', which needs kernels"):

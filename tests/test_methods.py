@@ -12,8 +12,7 @@ from sklearn.linear_model import RidgeCV
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
-from dtrak_jax.attribution import GRID, Damping, Kernels, Scores
-from dtrak_jax.attribution.mean import ensemble_mean
+from dtrak_jax.attribution import GRID, Damping, Kernels, Scores, ensemble_mean
 from dtrak_jax.config import Config, EnsembleConfig, TrainConfig
 from dtrak_jax.features.measurements import FUNCTIONS
 from dtrak_jax.methods import METHODS, Method, MethodName, table

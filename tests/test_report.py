@@ -338,7 +338,11 @@ def write_lds(run, *, unknown="newest-method"):
 
 
 def write_counterfactual(
-    run, *, ids=("generated-0", "generated-1"), squared=("transform", "squared")
+    run,
+    *,
+    ids=("generated-0", "generated-1"),
+    squared=("transform", "squared"),
+    same=1.0,
 ):
     """Adds a counterfactual.json with its images."""
     removals = [{"method": m} for m in ("random", "dtrak", "everything", "other-seed")]
@@ -353,10 +357,14 @@ def write_counterfactual(
             for query in ids
         ],
         "summary": [
-            removal | {"metric": metric, "median": 2.468, "mean": 3.5} | ends
+            removal
+            | {"metric": metric, "mean": 3.5}
+            | {"median": same if removal["method"] == "everything" else 2.468}
+            | ends
             for removal in removals
             for metric in metrics
         ],
+        "removed": {"dtrak": {ids[0]: list(run.splits.train.ids[[3, 1, 2, 0, 4]])}},
         "differences": [
             {"method": "dtrak", "metric": "pixel_l2", "median": 1.357, "mean": 2} | ends
         ],
@@ -1092,6 +1100,8 @@ def test_images_after_removal_with_their_distance(tmp_path):
     assert ["D-TRAK squared", "cosine of pixels", "2.468", "[1.000, 3.000]"] in [
         row[:4] for row in effects
     ]
+    assert words(found).count("without ") == 1
+    assert "without train-003, train-001, train-002 and 2 more" in words(found)
     differences = tables[
         "The same, less the effect of random removal on the same query"
     ]
@@ -1102,6 +1112,34 @@ def test_images_after_removal_with_their_distance(tmp_path):
     (tmp_path / "counterfactual" / "images.npz").unlink()
     found = section(page(run), "counterfactual")
     assert "<img" not in found and "2.468" in found
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_models_that_are_not_remade_are_no_headline(tmp_path):
+    """Neither their LDS nor their pictures are evidence of the model that was asked."""
+    run = make(tmp_path)
+    write_lds(run)
+    write_counterfactual(run)
+    html = page(run)
+    health = words(section(html, "health"))
+    assert (
+        "make the model again? ✓Yes: trained on everything with the same seed" in health
+    )
+    assert "Not of this model" not in html and 'class="alarm"' not in html
+    assert "Checked by retraining" in words(section(html, "answer"))
+    write_counterfactual(run, same=1.3)
+    html = page(run)
+    health, answer = (words(section(html, name)) for name in ("health", "answer"))
+    assert (
+        "✗No: trained on everything with the same seed, models move pictures by 1.3 "
+        "(median pixel_l2), and without random examples by 2.47" in health
+    )
+    assert "better than chance" not in health and "?Not known: the LDS is of" in health
+    assert "Not checked by retraining" in answer and "2.468" not in answer
+    assert "0.611" not in answer
+    assert "does not make this model again" in html and 'class="alarm"' in html
+    for name in ("trust", "counterfactual"):
+        assert "Not of this model" in words(section(html, name))
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -1362,13 +1400,51 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     assert "9 random subsets, each with\n50% of" in html and "noise draws" not in html
     assert "D-TRAK, query images: the LDS is 1" in html
     removed = dtrak.counterfactual(
-        *(more, lambda rows, seed: seed / 10),
+        *(scores[0], lambda rows, seed: seed / 10),
         *(lambda model, rows: pictures[rows] * (0.5 + model), pictures),
         count=3, queries=2, embeddings={"hue": lambda x: x.reshape(len(x), -1)},
     )  # fmt: skip
     shown = {"counterfactual": removed.record(), "removed": removed.images}
     dtrak.write_report(path, scores, train.images, pictures, **shown)
     assert "cosine of hue" in path.read_text().lower()
+    record, made_again = removed.record(), removed.images
+    (query, _), gone = removed.settings["queries"], removed.removed["dtrak"]
+    assert f"without {', '.join(gone[query])}" in words(path.read_text())
+    for change, message in (
+        ({"counterfactual": None}, "removed needs counterfactual="),
+        (
+            {"counterfactual": record | {"settings": {"queries": ["x"]}}},
+            "queries, such as 'x'",
+        ),
+        (
+            {"counterfactual": record | {"removed": {"a": {query: ["?"]}}}},
+            "images, such as '?'",
+        ),
+        (
+            {"removed": {n: a for n, a in made_again.items() if n != "query_ids"}},
+            "in 'query_ids'",
+        ),
+        ({"removed": made_again | {"x": pictures}}, "removed differs .* in 'x'"),
+        (
+            {"removed": made_again | {"query_ids": ids[:2][::-1]}},
+            "its query_ids must be",
+        ),
+        ({"removed": made_again | {"dtrak": pictures}}, r"removed\['dtrak'\] has 12"),
+        (
+            {"removed": made_again | {"original": pictures[:2] / 2}},
+            "are other pictures",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dtrak.write_report(path, scores, train.images, pictures, **shown | change)
+    with pytest.raises(TypeError, match="removed is an array"):
+        dtrak.write_report(path, scores, train.images, pictures, removed=pictures)
+    for wrong, message in (
+        (tmp_path, f"path is '{tmp_path}', a folder"),
+        (path / "page.html", f"the folder of path is '{path}', which is a file"),
+    ):
+        with pytest.raises(OSError, match=message):
+            dtrak.write_report(wrong, scores, train.images, pictures)
     with pytest.raises(ValueError, match="truth is of the sets .*'x'"):
         dtrak.write_report(path, scores, train.images, pictures, truth={"x": truth})
     ids, losses = run.splits.train.ids, np.ones((2, 20))

@@ -147,7 +147,10 @@ def test_what_does_not_fit_is_refused_by_name(monkeypatch):
     refused(r"count must be 1 or more|count is 0", train, query, 0)
     one = ["all"] * N
     refused(r"of 1 groups 1 to 0", train, query, 1, groups=one)
-    refused(r"groups have shape \(2,\)", train, query, 1, groups=["a", "b"])
+    refused(r"groups has shape \(2,\)", train, query, 1, groups=["a", "b"])
+    refused("groups has None at position 0", train, query, 1, groups=[None] * N)
+    refused("groups has shape", train, query, 1, groups=[["a"], ["b", "c"]])
+    refused(r"weights is \['a'\]; it must be an array", train, query, 1, weights=["a"])
     by_coverage = {"objective": "coverage"}
     ones = np.ones(N)
     refused("weights are of objective", train, query, 1, weights=ones, **by_coverage)

@@ -11,12 +11,14 @@ from test_lds import make_truth
 import dtrak_jax as dtrak
 from dtrak_jax import files
 from dtrak_jax.evaluation import trust
+from dtrak_jax.evaluation.changes import remade
 
 N, QUERIES = 20, 3
 VALUES = np.random.default_rng(0).normal(size=(N, QUERIES))
 LABELS = np.arange(N) % 4
 IDS = [f"n{i}" for i in range(N)]
 RANDOM = np.random.default_rng(1)
+NAMED = dtrak.Scores(VALUES.T, IDS, list("abc"), "trak")
 
 
 class Trained:
@@ -34,6 +36,16 @@ class Trained:
 
 def losses(model):
     return -model
+
+
+class Ordered:
+    """Losses of queries that have names."""
+
+    def __init__(self, ids):
+        self.ids = np.array(list(ids))
+
+    def __call__(self, model):
+        return -model
 
 
 def retrain(train=None, losses=losses, **changes):
@@ -271,6 +283,17 @@ def test_counterfactuals_remove_what_scores_rank_first():
         increases, [moved["scores", q] for q in "012"], rtol=1e-5
     )
     assert found.images["scores"].shape == (QUERIES, 1, 1, 1)
+    for q in range(QUERIES):
+        strongest = np.argsort(-VALUES[:, q])[:4].astype(str)
+        assert found.removed["scores"][str(q)] == strongest.tolist()
+    for (rows, _), gone in zip(
+        train.calls[QUERIES:], found.removed["random"].values(), strict=False
+    ):
+        assert set(map(int, gone)) == set(range(N)) - set(rows)
+    assert found.record()["removed"] == found.removed
+    assert found.removed.keys() == {"scores", "random"}
+    everything = [r["loss_increase"] for r in found.rows if r["method"] == "everything"]
+    assert everything == [0] * QUERIES
     assert repr(found).startswith(
         "Counterfactual(3 queries, 4 of 20 removed, median pixel_l2: scores 0."
     )
@@ -308,8 +331,18 @@ def test_counterfactuals_continue_and_share_random_choices(tmp_path):
     [
         ({"count": 20}, "count is 20; it must be 1 to 19"),
         ({"queries": 0}, "queries is 0"),
-        ({"scores": {"random": VALUES.T}}, "none of 'random', 'everything'"),
-        ({"scores": {}}, "named by nothing"),
+        (
+            {"scores": {"random": VALUES.T}},
+            "scores has the name 'random': that name is",
+        ),
+        ({"scores": {"original": VALUES.T}}, "name 'original': that name is taken"),
+        (
+            {"scores": {"a-set": VALUES.T}, "sets": {"a": [[0, 1, 2, 3]] * 3}},
+            "sets has the name 'a', whose pictures are called 'a-set'",
+        ),
+        ({"scores": {}}, "scores are empty"),
+        ({"embeddings": {"pixels": np.ravel}}, "embeddings has the name 'pixels'"),
+        ({"sets": {"a": [[0, 1], [2]]}}, "rows of different lengths"),
         ({"scores": VALUES[0]}, r"scores have shape \(3,\)"),
         ({"scores": {"a": VALUES.T, "b": VALUES}}, r"'b' have shape \(20, 3\)"),
         ({"scores": VALUES.T * np.nan}, "they must be finite"),
@@ -334,15 +367,63 @@ def test_counterfactuals_that_do_not_fit_are_refused(changes, message):
     assert len(train.calls) == len({"losses", "generate"} & changes.keys())
 
 
+@pytest.mark.parametrize(
+    "changes", [{"sets": np.zeros((3, 4))}, {"scores": {1: VALUES.T}}]
+)
+def test_counterfactuals_of_another_class_are_refused(changes):
+    with pytest.raises(TypeError, match="sets is an array|a name of scores is 1"):
+        counterfactual(**changes)
+
+
+def test_a_store_that_is_a_file_is_refused_before_the_first_model(tmp_path):
+    file, train = tmp_path / "file", Trained()
+    file.write_text("")
+    for make in (retrain, counterfactual):
+        for store, words in ((file, "which is"), (file / "store", f"and {file} is")):
+            with pytest.raises(
+                NotADirectoryError, match=f"store is .*, {words} a file"
+            ):
+                make(train, store=store)
+    assert not train.calls
+
+
+def test_a_generate_that_is_random_is_refused_also_where_a_store_goes_on(tmp_path):
+    def noisy(*arguments):
+        return generate(*arguments) + RANDOM.normal(size=(1, 1))
+
+    with pytest.raises(KeyboardInterrupt):
+        counterfactual(Trained(stop=2), store=tmp_path)
+    originals = generate(VALUES.mean(axis=0), np.arange(QUERIES))
+    with pytest.raises(ValueError, match="generate is random"):
+        counterfactual(generate=noisy, originals=originals, store=tmp_path)
+
+
+def test_losses_of_queries_in_another_order_are_refused():
+    train = Trained()
+    with pytest.raises(
+        ValueError, match="3 queries and query_ids of 3: at position 1 is"
+    ):
+        retrain(train, Ordered("abc"), query_ids=list("acb"))
+    with pytest.raises(ValueError, match="scores of 3: at position 0 is 'c' and 'a'"):
+        counterfactual(train, scores=NAMED, losses=Ordered("cab"))
+    assert not train.calls
+    assert retrain(losses=Ordered("abc"), query_ids=list("abc")).query_ids[1] == "b"
+    # Numbers are what queries are called that nobody has named.
+    assert retrain(losses=Ordered("012"), query_ids=list("acb")).query_ids[1] == "c"
+
+
 def test_training_that_does_not_make_the_model_again_is_said():
     def others(model, rows):
         return generate(model, rows) + 1
 
     originals = generate(VALUES.mean(axis=0), np.arange(QUERIES))
     with pytest.warns(UserWarning, match="does not make the original model again"):
-        counterfactual(generate=others, originals=originals)
+        found = counterfactual(generate=others, originals=originals)
+    assert not remade(found.summary).is_remade
+    assert remade(counterfactual().summary).is_remade
 
 
 def test_models_that_make_the_same_pictures_are_said():
     with pytest.warns(UserWarning, match="exactly the same pictures"):
-        counterfactual(generate=lambda model, rows: np.ones((len(rows), 2)))
+        found = counterfactual(generate=lambda model, rows: np.ones((len(rows), 2)))
+    assert not remade(found.summary).is_remade

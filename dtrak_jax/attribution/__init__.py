@@ -22,6 +22,7 @@ from dtrak_jax.attribution.kernel import (
     Kernels,
     absolute,
 )
+from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor
 from dtrak_jax.attribution.retraining import datamodels, empirical_influence
 from dtrak_jax.attribution.scores import Scores
@@ -54,6 +55,7 @@ __all__ = [
     "embedding_cosine",
     "embedding_dot",
     "empirical_influence",
+    "ensemble_mean",
     "floor",
     "gas",
     "gradient_cosine",

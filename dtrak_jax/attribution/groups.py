@@ -40,29 +40,39 @@ def group_scores(
 def check_columns(
     columns: Mapping[str, Sequence[str]] | None, n: int
 ) -> dict[str, np.ndarray]:
-    """Returns groupings by name as arrays of n names, or raises an error.
-
-    None, NaN and "" are no names: a ValueError.
-    """
+    """Returns groupings by name as arrays of n names; see `check_column`."""
     instance("groups", columns, Mapping, NoneType)
-    arrays = {}
-    for name, column in (columns or {}).items():
+    return {
+        name: check_column(f"groups: {name!r}", column, n)
+        for name, column in (columns or {}).items()
+    }
+
+
+def check_column(what: str, column: Sequence[str] | np.ndarray, n: int) -> np.ndarray:
+    """Returns the names of n training examples' groups as strings, or raises a ValueError
+    that begins with `what`.
+
+    None, NaN and "" are no names.
+    """
+    try:
         given = np.asarray(column)
-        if given.shape != (n,):
-            raise ValueError(
-                f"groups: {name!r} has shape {given.shape}; it must have a name for "
-                f"each of {n} training examples."
-            )
-        arrays[name] = given.astype(str)
-        # NumPy writes NaN among strings as "nan".
-        missing = np.isin(arrays[name], ("", "nan")) | np.equal(given, None)
-        if missing.any():
-            first = missing.argmax()
-            raise ValueError(
-                f"groups: {name!r} has {given[first]!r} at position {first}; every "
-                'training example needs a group, such as "unknown".'
-            )
-    return arrays
+    except ValueError:  # Its items have several lengths.
+        given = np.empty((n, 0))
+    if given.shape != (n,):
+        raise ValueError(
+            f"{what} has shape {given.shape}; it must have a name for each of {n} "
+            "training examples."
+        )
+    names = given.astype(str)
+    # NumPy writes NaN among strings as "nan".
+    missing = np.isin(names, ("", "nan")) | np.equal(given, None)
+    if missing.any():
+        first = missing.argmax()
+        raise ValueError(
+            f"{what} has {given[first]!r} at position {first}; every training example "
+            'needs a group, such as "unknown".'
+        )
+    return names
 
 
 def names_hash(column: Sequence[str] | np.ndarray) -> str:

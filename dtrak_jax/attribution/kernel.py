@@ -22,7 +22,7 @@ from etils import epath
 from dtrak_jax import files, host, parallel
 from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
-from dtrak_jax.checks import between, one_of, positive
+from dtrak_jax.checks import one_of, positive
 from dtrak_jax.digests import digest
 from dtrak_jax.features.store import Features
 from dtrak_jax.progress import progress
@@ -50,9 +50,9 @@ class Damping(NamedTuple):
 
     @classmethod
     def of(cls, damping: "float | Damping") -> "Damping":
-        """Returns a damping that may be given as a number of mean eigenvalues."""
+        """Returns a damping that may be given as a number of mean eigenvalues; above 0."""
         value, absolute = damping if isinstance(damping, Damping) else (damping, False)
-        return cls(between("damping", value, 0), absolute)
+        return cls(positive("damping", value), absolute)
 
 
 def absolute(value: float) -> Damping:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dtrak_jax.attribution.scores import Scores
+from dtrak_jax.checks import instance, items
 
 COMPARED = {
     "method": "method",
@@ -16,15 +17,23 @@ COMPARED = {
 
 
 def ensemble_mean(scores: Sequence[Scores]) -> Scores:
-    """Returns the mean of the scores of S models, (1/S) sum_s tau_s(q, n).
+    """Returns the mean of the scores of S models, (1/S) sum_s tau_s(q, n) [q, n].
 
     Park et al., "TRAK" (arXiv 2303.14186) average over models trained on different
     subsets, each with its own features and kernel; so do the D-TRAK paper's ensembles.
     The mean keeps a damping that all models share, and no kernel. `spread` is the
     standard deviation sqrt(sum_s (tau_s - mean)^2 / (S - 1)). `errors` are the mean of
     the models' errors, the largest that the mean's can be, since models may share their
-    noise. Scores that do not belong together raise a ValueError.
+    noise; so are those of every grouping that all models were scored with.
+
+    Raises:
+      ValueError: there are no scores, or not of one method for the same queries and
+        training examples, in the same order.
+      TypeError: an entry is something else.
     """
+    scores = items("scores", scores)
+    for member in scores:
+        instance("an entry of scores", member, Scores)
     if not scores:
         raise ValueError("scores is empty; an ensemble needs those of a model or more.")
     first = scores[0]

@@ -14,6 +14,7 @@ from dtrak_jax import files
 from dtrak_jax.attribution.duplicates import COUNTED_ONCE, merge, once_in_each_group
 from dtrak_jax.attribution.groups import (
     Shares,
+    check_column,
     check_columns,
     group_scores,
     names_hash,
@@ -265,6 +266,7 @@ class Scores:
         if isinstance(column, str):
             one_of("column", column, self.columns)
             column = self.columns[column]
+        column = check_column("column", column, len(self.train_ids))
         key = names_hash(column)
         errors = self.group_errors.get(key)
         names, sums = group_scores(self.counted(column), column)

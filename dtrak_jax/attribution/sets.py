@@ -25,10 +25,11 @@ import numpy as np
 import scipy.linalg
 
 from dtrak_jax import host
+from dtrak_jax.attribution.groups import check_column
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernel, Kernels
-from dtrak_jax.checks import at_least, one_of
+from dtrak_jax.checks import at_least, one_of, real_numbers
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
@@ -237,19 +238,14 @@ def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the names of candidates, and the training images of each."""
     if groups is None:
         return ids, list(np.arange(len(ids))[:, None])
-    groups = np.asarray(groups)
-    if groups.shape != ids.shape:
-        raise ValueError(
-            f"groups have shape {groups.shape}; they must be a name for each of the "
-            f"{len(ids)} training images, {ids.shape}."
-        )
+    groups = check_column("groups", groups, len(ids))
     names, index = np.unique(groups, return_inverse=True)
     return names, [np.flatnonzero(index == group) for group in range(len(names))]
 
 
 def _weights(weights: np.ndarray | None, pairs: list[int], n: int) -> np.ndarray:
     """Returns the weights of each pair's images, ones if None are given, [T, n]."""
-    weights = np.ones(n) if weights is None else np.asarray(weights, np.float64)
+    weights = np.ones(n) if weights is None else real_numbers("weights", weights)
     if weights.shape not in ((n,), (*pairs, n)) or not np.isfinite(weights).all():
         raise ValueError(
             f"weights have shape {weights.shape}; they must be finite, of shape {(n,)} "

@@ -40,7 +40,8 @@ def artbench(
             "ArtBench-10 is from."
         )
 
-    rows = [cells for _, cells in read_table(root / CSV, COLUMNS, groups=groups)]
+    table, _ = read_table(root / CSV, COLUMNS, groups=groups)
+    rows = [cells for _, cells in table]
     one_of(
         "data.train_split or data.validation_split",
         split,

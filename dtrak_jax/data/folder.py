@@ -53,8 +53,8 @@ def pictures(
         )
     required, extra = (groups, ()) if needs_groups else ((), groups)
     if csv_name:
-        rows = _read_csv(root, root / csv_name, required, (*optional, *extra))
-        notes = _unlisted(root, rows, csv_name)
+        rows, note = _read_csv(root, root / csv_name, required, (*optional, *extra))
+        notes = (*filter(None, [note]), *_unlisted(root, rows, csv_name))
     else:
         rows, notes = _find(root)
     ids = sorted(rows)
@@ -150,10 +150,12 @@ def _suffixes() -> set[str]:
 
 def _read_csv(
     root: Path, path: Path, groups: Sequence[str], optional: Sequence[str]
-) -> dict[str, dict[str, str]]:
-    """Returns {file: {column: cell}} of a CSV: optional columns, if any, and groups."""
-    rows = {}
-    for where, cells in read_table(path, ["file"], optional, groups):
+) -> tuple[dict[str, dict[str, str]], str]:
+    """Returns {file: {column: cell}} of a CSV, of optional columns, if any, and groups;
+    and a sentence on its other columns, or ""."""
+    rows: dict[str, dict[str, str]] = {}
+    table, unread = read_table(path, ["file"], optional, groups)
+    for where, cells in table:
         name = _relative(root, cells.pop("file"), where)
         if name in rows:
             raise ValueError(f"{where}: {name} is listed twice.")
@@ -165,7 +167,7 @@ def _read_csv(
                     f"{where}: `seed` is {seed!r}; it must be an integer from 0 to "
                     f"{2**32 - 1}."
                 )
-    return rows
+    return rows, unread
 
 
 def _relative(root: Path, cell: str, where: str) -> str:

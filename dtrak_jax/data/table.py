@@ -19,8 +19,11 @@ def read_table(
     required: Sequence[str],
     optional: Sequence[str] = (),
     groups: Sequence[str] = (),
-) -> list[tuple[str, dict[str, str]]]:
-    """Returns (where it is, {column: cell}) of every row; no cell is empty.
+) -> tuple[list[tuple[str, dict[str, str]]], str]:
+    """Returns (where it is, {column: cell}) of every row, and what columns are not read.
+
+    No cell is empty. The columns that are not read are a sentence, or "" if there are
+    none.
 
     Cells are separated by commas, semicolons or tabs, whichever the header shows.
 
@@ -69,7 +72,7 @@ def read_table(
         ) from error
     if not rows:
         raise ValueError(f"{path} lists no files.")
-    return rows
+    return rows, _unread(path, header, columns, optional)
 
 
 def _columns(
@@ -96,6 +99,21 @@ def _columns(
             f"{', '.join(needed)}{either}, each once.{hint}"
         )
     return columns
+
+
+def _unread(
+    path: epath.Path,
+    header: Sequence[str],
+    columns: Sequence[str],
+    optional: Sequence[str],
+) -> str:
+    """Returns a sentence on the columns that are not read; "" if there are none."""
+    missing, words = [name for name in optional if name not in header], []
+    for name in header:
+        if name not in columns:
+            meant = alike(name, missing)
+            words.append(repr(name) + (f" (did you mean {meant}?)" if meant else ""))
+    return f"{path}: columns that are not read: {', '.join(words)}." if words else ""
 
 
 def _check_lines(where: str, row: dict[str, str], cells: dict[str, str]) -> None:

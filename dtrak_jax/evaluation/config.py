@@ -9,10 +9,9 @@ from dtrak_jax.checks import (
     check_choices,
     distinct,
     free,
-    one_of,
     seed,
 )
-from dtrak_jax.methods import METHODS, MethodName
+from dtrak_jax.methods import KernelName, RemovalName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +67,15 @@ class CounterfactualConfig:
 
     queries: int = free(60)
     """The number of generated images, chosen by the hash of their ids."""
-    count: int = free(1000)
-    """The number of training images that are removed for each; near-duplicates go
-    together."""
-    methods: tuple[MethodName, ...] = free(())
+    count: int = free(0)
+    """The number of training images that are removed for each, near-duplicates together; 0
+    takes a fifth of the training images, which is 1,000 of the paper's 5,000."""
+    methods: tuple[RemovalName, ...] = free(())
     """Methods whose highest scores choose what is removed; if there are none, those of
     `attribution.methods`. A random choice is always beside them."""
-    squared: tuple[MethodName, ...] = free(())
+    squared: tuple[RemovalName, ...] = free(())
     """Methods whose largest squared scores, of either sign, choose what is removed."""
-    sets: tuple[MethodName, ...] = free(())
+    sets: tuple[KernelName, ...] = free(())
     """Methods by whose kernels a set is chosen as a set (`removal_set`): of coverage the
     set that leaves most of a query uncovered."""
     seed: int = free(0)
@@ -85,19 +84,14 @@ class CounterfactualConfig:
     def __post_init__(self):
         check_choices("counterfactual", self)
         at_least("counterfactual.queries", self.queries, 1)
-        at_least("counterfactual.count", self.count, 1)
+        at_least("counterfactual.count", self.count, 0)
         seed("counterfactual.seed", self.seed)
         for name in ("methods", "squared", "sets"):
             distinct(f"counterfactual.{name}", getattr(self, name))
-        for name in ("methods", "squared"):
-            if "random" in getattr(self, name):
-                raise ValueError(
-                    f"counterfactual.{name} has 'random', which is always there; leave "
-                    "it out."
-                )
-        of_kernels = [name for name, row in METHODS.items() if row.objective]
-        for name in self.sets:
-            one_of("counterfactual.sets", name, of_kernels)
+
+    def removed_of(self, n: int) -> int:
+        """Returns how many of n training images are removed: `count`, or a fifth."""
+        return self.count or max(1, round(n / 5))
 
 
 Study = Literal[

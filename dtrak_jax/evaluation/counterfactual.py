@@ -16,7 +16,7 @@ from dtrak_jax import data, diffusion, files, models, parallel, results, trainin
 from dtrak_jax.attribution import removal_set
 from dtrak_jax.batches import in_batches
 from dtrak_jax.encoding.encode import moments
-from dtrak_jax.evaluation.changes import distances, flattened, tables
+from dtrak_jax.evaluation.changes import distances, flattened, loss_increase, tables
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import (
     SET,
@@ -24,8 +24,9 @@ from dtrak_jax.evaluation.removals import (
     Model,
     check_count,
     chosen_queries,
-    kept_rows,
     plan,
+    removed_ids,
+    removed_rows,
 )
 from dtrak_jax.evaluation.retrain import train
 from dtrak_jax.methods import METHODS
@@ -39,14 +40,14 @@ FOLDER = "counterfactual"
 def counterfactual(run: Run) -> None:
     """Retrains without the top examples of some queries, and compares the images.
 
-    For each choice and query one model is trained on its `kept_rows`, from the
+    For each choice and query one model is trained without its `removed_rows`, from the
     original's seed and for as many epochs; it generates the query's image again from
     the image's own seed, and its loss of the original image is measured. Two more
     models, trained on everything, are the controls. Whatever is finished is not done
     again.
 
-    counterfactual.json holds "settings" and the `tables`; the images are in
-    counterfactual/images.npz.
+    counterfactual.json holds "settings", the `tables` and the `removed_ids`; the images
+    are in counterfactual/images.npz.
 
     Raises:
       ValueError: before anything is trained, where settings and data do not fit.
@@ -55,6 +56,7 @@ def counterfactual(run: Run) -> None:
     """
     check(run)
     settings, train_ids = run.config.counterfactual, run.splits.train.ids
+    removal_count = settings.removed_of(len(train_ids))
     generated = run.queries["generated"]
     count = min(settings.queries, len(generated))
     rows = chosen_queries(generated.ids, count, settings.seed)
@@ -72,8 +74,9 @@ def counterfactual(run: Run) -> None:
         if choice.transform == SET
         for query, row in zip(queries, rows, strict=True)
     }
-    kept = kept_rows(scores, queries, train_ids, settings.count, settings.seed, chosen)
-    planned = plan(run.config.train, kept, queries, len(train_ids))
+    how = removal_count, settings.seed, chosen
+    removed = removed_rows(scores, queries, train_ids, *how)
+    planned = plan(run.config.train, removed, queries, len(train_ids))
     for steps in dict.fromkeys(model.steps for model in planned):
         members = [model.member for model in planned if model.steps == steps]
         train(run, members, steps, f"retrain {steps} steps", FOLDER)
@@ -86,9 +89,10 @@ def counterfactual(run: Run) -> None:
             original=originals.images,
             **{choice.name: made for choice, made in images.items()},
         )
-    described = {"count": settings.count, "queries": queries, "seed": settings.seed}
+    described = {"count": removal_count, "queries": queries, "seed": settings.seed}
     described["steps"] = planned[0].steps
     result = {"settings": described} | tables(metrics, queries)
+    result["removed"] = removed_ids(removed, train_ids)
     methods = dict.fromkeys(name for name, _ in run.config.removal_methods)
     parts = ["model", *(f"scores of {name}" for name in methods)]
     results.save(run, "counterfactual", result, parts)
@@ -96,12 +100,16 @@ def counterfactual(run: Run) -> None:
 
 def check(run: Run) -> None:
     """Raises a ValueError unless there are generated images, and enough to remove."""
-    count, n = run.config.counterfactual.count, len(run.chosen.train)
+    n = len(run.chosen.train)
     if not run.is_sampled:
+        remedy = "sample.count must be 1 or more."
+        if run.config.queries.folder:
+            remedy = "leave out --queries (queries.folder) and give another --workdir."
         raise ValueError(
-            "counterfactuals generate images again from their seeds: queries.folder must "
-            "be empty and sample.count 1 or more."
+            f"counterfactuals generate images again from their seeds, which pictures that "
+            f"are given have not: {remedy}"
         )
+    count = run.config.counterfactual.removed_of(n)
     check_count("counterfactual.count", count, n)
 
 
@@ -110,8 +118,8 @@ def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
     its objective."""
     measurement = METHODS[method].measurement
     query = np.asarray(run.features("generated", measurement)[..., [row], :])
-    kernels, count = run.kernels(measurement), run.config.counterfactual.count
-    copies = run.copies().copies
+    kernels, copies = run.kernels(measurement), run.copies().copies
+    count = run.config.counterfactual.removed_of(len(run.splits.train))
     # Near-duplicates go together; at most as many pictures as images are removed.
     chosen = min(count, len(np.unique(copies)) - 1)
     options = {"damping": run.damping, "groups": copies}
@@ -188,10 +196,9 @@ def compare(
     images: Mapping[Choice, np.ndarray],
     losses: Mapping[Choice, np.ndarray],
 ) -> dict[Choice, dict[str, np.ndarray]]:
-    """Returns every choice's metrics of each query [Q]: `distances`, and by how much the
-    original's loss is above that under the original model."""
+    """Returns every choice's metrics of each query [Q]: `distances`, and the
+    `loss_increase` of the original."""
     params, originals = run.params(), run.queries["generated"].images[rows]
-    before = _losses(run, params, rows)
     lengths, cosines = {"pixel": flattened}, {}
     if run.config.is_latent:
         lengths = {"latent": partial(latents, run), "pixel": flattened}
@@ -204,7 +211,7 @@ def compare(
         cosines["clip"] = run.clip_network
     return {
         choice: distances(originals, made, lengths, cosines)
-        | {"loss_increase": losses[choice] - before}
+        | {"loss_increase": loss_increase(losses, choice)}
         for choice, made in images.items()
     }
 

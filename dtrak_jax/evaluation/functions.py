@@ -24,9 +24,15 @@ class Functions(NamedTuple):
     version: str
 
     def check(self, embeddings: Mapping[str, Callable] | None) -> None:
-        """Raises a TypeError unless these and the embeddings are functions."""
+        """Raises a TypeError unless these and the embeddings are functions, and a
+        ValueError of an embedding's name that is taken."""
         instance("version", self.version, str)
         instance("embeddings", embeddings, Mapping, NoneType)
+        if "pixels" in (embeddings or {}):
+            raise ValueError(
+                "embeddings has the name 'pixels', which is that of the pictures "
+                "themselves; take another one."
+            )
         functions = {f"embeddings[{n!r}]": f for n, f in (embeddings or {}).items()}
         functions |= {"train": self.train, "generate": self.generate}
         functions |= {"losses": self.losses} if self.losses is not None else {}

@@ -1,13 +1,13 @@
 """The models of counterfactuals: which examples each is trained without, and how long."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dtrak_jax import data, training
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least
+from dtrak_jax.checks import at_least, instance
 from dtrak_jax.digests import short_digest
 
 RANDOM = "random"
@@ -19,6 +19,9 @@ OTHER_SEED = "other-seed"
 FULL = (EVERYTHING, OTHER_SEED)
 CONTROLS = (RANDOM, *FULL)
 
+
+NOT_CHOICES = ("original", "query_ids")
+"""The names of arrays in images.npz that are of no choice."""
 
 SET = "set"
 """Removes what `removal_set` chooses by the kernels of a method."""
@@ -58,12 +61,31 @@ def check_count(name: str, count: int, n: int) -> None:
         )
 
 
+def check_names(scores: Collection[Choice], sets: Collection[str]) -> None:
+    """Raises an error unless scores and sets have names that keep all pictures apart:
+    a TypeError of what is no string, and a ValueError of a name that is taken."""
+    taken = {*CONTROLS, *NOT_CHOICES}
+    for kind, name, choice in (
+        *(("scores", choice.method, choice) for choice in scores),
+        *(("sets", name, Choice(name, SET)) for name in sets),
+    ):
+        instance(f"a name of {kind}", name, str)
+        if choice.name in taken:
+            called = f", whose pictures are called {choice.name!r}"
+            raise ValueError(
+                f"{kind} has the name {name!r}{called * (choice.name != name)}: that name "
+                "is taken. Others that must not be used are "
+                f"{', '.join(map(repr, sorted(taken - {choice.name})))}."
+            )
+        taken.add(choice.name)
+
+
 def chosen_queries(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Returns the positions of the queries with the smallest hashes of (seed, id)."""
     return data.choose(ids, None, count, seed, "counterfactual")
 
 
-def kept_rows(
+def removed_rows(
     scores: Mapping[Choice, Scores],
     queries: Sequence[str],
     train_ids: np.ndarray,
@@ -71,13 +93,13 @@ def kept_rows(
     seed: int,
     sets: Mapping[tuple[Choice, str], np.ndarray] | None = None,
 ) -> dict[tuple[Choice, str], np.ndarray]:
-    """Returns the rows of the training set that are left, by (choice, query), ascending.
+    """Returns the rows of the training set that are removed, by (choice, query).
 
     A method removes the `count` examples with the highest scores for the query, or with
-    the largest squares, or a set that was chosen as a set: `sets` has its rows.
-    Near-duplicates go together, as without one of them the others make up for it: see
-    `strongest`. A random choice removes the examples with the smallest hashes of (seed, query, id), whichever
-    other queries there are.
+    the largest squares, the strongest first, near-duplicates together (see `strongest`),
+    as without one of them the others make up for it; or a set that was chosen as a set:
+    `sets` has its rows. A random choice removes the examples with the smallest hashes of
+    (seed, query, id), whichever other queries there are.
     """
     removed = {}
     for choice, ranked in scores.items():
@@ -90,8 +112,18 @@ def kept_rows(
     for query in queries:
         chosen = data.choose(train_ids, None, count, seed, f"{RANDOM}/{query}")
         removed[Choice(RANDOM), query] = chosen
-    rows = np.arange(len(train_ids))
-    return {key: np.delete(rows, gone) for key, gone in removed.items()}
+    return removed
+
+
+def removed_ids(
+    removed: Mapping[tuple[Choice, str], np.ndarray], train_ids: np.ndarray
+) -> dict[str, dict[str, list[str]]]:
+    """Returns the part "removed" of counterfactual.json: the ids of the removed examples,
+    {name of the choice: {query: ids}}."""
+    ids: dict[str, dict[str, list[str]]] = {}
+    for (choice, query), rows in removed.items():
+        ids.setdefault(choice.name, {})[query] = train_ids[rows].tolist()
+    return ids
 
 
 def strongest(
@@ -131,15 +163,16 @@ class Removal(NamedTuple):
 
 
 def removals(
-    kept: Mapping[tuple[Choice, str], np.ndarray],
+    removed: Mapping[tuple[Choice, str], np.ndarray],
     queries: Sequence[str],
     n: int,
     seed: int,
 ) -> list[Removal]:
-    """Returns the models to train: one for each removal, then the two controls."""
+    """Returns the models to train, on ascending rows: one for each removal, then the two
+    controls."""
     models = [
-        Removal(choice, [queries.index(query)], rows, seed)
-        for (choice, query), rows in kept.items()
+        Removal(choice, [queries.index(query)], np.delete(np.arange(n), rows), seed)
+        for (choice, query), rows in removed.items()
     ]
     everyone = list(range(len(queries)))
     for name, its_seed in ((EVERYTHING, seed), (OTHER_SEED, seed + 1)):
@@ -149,7 +182,7 @@ def removals(
 
 def plan(
     config: training.TrainConfig,
-    kept: Mapping[tuple[Choice, str], np.ndarray],
+    removed: Mapping[tuple[Choice, str], np.ndarray],
     queries: Sequence[str],
     n: int,
 ) -> list[Model]:
@@ -160,7 +193,7 @@ def plan(
     of older scores is taken for a new one.
     """
     models = []
-    for choice, positions, rows, seed in removals(kept, queries, n, config.seed):
+    for choice, positions, rows, seed in removals(removed, queries, n, config.seed):
         of_query = [] if choice.method in FULL else [queries[i] for i in positions]
         content = short_digest(rows.astype("<i8").tobytes())
         name = "-".join([choice.name, *of_query, content])

@@ -73,7 +73,8 @@ def retrain(
         model: `QueryLosses`, or a function of one's own.
       ids: the names of the training examples as in `featurize`; "0", "1", ... if None.
       labels: a label for each, of which every subset gets its share; or None.
-      query_ids: the names of the queries; those of `losses`, or "0", "1", ... if None.
+      query_ids: the names of the queries, in the order of `losses`, whose own they must
+        be if it has any; those, or "0", "1", ... if None.
       store: a folder that gets a file for each model once it is measured, so that the
         same call continues where it was stopped. It compares the examples of each model,
         the queries' ids and the settings of `QueryLosses`, and no other functions.
@@ -83,10 +84,13 @@ def retrain(
       ValueError: a setting is wrong or the store is of other settings, before anything
         is trained; or losses are not finite, of the wrong shape, or the same whatever a
         model was trained on.
+      OSError: before anything is trained, where `store` is a file.
     """
     function("train", train)
     function("losses", losses)
     instance("version", version, str)
+    if store is not None:
+        files.check_folder("store", store)
     _check_sizes(n, subsets, seeds, fraction)
     at_least("seed", seed, 0)
     train_ids, labels = named(ids, n), None if labels is None else np.asarray(labels)
@@ -98,6 +102,7 @@ def retrain(
     made_from = {"measured": np.array(measured_by), "version": np.array(version)}
     if query_ids is not None:
         query_ids = check_ids(query_ids, len(items("query_ids", query_ids)))
+        check_order(losses, query_ids, "query_ids")
         made_from["query_ids"] = np.array(query_ids, str)
     measured: list[np.ndarray] = []
     members = ensemble(masks, seeds)
@@ -124,6 +129,27 @@ def retrain(
             stacklevel=2,
         )
     return RetrainedLosses(outputs, masks, query_ids, train_ids)
+
+
+def check_order(losses: Any, ids: Sequence[str], name: str) -> None:
+    """Raises a ValueError if losses, such as `QueryLosses`, have the ids of other queries,
+    or in another order, than what is called `name`.
+
+    Ids "0", "1", ... are no names that anybody gave.
+    """
+    given = getattr(losses, "ids", None)
+    if given is None:
+        return
+    own, others = list(map(str, given)), list(map(str, ids))
+    unnamed = [of for of in (own, others) if of == named(None, len(of)).tolist()]
+    if own == others or unnamed:
+        return
+    i = next((i for i, (a, b) in enumerate(zip(own, others)) if a != b), 0)
+    raise ValueError(
+        f"losses are of {len(own)} queries and {name} of {len(others)}: at position {i} "
+        f"is {own[i]!r} and {others[i]!r}. They must be of the same queries, in the same "
+        "order."
+    )
 
 
 def _check_sizes(n: int, subsets: int, seeds: int, fraction: float) -> None:

@@ -7,7 +7,8 @@ numbers; it differs in that it trains many models at once.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,23 @@ from etils import epath
 
 from dtrak_jax import files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import at_least, real_numbers
+from dtrak_jax.checks import at_least, instance, real_numbers
 from dtrak_jax.digests import short_digest
-from dtrak_jax.evaluation.changes import distances, flattened, tables
+from dtrak_jax.evaluation.changes import distances, flattened, loss_increase, tables
 from dtrak_jax.evaluation.functions import Functions, check_pictures
 from dtrak_jax.evaluation.removals import (
-    CONTROLS,
     EVERYTHING,
     SET,
     Choice,
     Removal,
     check_count,
+    check_names,
     chosen_queries,
-    kept_rows,
     removals,
+    removed_ids,
+    removed_rows,
 )
-from dtrak_jax.evaluation.trust import AnyScores, kept
+from dtrak_jax.evaluation.trust import AnyScores, check_order, kept
 from dtrak_jax.evaluation.truth import named
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -47,6 +49,9 @@ class Counterfactual:
     """The median and mean of every choice's metrics, with 95% intervals."""
     differences: list[dict]
     """The same of every method's metrics less those of random removal, by query."""
+    removed: dict[str, dict[str, list[str]]]
+    """The ids of the training examples that were removed, {choice: {query: ids}}, the
+    strongest first."""
     images: dict[str, np.ndarray]
     """The pictures by choice, beside "original" and "query_ids"."""
 
@@ -66,7 +71,7 @@ class Counterfactual:
 
     def record(self) -> dict:
         """Returns what counterfactual.json says."""
-        parts = ("settings", "rows", "summary", "differences")
+        parts = ("settings", "rows", "summary", "differences", "removed")
         return {name: getattr(self, name) for name in parts}
 
 
@@ -101,7 +106,7 @@ def counterfactual(
         [m], for as many epochs as the original.
       generate: (model, positions) -> the pictures of the queries with these positions,
         [m, ...], each from the seed and condition of its original. It is called twice
-        with the first model, to see that it is not random.
+        with the first model of every call, to see that it is not random.
       originals: the pictures of all queries [queries, ...], in the order of the scores.
       count: the number of examples to remove.
       sets: the positions of training examples to remove for each query, int [queries,
@@ -111,7 +116,7 @@ def counterfactual(
       embeddings: functions pictures -> vectors [m, d] by name, for "NAME_cosine" beside
         the distance "pixel_l2" and the cosine "pixels_cosine".
       losses: model -> the losses of all queries, such as `QueryLosses`, for
-        "loss_increase", the loss less that of "everything".
+        "loss_increase", the loss less that of "everything": see `changes.loss_increase`.
       seed: chooses queries and random examples.
       store: a folder that gets a file for each model, as of `retrain`. It compares its
         examples and seed, ids and originals, and the settings of `QueryLosses`.
@@ -121,29 +126,36 @@ def counterfactual(
       ValueError: before anything is trained, where arguments do not fit together; or
         pictures are of another shape than the originals, not finite, or others in a
         second call of `generate` with the first model.
+      TypeError: before anything is trained, where an argument is of another class.
+      OSError: before anything is trained, where `store` is a file.
     """
     functions = Functions(train, generate, losses, version)
     functions.check(embeddings)
-    ranked = _ranked(scores)
+    instance("sets", sets, Mapping, NoneType)
+    if store is not None:
+        files.check_folder("store", store)
+    ranked = _ranked(scores, sets or {})
     first, originals = next(iter(ranked.values())), real_numbers("originals", originals)
     n, total = len(first.train_ids), len(first.query_ids)
     check_pictures("originals", originals, (total, *originals.shape[1:]))
     check_count("count", count, n)
     at_least("train_seed", train_seed, 0)
     at_least("seed", seed, 0)
+    check_order(losses, first.query_ids, "scores")
     number = total if queries is None else at_least("queries", queries, 1)
     positions = chosen_queries(first.query_ids, min(number, total), seed)
     names = first.query_ids[positions].tolist()
-    removed = {
+    of_sets = {
         (Choice(name, SET), query): rows[position]
         for name, rows in _checked_sets(sets or {}, (total, count), n).items()
         for query, position in zip(names, positions, strict=True)
     }
-    kept_by_choice = kept_rows(ranked, names, first.train_ids, count, seed, removed)
-    models = removals(kept_by_choice, names, n, train_seed)
+    removed = removed_rows(ranked, names, first.train_ids, count, seed, of_sets)
+    models = removals(removed, names, n, train_seed)
     parts = _parts(functions, models, first, originals, positions, store)
     settings = {"count": count, "queries": names, "seed": seed, "train": n}
-    return _result(settings, originals[positions], parts, embeddings)
+    ids = removed_ids(removed, first.train_ids)
+    return _result(settings, originals[positions], parts, ids, embeddings)
 
 
 def _parts(
@@ -156,6 +168,7 @@ def _parts(
 ) -> dict[Choice, list[dict]]:
     """Returns what the models of each choice give, made or read from the store."""
     names, parts = scores.query_ids[positions].tolist(), {}
+    is_tried = False
     for model in progress(models, "counterfactual", unit="model"):
         rows = positions[model.queries]
         made_from = {
@@ -167,23 +180,24 @@ def _parts(
         path = None if store is None else files.at(store) / _file_name(model, names)
         saved = kept(path, made_from)
         if saved is None:
-            saved = functions.make(model, originals, rows, model is models[0])
+            saved = functions.make(model, originals, rows, again=not is_tried)
+            is_tried = True
             if path:
                 files.write_npz(path, **saved, **made_from)
         parts.setdefault(model.choice, []).append(saved)
     return parts
 
 
-def _ranked(scores: AnyScores | Mapping[str, AnyScores]) -> dict[Choice, Scores]:
+def _ranked(
+    scores: AnyScores | Mapping[str, AnyScores], sets: Collection[str]
+) -> dict[Choice, Scores]:
     """Returns the scores by choice, all with the ids of the first that has some."""
     if not isinstance(scores, Mapping):
         method = scores.method if isinstance(scores, Scores) else "scores"
         scores = {method: scores}
-    if not scores or scores.keys() & set(CONTROLS):
-        raise ValueError(
-            f"scores are named {', '.join(map(repr, scores)) or 'by nothing'}; they must "
-            f"be one or more, and none of {', '.join(map(repr, CONTROLS))}."
-        )
+    if not scores:
+        raise ValueError("scores are empty; they must be one or more, by name.")
+    check_names(list(map(Choice, scores)), sets)
     with_ids = [given for given in scores.values() if isinstance(given, Scores)]
     first = next(iter(scores.values()))
     shape = np.shape(first.scores if isinstance(first, Scores) else first)
@@ -221,11 +235,18 @@ def _checked_sets(
     """Returns sets as arrays of different positions, or raises a ValueError."""
     checked_sets = {}
     for name, rows in sets.items():
-        rows = np.asarray(rows)
+        try:
+            rows = np.asarray(rows)
+        except ValueError as error:
+            raise ValueError(
+                f"sets[{name!r}] has rows of different lengths; it must be int "
+                f"{list(shape)}."
+            ) from error
         fits = rows.shape == shape and np.issubdtype(rows.dtype, np.integer)
         if fits:
-            rows = np.sort(rows, axis=1)
-            fits = ((rows >= 0) & (rows < n)).all() and np.diff(rows, axis=1).all()
+            ascending = np.sort(rows, axis=1)
+            fits = (rows >= 0).all() and (rows < n).all()
+            fits = fits and np.diff(ascending, axis=1).all()
         if not fits:
             raise ValueError(
                 f"sets[{name!r}] has shape {rows.shape} and type {rows.dtype}; it must "
@@ -247,6 +268,7 @@ def _result(
     settings: dict,
     originals: np.ndarray,
     parts: Mapping[Choice, Sequence[Mapping[str, np.ndarray]]],
+    removed: dict[str, dict[str, list[str]]],
     embeddings: Mapping[str, Callable] | None,
 ) -> Counterfactual:
     """Returns the metrics of all pictures, and says if none of them has moved."""
@@ -256,13 +278,14 @@ def _result(
         return np.concatenate([part[name] for part in parts[choice]])
 
     cosines = {"pixels": flattened} | dict(embeddings or {})
-    images, metrics, everything = {}, {}, Choice(EVERYTHING)
+    images, metrics, losses = {}, {}, {}
+    if "losses" in parts[Choice(EVERYTHING)][0]:
+        losses = {choice: column(choice, "losses") for choice in parts}
     for choice in parts:
         made = images[choice.name] = column(choice, "images")
         metrics[choice] = distances(originals, made, {"pixel": flattened}, cosines)
-        if "losses" in parts[choice][0]:
-            increase = column(choice, "losses") - column(everything, "losses")
-            metrics[choice]["loss_increase"] = increase
+        if losses:
+            metrics[choice]["loss_increase"] = loss_increase(losses, choice)
     if all(np.array_equal(made, images[EVERYTHING]) for made in images.values()):
         warnings.warn(
             "all models make exactly the same pictures: does train use its rows and its "
@@ -271,4 +294,6 @@ def _result(
         )
     described = {"query_ids": np.array(settings["queries"]), "original": originals}
     tabled = tables(metrics, settings["queries"])
-    return Counterfactual(settings, **tabled, images=described | images)
+    return Counterfactual(
+        settings, **tabled, removed=removed, images=described | images
+    )

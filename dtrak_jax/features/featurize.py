@@ -269,7 +269,7 @@ def _check_size(
     warn_of_dim(projection, p)
     layout = Layout.of(task, projection, p, batch_size, devices)
     measurements = len(task.measurements)
-    folder = None if store is None else files.at(store)
+    folder = None if store is None else files.check_folder("store", store)
     kept = layout.bytes_written(n, measurements)
     taken = layout.bytes_in_memory(n, measurements)
     if folder is None:

@@ -129,7 +129,7 @@ class Store:
         """
         if folder is None:
             return cls.open(None, metadata)
-        folder = files.at(folder)
+        folder = files.check_folder("store", folder)
         path = folder / "metadata.json"
         if parallel.is_main_process() and not path.exists():
             if not files.is_empty(folder):

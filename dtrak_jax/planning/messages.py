@@ -23,10 +23,16 @@ AFTER = {
     "lds": ("lds.json", "report"),
     "counterfactual": ("counterfactual.json", "report"),
     "ablate": ("ablations.json", "report"),
-    "report": ("", "lds"),
+    "report": ("", ""),
     "export": ("export", "report"),
 }
 """The place of a stage's artefacts in the run directory, and the command that follows."""
+
+CHECKS = {
+    "lds": "measures how far the scores can be trusted",
+    "counterfactual": "shows what pictures become without their strongest images",
+}
+"""The commands that a report is worth more after, and what they do."""
 
 
 def before(command: str, run: Run, stages: Sequence[str], taken: Footprint) -> None:
@@ -51,16 +57,25 @@ def after(run: Run, stage: str, following: str | None) -> None:
     """Prints where a stage's artefacts are, and what comes next."""
     if not parallel.is_main_process():
         return
+    if stage == "report" and not following:
+        # Whoever called the command for its report says where that is.
+        _after_report(run)
+        return
     place, command = AFTER[stage]
     path = run.workdir / place
     made = f"{path} is complete" if path.exists() else "there was nothing to make"
     coming = following or f"`dtrak-jax {command}`"
-    said = f"{stage}: {made}; next: {coming}."
-    if not place:
-        # Whoever called the command for its report says where that is.
+    print(f"{stage}: {made}; next: {coming}.", file=sys.stderr)
+
+
+def _after_report(run: Run) -> None:
+    """Prints the first of `CHECKS` that is open, and nothing if none is."""
+    possible = [name for name in CHECKS if name == "lds" or run.is_sampled]
+    command = next((name for name in possible if run.json(name) is None), None)
+    if command:
         recipe = (
             ", with `train` (at least --train.steps) as the given model was trained"
         )
-        how = recipe if run.config.is_given and not following else ""
-        said = f"next: {coming} measures how far the scores can be trusted{how}."
-    print(said, file=sys.stderr)
+        how = recipe if run.config.is_given else ""
+        text = f"next: `dtrak-jax {command}` {CHECKS[command]}{how}."
+        print(text, file=sys.stderr)

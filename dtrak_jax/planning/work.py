@@ -39,7 +39,8 @@ def passes(run: Run) -> dict[str, float]:
     noised = ensemble.draws * timestep_count(ensemble.timesteps)
     pairs = settings.draws * timestep_count(settings.timesteps)
     removals = removal.queries * (len(config.removal_methods) + 1)
-    removals *= 1 - removal.count / run.counts["train"]
+    train = run.counts["train"]
+    removals *= 1 - removal.removed_of(train) / train
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
@@ -96,8 +97,8 @@ def describe(stage: str, run: Run) -> str:
         "attribute": f"scores of {', '.join(config.attribution.methods)}",
         "lds": "scores against retrained models",
         "counterfactual": f"{counted(removal.queries, 'image')} for each of "
-        f"{len(config.removal_methods) + 1} choices of {removal.count:,} to remove, a "
-        "model each",
+        f"{len(config.removal_methods) + 1} choices of "
+        f"{removal.removed_of(run.counts['train']):,} to remove, a model each",
         "ablate": f"the studies {', '.join(config.ablation.studies)}",
         "report": "one page to look at",
         "export": f"{config.export.format.replace('both', 'csv and json')} of scores and "

@@ -9,6 +9,7 @@ import scipy.stats
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data import trained_on
+from dtrak_jax.evaluation.changes import Remade, remade
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import between, grouped, method_name, number
@@ -34,12 +35,24 @@ def is_untrained(record: Record) -> bool:
     return record.learning is not None and record.learning.is_nothing
 
 
+def remaking(record: Record) -> Remade | None:
+    """Returns whether retraining makes the model again; None where nobody tried."""
+    removal = record.counterfactual
+    return remade(removal["summary"]) if removal else None
+
+
 def alarm(record: Record) -> str:
     """Returns what a reader must know before all else; "" if there is nothing."""
     if is_untrained(record):
         return (
             "The model has learnt next to nothing of these images. Nothing on this page "
             "is evidence of what stands behind a picture."
+        )
+    made = remaking(record)
+    if made and not made.is_remade:
+        return (
+            "Retraining does not make this model again. What retraining measures, LDS and "
+            "removal, says nothing of it."
         )
     verdicts = {finding.verdict for finding in _lds(record)}
     if verdicts == {"bad"}:
@@ -58,7 +71,7 @@ def findings(
         (s for of_set in record.scores.values() for s in of_set.values()),
         lambda scores: scores.method,
     )
-    checks = [_training(record), *_lds(record)]
+    checks = [_training(record), *_remaking(record), *_lds(record)]
     checks += _standing(standings, is_untrained(record))
     checks += [_first(method, scores) for method, scores in by_method.items()]
     checks += _copies(record)
@@ -88,6 +101,20 @@ def _training(record: Record) -> Finding:
     return Finding("good", title, f"Yes: {told}")
 
 
+def _remaking(record: Record) -> Iterator[Finding]:
+    """Says whether retraining makes the model again, if it was tried."""
+    title, made = "Does retraining make the model again?", remaking(record)
+    if made and made.is_remade:
+        yield Finding("good", title, f"Yes: {made.sentence}.")
+    elif made:
+        text = (
+            f"No: {made.sentence}. Neither removal nor an LDS of models that are trained "
+            "so tells anything of this one. Are they trained as it was, and pictures "
+            "generated from the same seeds?"
+        )
+        yield Finding("bad", title, text)
+
+
 def _lds(record: Record) -> Iterator[Finding]:
     """Says whether scores predict what retraining does, better than chance."""
     title = "Do the scores predict what retraining does?"
@@ -96,6 +123,11 @@ def _lds(record: Record) -> Iterator[Finding]:
             "; dtrak-jax retrain and dtrak-jax lds measure it" if record.is_run else ""
         )
         yield Finding("open", title, f"Nobody has measured it for this model{how}.")
+        return
+    made = remaking(record)
+    if made and not made.is_remade:
+        text = "Not known: the LDS is of models that retraining does not make like this one."
+        yield Finding("open", title, text)
         return
     methods = {method for of_set in record.scores.values() for method in of_set}
     for name, result in record.lds["queries"].items():

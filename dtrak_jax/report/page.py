@@ -12,7 +12,7 @@ from dtrak_jax.report.counterfactual import counterfactual
 from dtrak_jax.report.features import features
 from dtrak_jax.report.figures import data_uri
 from dtrak_jax.report.groups import groupings
-from dtrak_jax.report.health import alarm, findings, is_untrained
+from dtrak_jax.report.health import alarm, findings, is_untrained, remaking
 from dtrak_jax.report.overview import overview
 from dtrak_jax.report.queries import (
     anchors,
@@ -65,7 +65,7 @@ def page(record: Record) -> str:
         prompts = dict(zip(generated.ids, generated.captions, strict=True))
     captioned = any(d.captions is not None for d in (train, *queries.values()))
     absolute = record.damping is not None and record.damping.absolute
-    removal, lds = record.counterfactual, record.lds
+    removal, lds, made = record.counterfactual, record.lds, remaking(record)
     places = anchors(queries)
     grouping_views = groupings(
         *(train, queries, scores, shown, standing, record.recipe)
@@ -87,6 +87,7 @@ def page(record: Record) -> str:
         described=captioned or bool(train.groups),
         untrained=untrained,
         alarm=alarm(record),
+        other_models=bool(made and not made.is_remade),
         findings=grouped(findings(record, standing), lambda finding: finding.title),
         groupings=grouping_views,
         overview=overview(standing, grouping_views),

@@ -18,6 +18,7 @@ from dtrak_jax.evaluation import trust
 from dtrak_jax.evaluation.statistics import RESAMPLES
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features
+from dtrak_jax.report.counterfactual import check as check_removal
 from dtrak_jax.report.learning import learning
 from dtrak_jax.report.page import page
 from dtrak_jax.report.record import (
@@ -71,9 +72,13 @@ def write_report(
     Raises:
       ValueError: scores, images and queries that do not belong together; says which.
       TypeError: an argument is of another class.
+      OSError: before anything is computed, where no file can be written at `path`.
     """
-    path = files.at(path)
+    path = files.check_file("path", path)
     _check_options(options)
+    removal, removed = options.get("counterfactual"), options.get("removed")
+    if removed and not removal:
+        raise ValueError("removed needs counterfactual=, the `record()` beside it.")
     instance("schedule", schedule, Schedule, NoneType)
     by_method, sets = _sets(scores, queries)
     first = next(iter(next(iter(by_method.values())).values()))
@@ -90,6 +95,8 @@ def write_report(
     columns = {n: c for n, c in first.columns.items() if n != "label"}
     columns |= train.groups | check_columns(groups, len(train))
     train = dataclasses.replace(train, groups=columns)
+    if removal:
+        check_removal(removal, removed or {}, train, datasets)
     fields = {
         "pixels": similarities(train, datasets),
         "damping": first.damping,
@@ -138,6 +145,7 @@ def _check_options(options: Mapping) -> None:
         "a line of metrics": ("step", "loss", "learning_rate"),
         "counterfactual": ("settings", "rows", "summary", "differences"),
     }
+    instance("removed", options.get("removed", {}), Mapping)
     given = [("counterfactual", options.get("counterfactual"))]
     lines = items("metrics", options.get("metrics", ()))
     given += [("a line of metrics", line) for line in lines]
