@@ -122,9 +122,13 @@ class AttributionConfig:
     methods: tuple[MethodName, ...] = free(("dtrak", "trak"))
     """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
-    """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute`."""
+    """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
+    `share`."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
+    share: bool = free(False)
+    """Take `damping` as the share of a kernel's rank that its effective dimension is, such
+    as .2: each kernel has its own lambda from that, without labels (dtrak.effective)."""
     solver: Literal["eigh", "cg"] = free("eigh")
     """eigh decomposes every kernel on the host; cg, for kernels too large for that,
     iterates for every query, and leaves lds without curves over the damping."""
@@ -140,6 +144,11 @@ class AttributionConfig:
                 "needs one that has, such as 'dtrak'."
             )
         positive("attribution.damping", self.damping)
+        if self.share and (self.absolute or self.damping >= 1 or self.solver == "cg"):
+            raise ValueError(
+                f"attribution.share is on; it needs a damping below 1 (it is "
+                f"{self.damping:g}), attribution.absolute off and solver 'eigh'."
+            )
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:
                 raise ValueError(

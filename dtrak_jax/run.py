@@ -274,7 +274,7 @@ class Run:
     def damping(self) -> Damping:
         """The config's lambda."""
         settings = self.config.attribution
-        return Damping(settings.damping, settings.absolute)
+        return Damping(settings.damping, settings.absolute, settings.share)
 
     @once
     def kernels(self, measurement: str, folder: str = "") -> Kernels:

@@ -94,6 +94,7 @@ def made_from(run: "Run", method: str) -> str:
     parts = [method, *(images.digest for images in examples)]
     if row.measurement:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
+        parts += ["share"] * settings.share
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

@@ -114,6 +114,40 @@ def test_the_path_agrees_with_single_values():
         np.testing.assert_allclose(single, scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)], ids=["dual", "primal"])
+def test_a_share_gives_every_pair_its_own_effective_dimension(shape):
+    both = [features(*shape, seed=seed) for seed in range(2)]
+    phi, query = (np.stack(part) for part in zip(*both, strict=True))
+    # Scale tells nothing, and a copy of a column or row adds no rank.
+    phi[1] *= 100
+    phi[0, 3], phi[0, :, 2] = phi[0, 4], phi[0, :, 1]
+    found = dtrak.attribute(phi, query, damping=dtrak.effective(0.3))
+    for values, value in zip(found.eigenvalues, found.lambdas, strict=True):
+        rank = np.sum(values > 1e-6 * values[-1])
+        assert rank in (11, 12)
+        dimension = np.sum(values / (values + value))
+        assert dimension == pytest.approx(0.3 * rank, rel=1e-5)
+    apart = [
+        dtrak.attribute(*pair, damping=dtrak.absolute(value)).scores
+        for *pair, value in zip(phi, query, found.lambdas, strict=True)
+    ]
+    np.testing.assert_allclose(found.scores, sum(apart), rtol=1e-4, atol=1e-6)
+    middle = dtrak.absolute(np.sqrt(np.prod(found.lambdas)))
+    dampings = [dtrak.effective(0.3), middle]
+    pooled = dtrak.damping_path(phi, query, dampings, pooled=True)
+    np.testing.assert_allclose(*pooled, rtol=1e-6)
+
+
+def test_a_share_that_no_kernel_can_have_is_refused():
+    phi, query = features(6, 9)
+    for share in (0, 1, 1.5, "half"):
+        with pytest.raises((ValueError, TypeError), match="share|damping"):
+            dtrak.effective(share)
+    iterated = Kernels(phi, solver="cg")
+    with pytest.raises(ValueError, match="share of the kernel's rank needs kernels"):
+        dtrak.attribute(iterated, query, damping=dtrak.effective())
+
+
 def test_gram_matrices_do_not_depend_on_blocks_or_devices(monkeypatch, one_device):
     phi, _ = features(13, 1001)
     expected = phi.astype(np.float64) @ phi.T.astype(np.float64)

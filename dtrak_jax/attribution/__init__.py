@@ -18,9 +18,11 @@ from dtrak_jax.attribution.influence import (
 from dtrak_jax.attribution.kernel import (
     DEFAULT_DAMPING,
     GRID,
+    SHARE,
     Damping,
     Kernels,
     absolute,
+    effective,
 )
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor
@@ -42,6 +44,7 @@ from dtrak_jax.attribution.similarity import (
 __all__ = [
     "DEFAULT_DAMPING",
     "GRID",
+    "SHARE",
     "Damping",
     "Kernels",
     "PairSum",
@@ -52,6 +55,7 @@ __all__ = [
     "coverage",
     "damping_path",
     "datamodels",
+    "effective",
     "embedding_cosine",
     "embedding_dot",
     "empirical_influence",

@@ -136,6 +136,7 @@ def coverage_path(
     dampings = list(map(Damping.of, dampings))
     total = np.zeros((len(dampings), len(subsets), query.shape[-2]))
     if pooled:
+        dampings = list(map(kernels.of_pooled, dampings))
         joined = np.concatenate(list(by_pair(query)))
         parts, count = [(*kernels.pooled, joined)], 1
     else:

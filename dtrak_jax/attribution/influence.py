@@ -213,6 +213,7 @@ def damping_path(
     kernels.require_decomposed("a path over dampings")
     if pooled:
         (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]
+        dampings = list(map(kernels.of_pooled, dampings))
         pairs = ((phi, kernel, rows) for rows in chunks_of(len(phi), n))
     else:
         pairs = ((phi, kernel, None) for phi, kernel in kernels)

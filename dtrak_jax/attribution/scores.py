@@ -145,8 +145,7 @@ class Scores:
         queries, train = self.scores.shape
         damping = ""
         if self.damping is not None:
-            unit = "λ = " if self.damping.absolute else "damping "
-            damping = f", {unit}{self.damping.value:g}"
+            damping = f", {self.damping.words}"
         shape = f"{queries} queries × {train} training images"
         return f"Scores({self.method}, {shape}{damping})"
 

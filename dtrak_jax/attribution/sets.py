@@ -280,7 +280,7 @@ def _removables(
             ones = m.copy() if weights is None else weights[[pair]]
             yield Removable(factor, m, ones, members)
         return
-    phi, kernel = kernels.pooled
+    (phi, kernel), damping = kernels.pooled, kernels.of_pooled(damping)
     factor, m = _factor(kernel, phi, np.concatenate(queries), damping)
     ones = m.copy() if weights is None else scipy.linalg.block_diag(*weights)
     pairs, n = len(queries), kernels.train.shape[-2]

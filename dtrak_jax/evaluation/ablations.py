@@ -6,9 +6,11 @@ from dtrak_jax import feature_sets, files, parallel, results
 from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
     GRID,
+    SHARE,
     Kernels,
     coverage,
     damping_path,
+    effective,
     gradient_cosine,
 )
 from dtrak_jax.attribution.coverage import coverage_path
@@ -96,18 +98,22 @@ def arm_rows(
         kernels, pooled = Kernels(train), arm.kernel == "pooled"
         masks = next(iter(truth.values())).masks
         grid, path = datamodeling.damping_path(kernels, query, masks, pooled)
+        share = SHARE / 2 if pooled else SHARE
+        dampings = [DEFAULT_DAMPING, effective(share)]
+        scores, by_share = damping_path(kernels, query, dampings, pooled=pooled)
         rule = ("label-free", DEFAULT_DAMPING)
-        (scores,) = damping_path(kernels, query, [DEFAULT_DAMPING], pooled=pooled)
-    transforms = {"linear": scores}
+    made = [("linear", rule, scores)]
     if arm.study == "noise":
-        transforms["squared"] = scores**2
+        made.append(("squared", rule, scores**2))
     if grid and DEFAULT_DAMPING not in grid:
-        transforms = {}  # Those scores are rounding errors.
+        made = []  # Those scores are rounding errors.
+    if grid:
+        made.append(("linear", ("effective", share), by_share))
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
         scored = []
-        for transform, values in transforms.items():
+        for transform, rule, values in made:
             estimate, _ = datamodeling.bootstrap(
                 losses.predict(values[start:end]), losses
             )

@@ -64,7 +64,7 @@ def page(record: Record) -> str:
     if generated and generated.captions is not None:
         prompts = dict(zip(generated.ids, generated.captions, strict=True))
     captioned = any(d.captions is not None for d in (train, *queries.values()))
-    absolute = record.damping is not None and record.damping.absolute
+    absolute = record.damping is not None and any(record.damping[1:])
     removal, lds, made = record.counterfactual, record.lds, remaking(record)
     places = anchors(queries)
     grouping_views = groupings(

@@ -156,7 +156,7 @@ def of_run(run: "Run") -> Record:
         shown=config.report.queries,
         top=config.report.top,
         source=SOURCES.get(data.source, data.name.rstrip("/").split("/")[-1]),
-        damping=Damping(settings.damping, settings.absolute),
+        damping=Damping(settings.damping, settings.absolute, settings.share),
         recipe=recipe_of(run),
         metrics=run.metrics,
         learning=learning(run.metrics, features, run.schedule, run.space.x("train")),
