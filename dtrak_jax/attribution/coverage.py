@@ -38,6 +38,10 @@ from dtrak_jax.checks import instance, one_of
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
+COVERAGE_SHARE = 0.05
+"""The share of a kernel's rank for `effective` with coverage, half of it with a pooled
+kernel: less than signed scores take."""
+
 By = Literal["influence", "coverage"]
 
 

@@ -13,7 +13,7 @@ from dtrak_jax.attribution import (
     effective,
     gradient_cosine,
 )
-from dtrak_jax.attribution.coverage import coverage_path
+from dtrak_jax.attribution.coverage import COVERAGE_SHARE, coverage_path
 from dtrak_jax.digests import digest
 from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
@@ -130,20 +130,25 @@ def _coverage_rows(
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
     kernels apart by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
-    path = coverage_path(kernels, query, COVERAGE_GRID, masks, pooled)
-    scores = None if pooled else coverage(kernels, query)
+    share = COVERAGE_SHARE / 2 if pooled else COVERAGE_SHARE
+    rules = ("label-free", DEFAULT_DAMPING), ("effective", share)
+    dampings = DEFAULT_DAMPING, effective(share)
+    path = coverage_path(kernels, query, (*COVERAGE_GRID, dampings[1]), masks, pooled)
+    exact = path[COVERAGE_GRID.index(DEFAULT_DAMPING)], path[-1]
+    scores = () if pooled else [coverage(kernels, query, d) for d in dampings]
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
         described = arm.describe() | {"queries": name}
-        if scores is not None:
-            sums = losses.predict(scores[start:end])
-            estimate, _ = datamodeling.bootstrap(sums, losses)
-            rows.append(described | lds.row(estimate, "label-free", DEFAULT_DAMPING))
-        of_set = path[:, :, start:end]
-        default = of_set[COVERAGE_GRID.index(DEFAULT_DAMPING)]
-        estimate, _ = datamodeling.bootstrap(default, losses)
-        scored = [lds.row(estimate, "label-free", DEFAULT_DAMPING)]
-        scored += lds.damping_rows(COVERAGE_GRID, of_set, losses)[:-1]
-        rows += [described | row | {"transform": "exact"} for row in scored]
+        made = [("exact", *of) for of in zip(rules, (p[:, start:end] for p in exact))]
+        made += [
+            ("linear", rule, losses.predict(of_rule[start:end]))
+            for rule, of_rule in zip(rules, scores)
+        ]
+        for transform, rule, predictions in made:
+            estimate, _ = datamodeling.bootstrap(predictions, losses)
+            row = lds.row(estimate, *rule) | {"transform": transform}
+            rows.append(described | row)
+        chosen = lds.damping_rows(COVERAGE_GRID, path[:-1, :, start:end], losses)[:-1]
+        rows += [described | row | {"transform": "exact"} for row in chosen]
     return rows
