@@ -127,7 +127,7 @@ class AttributionConfig:
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     share: bool = free(False)
-    """Take `damping` as the share of a kernel's rank that its effective dimension is, such
+    """Take `damping` as the share of min(n, k) that a kernel's effective dimension is, such
     as .2: each kernel has its own lambda from that, without labels (dtrak.effective)."""
     solver: Literal["eigh", "cg"] = free("eigh")
     """eigh decomposes every kernel on the host; cg, for kernels too large for that,

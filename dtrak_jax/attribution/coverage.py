@@ -39,7 +39,7 @@ from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
 COVERAGE_SHARE = 0.05
-"""The share of a kernel's rank for `effective` with coverage, half of it with a pooled
+"""The share of min(n, k) for `effective` with coverage, half of it with a pooled
 kernel: less than signed scores take."""
 
 By = Literal["influence", "coverage"]

@@ -32,7 +32,7 @@ GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
 """Values of lambda worth trying, in units of the mean eigenvalue."""
 
 SHARE = 0.2
-"""The share of a kernel's rank by which `effective` chooses lambda where pairs are kept
+"""The share of min(n, k) by which `effective` chooses lambda where pairs are kept
 apart; a pooled kernel takes half of it. On digits scores are better with it than with the
 best multiple of the mean eigenvalue: see configs/results/README.md."""
 
@@ -50,7 +50,7 @@ to which it keeps them on disk: the 8.6 GB of the paper's CIFAR-10, and not much
 
 class Damping(NamedTuple):
     """lambda: `value` times the kernel's mean eigenvalue, or `value` itself, or by the share
-    `value` of the kernel's rank, see `effective`."""
+    `value` of min(n, k), see `effective`."""
 
     value: float
     absolute: bool = False
@@ -62,9 +62,7 @@ class Damping(NamedTuple):
         given = damping if isinstance(damping, Damping) else cls(damping)
         value = positive("damping", given.value)
         if given.share and value >= 1:
-            raise ValueError(
-                f"the share of a kernel's rank is {value}; it must be below 1."
-            )
+            raise ValueError(f"the share of min(n, k) is {value}; it must be below 1.")
         return given._replace(value=value)
 
     @property
@@ -80,12 +78,12 @@ def absolute(value: float) -> Damping:
 
 
 def effective(share: float = SHARE) -> Damping:
-    """Returns the lambda of each kernel at which its effective dimension is a share of its
-    rank.
+    """Returns the lambda of each kernel at which its effective dimension is a share of
+    min(n, k).
 
-    With eigenvalues e_i, rank many of them above rounding errors, lambda solves
+    With the kernel's eigenvalues e_i lambda solves
 
-      sum_i e_i / (e_i + lambda) = share rank
+      sum_i e_i / (e_i + lambda) = share min(n, k)
 
     (Hastie and Tibshirani 1990, "Generalized Additive Models", section 3.5, call it the
     degrees of freedom). It is a function of the features alone, and every pair has its
@@ -132,18 +130,23 @@ class Kernel(NamedTuple):
         """Returns the lambda of `effective`."""
         if self.eigenvalues is None:
             raise ValueError(
-                "a damping by a share of the kernel's rank needs kernels decomposed: "
+                "a damping by a share of min(n, k) needs kernels decomposed: "
                 "solver must be 'eigh'."
             )
-        values = self.eigenvalues
-        values = values[values > np.finfo(np.float32).eps * values[-1]]
+        values, goal = self.eigenvalues, share * len(self.eigenvalues)
+        floor = np.finfo(np.float32).eps * values[-1]
 
         def excess(log_lambda: float) -> float:
-            dimension = np.sum(values / (values + np.exp(log_lambda)))
-            return dimension - share * len(values)
+            return np.sum(values / (values + np.exp(log_lambda))) - goal
 
+        if excess(np.log(floor)) <= 0:
+            most = np.sum(values / (values + floor)) / len(values)
+            raise ValueError(
+                f"the share is {share}; above rounding errors of float32 features this "
+                f"kernel's effective dimension is at most {most:.2g} of min(n, k)."
+            )
         # At the largest eigenvalue over the share, every term is below the share.
-        ends = np.log(values[0]) - 40, np.log(values[-1] / share)
+        ends = np.log(floor), np.log(values[-1] / share)
         return float(np.exp(scipy.optimize.brentq(excess, *ends)))
 
 
