@@ -42,8 +42,10 @@ METHODS = {
         "`trak` over the size of its influence, or of the training gradient"
     ),
     ("journey-trak",): "`trak` along the path that generated the query",
-    ("tracin", "gas"): "dot products or cosines of gradients, mean over checkpoints",
-    ("gradient-dot", "gradient-cosine"): "the same at the last checkpoint",
+    ("coverage",): "how much of what the query needs the image holds; without a sign",
+    ("gradient-dot", "gradient-cosine", "tracin", "gas"): (
+        "dot products or cosines of gradients; the last two a mean over checkpoints"
+    ),
     ("pixel-dot", "pixel-cosine"): "pixels alone: what a method must beat",
     ("empirical-influence", "datamodels"): "learnt from half of the retrained models",
     ("random",): "chance",
@@ -142,8 +144,13 @@ def methods() -> Lines:
         ["method", "what it is", "LDS on digits"],
         ["*noise ceiling*", "what the true mean losses would have", f"*{ceiling}*"],
     ]
+    covering = {"queries": "validation", "measurement": "square", "draws": 1}
+    covering |= {"transform": "linear", "damping_rule": "label-free"}
+    measured = pick(read("digits_coverage")["rows"], **covering) | {
+        "method": "coverage"
+    }
     for names, said in METHODS.items():
-        rows = [lds_row(validation["rows"], name) for name in names]
+        rows = [lds_row([*validation["rows"], measured], name) for name in names]
         figures = [number(row["lds"]) if row else "generated only" for row in rows]
         lines.append([", ".join(f"`{n}`" for n in names), said, ", ".join(figures)])
     return lines
@@ -340,23 +347,20 @@ def differences(pairs: Sequence[tuple]) -> Lines:
 
 def coverage() -> Lines:
     """The LDS of coverage on digits: of its scores, and of each subset's own."""
+    scores, exact = {"transform": "linear"}, {"transform": "exact"}
     columns = {
-        "scores": {"transform": "linear"},
-        "exact": {"transform": "exact", "damping_rule": "label-free"},
-        "exact, λ cross-fitted": {"transform": "exact", "damping_rule": "cross-fitted"},
+        "scores": scores | {"damping_rule": "label-free"},
+        "scores, λ by share": scores | {"damping_rule": "effective"},
+        "exact, λ by share": exact | {"damping_rule": "effective"},
+        "exact, λ cross-fitted": exact | {"damping_rule": "cross-fitted"},
     }
-    heads = [f"{name}, {text}" for name in SETS for text in columns]
-    lines = [["kernel", "gradients", "readout", *heads]]
+    lines = [["images", "readout", "gradients", *columns]]
     rows = read("digits_coverage")["rows"]
-    keys = dict.fromkeys((r["kernel"], r["draws"], r["measurement"]) for r in rows)
-    for kernel, draws, measurement in sorted(keys):
-        key = {"kernel": kernel, "draws": draws, "measurement": measurement}
-        cells = []
-        for name, column in itertools.product(SETS, columns.values()):
-            wanted = key | {"queries": name} | column
-            found = [interval(row) for row in rows if wanted.items() <= row.items()]
-            cells.append(found[0] if found else "")
-        lines.append([kernel, str(5 * draws), f"`{measurement}`", *cells])
+    keys = sorted({(row["measurement"], row["draws"]) for row in rows})
+    for name, (measurement, draws) in itertools.product(SETS, keys):
+        key = {"queries": name, "measurement": measurement, "draws": draws}
+        cells = [interval(pick(rows, **key, **column)) for column in columns.values()]
+        lines.append([name, f"`{measurement}`", str(5 * draws), *cells])
     return lines
 
 
