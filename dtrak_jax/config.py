@@ -128,7 +128,7 @@ class AttributionConfig:
     """Take `damping` as lambda itself."""
     share: bool = free(False)
     """Take `damping` as the share of min(n, k) that a kernel's effective dimension is, such
-    as .2: each kernel has its own lambda from that, without labels (dtrak.effective)."""
+    as .05: each kernel has its own lambda from that, without labels (dtrak.effective)."""
     solver: Literal["eigh", "cg"] = free("eigh")
     """eigh decomposes every kernel on the host; cg, for kernels too large for that,
     iterates for every query, and leaves lds without curves over the damping."""

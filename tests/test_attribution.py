@@ -140,10 +140,10 @@ def test_a_share_that_no_kernel_can_have_is_refused():
         with pytest.raises((ValueError, TypeError), match="share|damping"):
             dtrak.effective(share)
     with pytest.raises(ValueError, match=r"at most 0\.17 of min\(n, k\)"):
-        dtrak.attribute(phi[[0] * 6], query, damping=dtrak.effective())
+        dtrak.attribute(phi[[0] * 6], query, damping=dtrak.effective(0.2))
     iterated = Kernels(phi, solver="cg")
     with pytest.raises(ValueError, match=r"share of min\(n, k\) needs kernels"):
-        dtrak.attribute(iterated, query, damping=dtrak.effective())
+        dtrak.attribute(iterated, query, damping=dtrak.effective(0.2))
 
 
 def test_gram_matrices_do_not_depend_on_blocks_or_devices(monkeypatch, one_device):

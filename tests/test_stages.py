@@ -12,7 +12,7 @@ from conftest import digits_command, open_run, use_simple_network, use_two_devic
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution, cli, data, diffusion, features, files, training
-from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution import Damping, Scores
 from dtrak_jax.evaluation import counterfactual, retrain
 from dtrak_jax.methods import METHODS
 
@@ -220,7 +220,7 @@ def test_another_damping_makes_other_scores(workdir):
     first = Scores.load(path)
     type_in("attribute", workdir, attribution__damping="0.5")
     second = Scores.load(path)
-    assert (first.damping, second.damping) == ((0.1, False), (0.5, False))
+    assert (first.damping, second.damping) == (Damping(0.1), Damping(0.5))
     assert not np.allclose(first.scores, second.scores)
 
 
@@ -309,7 +309,7 @@ def test_an_export_has_all_that_the_scores_have(workdir, capsys):
     place = workdir / "export" / "trak-ensemble-generated"
     whole = files.read_json(place.with_suffix(".json"))
     assert (whole["sign"], whole["schema"]) == (attribution.scores.SIGN, 2)
-    assert whole["damping"] == {"value": 0.1, "absolute": False}
+    assert whole["damping"] == Damping(0.1)._asdict()
     assert whole["features"]["timesteps"] == [100, 300]
     with place.with_suffix(".csv").open() as table:
         header, *rows = csv.reader(table)

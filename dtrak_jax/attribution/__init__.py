@@ -18,7 +18,6 @@ from dtrak_jax.attribution.influence import (
 from dtrak_jax.attribution.kernel import (
     DEFAULT_DAMPING,
     GRID,
-    SHARE,
     Damping,
     Kernels,
     absolute,
@@ -44,7 +43,6 @@ from dtrak_jax.attribution.similarity import (
 __all__ = [
     "DEFAULT_DAMPING",
     "GRID",
-    "SHARE",
     "Damping",
     "Kernels",
     "PairSum",

@@ -39,8 +39,7 @@ from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
 COVERAGE_SHARE = 0.05
-"""The share of min(n, k) for `effective` with coverage, half of it with a pooled
-kernel: less than signed scores take."""
+"""The share of min(n, k) for `effective` that was best for coverage on digits."""
 
 By = Literal["influence", "coverage"]
 

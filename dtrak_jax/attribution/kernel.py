@@ -31,11 +31,6 @@ from dtrak_jax.progress import progress
 GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
 """Values of lambda worth trying, in units of the mean eigenvalue."""
 
-SHARE = 0.2
-"""The share of min(n, k) by which `effective` chooses lambda where pairs are kept
-apart; a pooled kernel takes half of it. On digits scores are better with it than with the
-best multiple of the mean eigenvalue: see configs/results/README.md."""
-
 DEFAULT_DAMPING = 0.1
 """lambda in these units. It was chosen without labels of any kind: on digits the linear
 datamodeling score is within 8% of its best for anything from .01 to .3."""
@@ -77,7 +72,7 @@ def absolute(value: float) -> Damping:
     return Damping.of(Damping(value, absolute=True))
 
 
-def effective(share: float = SHARE) -> Damping:
+def effective(share: float) -> Damping:
     """Returns the lambda of each kernel at which its effective dimension is a share of
     min(n, k).
 
@@ -88,7 +83,8 @@ def effective(share: float = SHARE) -> Damping:
     (Hastie and Tibshirani 1990, "Generalized Additive Models", section 3.5, call it the
     degrees of freedom). It is a function of the features alone, and every pair has its
     own, so that no timestep is damped more than others. Of a pooled kernel it is the
-    geometric mean of its pairs' lambdas.
+    geometric mean of its pairs' lambdas. A twentieth was best for coverage on digits,
+    see configs/results/README.md.
     """
     return Damping.of(Damping(share, share=True))
 
@@ -108,7 +104,7 @@ class Kernel(NamedTuple):
         """
         positive("damping", damping.value)
         if damping.share:
-            return self._lambda_of_share(damping.value)
+            return self._lambda_of_share(damping.value, strict)
         unit = 1 if damping.absolute else self.mean_eigenvalue
         value = damping.value * unit
         # A kernel that was not decomposed shows it when scores are made.
@@ -126,7 +122,7 @@ class Kernel(NamedTuple):
             f"{floor / unit:.3g}."
         )
 
-    def _lambda_of_share(self, share: float) -> float:
+    def _lambda_of_share(self, share: float, strict: bool) -> float:
         """Returns the lambda of `effective`."""
         if self.eigenvalues is None:
             raise ValueError(
@@ -140,6 +136,8 @@ class Kernel(NamedTuple):
             return np.sum(values / (values + np.exp(log_lambda))) - goal
 
         if excess(np.log(floor)) <= 0:
+            if not strict:
+                return math.nan
             most = np.sum(values / (values + floor)) / len(values)
             raise ValueError(
                 f"the share is {share}; above rounding errors of float32 features this "

@@ -6,7 +6,6 @@ from dtrak_jax import feature_sets, files, parallel, results
 from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
     GRID,
-    SHARE,
     Kernels,
     coverage,
     damping_path,
@@ -98,22 +97,18 @@ def arm_rows(
         kernels, pooled = Kernels(train), arm.kernel == "pooled"
         masks = next(iter(truth.values())).masks
         grid, path = datamodeling.damping_path(kernels, query, masks, pooled)
-        share = SHARE / 2 if pooled else SHARE
-        dampings = [DEFAULT_DAMPING, effective(share)]
-        scores, by_share = damping_path(kernels, query, dampings, pooled=pooled)
         rule = ("label-free", DEFAULT_DAMPING)
-    made = [("linear", rule, scores)]
+        (scores,) = damping_path(kernels, query, [DEFAULT_DAMPING], pooled=pooled)
+    transforms = {"linear": scores}
     if arm.study == "noise":
-        made.append(("squared", rule, scores**2))
+        transforms["squared"] = scores**2
     if grid and DEFAULT_DAMPING not in grid:
-        made = []  # Those scores are rounding errors.
-    if grid:
-        made.append(("linear", ("effective", share), by_share))
+        transforms = {}  # Those scores are rounding errors.
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
         scored = []
-        for transform, rule, values in made:
+        for transform, values in transforms.items():
             estimate, _ = datamodeling.bootstrap(
                 losses.predict(values[start:end]), losses
             )
@@ -130,9 +125,8 @@ def _coverage_rows(
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
     kernels apart by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
-    share = COVERAGE_SHARE / 2 if pooled else COVERAGE_SHARE
-    rules = ("label-free", DEFAULT_DAMPING), ("effective", share)
-    dampings = DEFAULT_DAMPING, effective(share)
+    rules = ("label-free", DEFAULT_DAMPING), ("effective", COVERAGE_SHARE)
+    dampings = DEFAULT_DAMPING, effective(COVERAGE_SHARE)
     path = coverage_path(kernels, query, (*COVERAGE_GRID, dampings[1]), masks, pooled)
     exact = path[COVERAGE_GRID.index(DEFAULT_DAMPING)], path[-1]
     scores = () if pooled else [coverage(kernels, query, d) for d in dampings]

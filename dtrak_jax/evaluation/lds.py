@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dtrak_jax import attribution, parallel, results
-from dtrak_jax.attribution import SHARE, effective, predict
+from dtrak_jax.attribution import predict
 from dtrak_jax.evaluation.datamodeling import (
     bootstrap,
     ceiling,
@@ -77,11 +77,6 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
             kernels = run.kernels(method.measurement)
             query = run.features(queries, method.measurement)
             grid, path = damping_path(kernels, query, truth.masks)
-            (shared,) = attribution.damping_path(
-                kernels, query, [effective()], subsets=truth.masks
-            )
-            by_share = predicted_row(name, shared.T, truth, "effective", SHARE)
-            rows.append(by_share[0])
             *fitted, oracle, values = damping_rows(grid, path, truth)
             oracle["reference"] = reference_interval(path[np.argmax(values)], truth)
             rows += [{"method": name} | scored for scored in (oracle, *fitted)]

@@ -13,7 +13,6 @@ HONEST = Style("no λ, or λ chosen without retraining", "o", SUPPORT, SUPPORT)
 STYLES = {
     None: HONEST,
     "label-free": HONEST,
-    "effective": Style("λ by each kernel's effective dimension", "v", SUPPORT),
     "cross-fitted": Style("cross-fitted: λ chosen on other subsets", "s", INK),
     "halves": Style("learned from other subsets", "^", INK),
     "oracle": Style("oracle: λ chosen on the same subsets", "D", OPPOSE),
