@@ -41,6 +41,8 @@ def passes(run: Run) -> dict[str, float]:
     removals = removal.queries * (len(config.removal_methods) + 1)
     removals *= 1 - removal.count / run.counts["train"]
 
+    replays = any(METHODS[name].replays for name in config.attribution.methods)
+
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
         return (1 + 2 * measurements) * pairs * images
@@ -53,6 +55,8 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
+        # A step back is about four steps for each query.
+        "attribute": replays * training * (2 + 4 * queries),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(

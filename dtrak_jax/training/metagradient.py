@@ -1,16 +1,13 @@
 """Exact metagradients: reverse mode through a whole training.
 
-With seed, order and noise fixed, the trained parameters are a function of the weights w
-[n] that the examples have in the loss of every step, (1 / batch) sum_i w_i l_i. Here are
-that function and the derivative of any measurements of its result, exact but for rounding
-(MAGIC, arXiv 2504.16430; REPLAY, arXiv 2503.13751). The step is training's own.
+The derivative of any measurements of the trained parameters by the weights of the examples
+in training (see `weighted`), exact but for rounding (MAGIC, arXiv 2504.16430; REPLAY,
+arXiv 2503.13751).
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,104 +20,22 @@ from dtrak_jax.digests import digest_tree
 from dtrak_jax.network import Init, Params
 from dtrak_jax.parallel import REPLICATED, P
 from dtrak_jax.progress import progress
-from dtrak_jax.switches import standard
 from dtrak_jax.training.config import TrainConfig
 from dtrak_jax.training.step import (
-    Batch,
     Recipe,
     TrainState,
     abstract_state,
-    batch,
-    first_state,
     gradient,
-    train_step,
     trained,
     updated,
 )
+from dtrak_jax.training.weighted import Course
 
 Q = P("member")
 """The spec of arrays that have a row for each query, spread over the devices."""
 
 PER_DEVICE = 8
 """The queries that go through the derivative of a step at a time, on each device."""
-
-
-class Weighted(NamedTuple):
-    """A recipe whose examples count with weights, as `train_step` takes one."""
-
-    recipe: Recipe
-    weights: jax.Array  # of the batch's examples [B]
-
-    @property
-    def config(self) -> TrainConfig:
-        """The settings of training."""
-        return self.recipe.config
-
-    def losses(self, params, frozen, batch: Batch, key: jax.Array) -> jax.Array:
-        """Returns w_i l_i of each example of a batch, [B]."""
-        return self.weights * self.recipe.losses(params, frozen, batch, key)
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """A training with all that decides it: what is replayed, and differentiated."""
-
-    recipe: Recipe
-    """The network, the noise schedule and the settings."""
-    examples: tuple
-    """(images, conditions) as `train` takes them: pytrees of arrays of n rows, or None."""
-    frozen: Params | None = None
-    """Parameters beside the trained ones, or None."""
-    seed: int | None = None
-    """The seed of initialisation, batches, noise and dropout; the settings' if None."""
-
-    @property
-    def count(self) -> int:
-        """The number of training examples."""
-        return len(jax.tree.leaves(self.examples)[0])
-
-    @property
-    def seed_word(self) -> np.uint32:
-        """The seed, as programs take it."""
-        own = self.recipe.config.seed
-        return np.uint32(own if self.seed is None else self.seed)
-
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of a step, on the host."""
-        size = self.recipe.config.batch_size
-        rows, filling = batch(self.count, size, int(self.seed_word), step)
-        x, cond = jax.tree.map(lambda leaf: leaf[rows], self.examples)
-        return Batch(x, rows.astype(np.int32), filling, cond)
-
-    def states(
-        self, weights: np.ndarray, state: TrainState, start: int, stop: int
-    ) -> Iterator[TrainState]:
-        """Yields the states before the steps from `start` to `stop`, and after the last
-        one, in training with these weights [n]."""
-        step_fn = replayed_step(self.recipe)
-        yield state
-        for step in range(start, stop):
-            examples = self.batch(step)
-            rows_weights = weights[examples.index]
-            state = step_fn(state, examples, rows_weights, self.seed_word, self.frozen)
-            yield state
-
-    def first(self) -> TrainState:
-        """Returns the state before the first step."""
-        return first_state(self.recipe.init, self.recipe.config, self.seed_word)
-
-
-@standard()
-def train_weighted(course: Course, weights: np.ndarray) -> Params:
-    """Returns the parameters that training with weights [n] ends with, on the host.
-
-    Weights of 1 train as `train` does; a weight of 0 leaves an example out of the loss,
-    with the order and the noise of all others as they were.
-    """
-    steps = course.recipe.config.steps
-    for state in course.states(weights, course.first(), 0, steps):
-        pass
-    return jax.device_get(trained(state))
 
 
 def check(config: TrainConfig, queries: int, state_bytes: int, count: int) -> None:
@@ -133,7 +48,7 @@ def check(config: TrainConfig, queries: int, state_bytes: int, count: int) -> No
     if not config.eps_root:
         raise ValueError(
             "train.eps_root is 0, so that AdamW's square root has an infinite derivative "
-            "at 0; metagradients need one above 0, such as 1e-8 (--train.eps_root 1e-8), "
+            "at 0; metagradients need one above 0, such as 1e-8 (--train.eps-root 1e-8), "
             "in the training of the model too."
         )
     host.check_fits(
@@ -175,7 +90,7 @@ def metagradient(
     A(w) are the parameters of `train_weighted`. Training is replayed once, keeping a state
     each `interval` steps on the host; then, from the last stretch to the first, its states
     are computed again and the adjoints of all queries are pulled back through every step.
-    That is two trainings, and about two backward passes of a step for each query.
+    That is two trainings, and about four times the work of a step for each query.
 
     Args:
       course: the training.
@@ -193,30 +108,32 @@ def metagradient(
     config, count = course.recipe.config, course.count
     size = state_bytes(course.recipe.init, config)
     check(config, queries, size, count)
-    interval = at_least("interval", interval or default_interval(config.steps), 1)
+    interval = default_interval(config.steps) if interval is None else interval
+    at_least("interval", interval, 1)
     ones, kept = np.ones(count, np.float32), {}
     with progress(total=3 * config.steps, desc="metagradient", unit="step") as bar:
         states = course.states(ones, course.first(), 0, config.steps)
         for step, state in enumerate(states):
             if step % interval == 0 and step < config.steps:
                 kept[step] = jax.device_get(state)
-                bar.update(min(interval, config.steps - step))
+            bar.update(step > 0)
         gradients = measured(jax.device_get(trained(state)))
         way = WayBack(course, state, gradients, per_device, partial)
+        bar.update(2 * (config.steps - way.step))
         for start in reversed(kept):
-            stop = min(start + interval, config.steps)
-            if start < way.step:
+            stop = way.step
+            if start < stop:
                 stretch = list(course.states(ones, kept[start], start, stop - 1))
                 for step in reversed(range(start, stop)):
                     way.pull(step, stretch.pop())
+                    bar.update(2)
                 way.keep()
-            bar.update(2 * (stop - start))
     if not np.isfinite(way.totals).all():
         raise FloatingPointError(
             "metagradients are not finite; try a larger train.eps_root, or a smaller "
             "train.learning_rate."
         )
-    if partial:
+    if partial and parallel.is_main_process():
         partial.unlink(missing_ok=True)
     return way.totals
 
@@ -227,10 +144,8 @@ class WayBack:
     def __init__(self, course, state, gradients, per_device, partial):
         queries = len(jax.tree.leaves(gradients)[0])
         self.course, self.partial = course, partial
-        self.step, self.totals = (
-            course.recipe.config.steps,
-            np.zeros((queries, course.count)),
-        )
+        self.step = course.recipe.config.steps
+        self.totals = np.zeros((queries, course.count))
         self.groups = parallel.groups(range(queries), per_device)
         self.meshes = [_mesh(group) for group in self.groups]
         self.frozen = [parallel.put(course.frozen, mesh) for mesh in self.meshes]
@@ -298,16 +213,6 @@ def _of_result(state: TrainState, gradients: Params) -> list[np.ndarray]:
 
     _, pull = jax.vjp(result, _real(state))
     return jax.device_get(jax.vmap(pull)(gradients)[0])
-
-
-@functools.cache
-def replayed_step(recipe: Recipe) -> Callable:
-    """Compiles (state, batch, weights [B], seed, frozen) -> the next state."""
-
-    def step(state, batch, weights, seed, frozen):
-        return train_step(Weighted(recipe, weights), state, batch, seed, frozen)
-
-    return jax.jit(step)
 
 
 @functools.cache
