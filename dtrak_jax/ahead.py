@@ -144,6 +144,7 @@ def attribute(run: Run) -> None:
     if has_network(run) and any(METHODS[name].replays for name in run.config.methods):
         size = metagradient.state_bytes(run.network.init, run.config.train)
         queries = sum(run.query_counts.values())
+        timestep_grid(run.config.ensemble.timesteps, run.schedule)
         metagradient.check(run.config.train, queries, size, run.counts["train"])
 
 

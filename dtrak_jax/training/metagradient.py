@@ -139,16 +139,29 @@ def metagradient(
 
 
 class WayBack:
-    """The adjoints of all queries on their way from the last step to the first."""
+    """The adjoints of all queries on their way from the last step to the first.
 
-    def __init__(self, course, state, gradients, per_device, partial):
+    An adjoint has the derivative of a query's measurement by every number of a state that
+    has one. Each of `adjoints` is a group of queries that go through a step at a time.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        state: TrainState,
+        gradients: Params,
+        per_device: int,
+        partial: epath.Path | None,
+    ):
         queries = len(jax.tree.leaves(gradients)[0])
         self.course, self.partial = course, partial
         self.step = course.recipe.config.steps
         self.totals = np.zeros((queries, course.count))
-        self.groups = parallel.groups(range(queries), per_device)
-        self.meshes = [_mesh(group) for group in self.groups]
-        self.frozen = [parallel.put(course.frozen, mesh) for mesh in self.meshes]
+        groups = parallel.groups(range(queries), per_device)
+        self.meshes = [_mesh(group) for group in groups]
+        # On every device once, however many groups there are.
+        meshes = dict.fromkeys(self.meshes)
+        self.frozen = {mesh: parallel.put(course.frozen, mesh) for mesh in meshes}
         adjoints = _of_result(state, gradients)
         self.made_from = np.array(digest_tree(gradients))
         if partial and files.holds(partial, {"made_from": self.made_from}):
@@ -157,7 +170,7 @@ class WayBack:
             adjoints = [saved[f"adjoint{i}"] for i in range(len(adjoints))]
         self.adjoints = [
             parallel.put([leaf[group[0] : group[-1] + 1] for leaf in adjoints], mesh, Q)
-            for group, mesh in zip(self.groups, self.meshes, strict=True)
+            for group, mesh in zip(groups, self.meshes, strict=True)
         ]
 
     def pull(self, step: int, state: TrainState) -> None:
@@ -166,7 +179,7 @@ class WayBack:
         for i, mesh in enumerate(self.meshes):
             pull = pulled_step(self.course.recipe, mesh)
             shared = parallel.put((state, examples), mesh)
-            given = *shared, self.course.seed_word, self.frozen[i]
+            given = *shared, self.course.seed_word, self.frozen[mesh]
             self.adjoints[i], part = pull(self.adjoints[i], *given)
             parts.append(part)
         # The filling of a short batch repeats rows, with derivatives of 0.

@@ -43,7 +43,7 @@ class Weighted(NamedTuple):
         return self.weights * self.recipe.losses(params, frozen, batch, key)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Course:
     """A training with all that decides it: what is replayed, and differentiated."""
 
@@ -79,12 +79,12 @@ class Course:
     ) -> Iterator[TrainState]:
         """Yields the states before the steps from `start` to `stop`, and after the last
         one, in training with these weights [n]."""
-        step_fn = replayed_step(self.recipe)
+        step_fn, frozen = replayed_step(self.recipe), jax.device_put(self.frozen)
         yield state
         for step in range(start, stop):
             examples = self.batch(step)
             rows_weights = weights[examples.index]
-            state = step_fn(state, examples, rows_weights, self.seed_word, self.frozen)
+            state = step_fn(state, examples, rows_weights, self.seed_word, frozen)
             yield state
 
     def first(self) -> TrainState:
