@@ -42,9 +42,9 @@ def main(workdir: Path, until_now: bool) -> None:
     config = runpy.run_path(str(HERE.parent / "digits_metagradient.py"))["get_config"]()
     run = Run(config, None)
     scores = kept(workdir / "scores.npz", lambda: all_scores(run, workdir))
-    # All that can be said of a half of the subsets, then the others.
-    halves = range(SUBSETS // 2), range(SUBSETS // 2, SUBSETS)
-    choices = (itertools.product(SEEDS.items(), half, DROPPED) for half in halves)
+    # As many subsets as an LDS needs come first, with both seeds, and then the next ones.
+    parts = (range(i, i + MIN_SUBSETS) for i in range(0, SUBSETS, MIN_SUBSETS))
+    choices = (itertools.product(SEEDS.items(), part, DROPPED) for part in parts)
     for (name, seed), subset, dropped in () if until_now else itertools.chain(*choices):
         weights = subset_weights(len(run.chosen.train), dropped, subset)
 

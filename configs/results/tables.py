@@ -394,6 +394,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "digits damping": damping,
     "digits differences": lds_differences,
     "mnist lds": lambda: lds("mnist"),
+    "metagradients": metagradients,
     "noise": noise,
     "rules": rules,
     "draws": draws,
