@@ -23,7 +23,9 @@ HERE = Path(__file__).parent
 def get_config() -> Config:
     digits = runpy.run_path(str(HERE / "digits.py"))["get_config"]()
     measurements = ("square", "loss", "mean", "l1", "l2", "linf", "elbo")
-    methods = tuple(name for name, row in METHODS.items() if not row.embeds)
+    methods = tuple(
+        name for name, row in METHODS.items() if not (row.embeds or row.replays)
+    )
     return dataclasses.replace(
         digits,
         sample=SampleConfig(count=200),

@@ -22,6 +22,7 @@ from dtrak_jax.diffusion import (
     linear_schedule,
     scaled_linear_schedule,
 )
+from dtrak_jax.evaluation.metagradient import metagradients
 from dtrak_jax.evaluation.outputs import QueryLosses
 from dtrak_jax.evaluation.trust import lds, retrain
 from dtrak_jax.evaluation.truth import RetrainedLosses
@@ -65,6 +66,7 @@ __all__ = [
     "linear_schedule",
     "load_images",
     "merge",
+    "metagradients",
     "models",
     "near_duplicates",
     "predict",

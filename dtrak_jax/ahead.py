@@ -25,7 +25,7 @@ from dtrak_jax.models.lora import targets
 from dtrak_jax.planning import footprint
 from dtrak_jax.planning.footprint import Footprint
 from dtrak_jax.run import Run
-from dtrak_jax.training import TrainConfig, checkpoint
+from dtrak_jax.training import TrainConfig, checkpoint, metagradient
 from dtrak_jax.training.step import learning_rate
 
 
@@ -136,10 +136,16 @@ def check_kept(run: Run, step: int) -> None:
 
 
 def attribute(run: Run) -> None:
-    """Checks that there are as many subsets as a method that learns from them needs."""
+    """Checks that there are as many subsets as a method that learns from them needs, and
+    memory for metagradients."""
     learnt = [name for name in run.config.methods if METHODS[name].inputs is OUTPUTS]
     if learnt:
         check_subsets(run, f"method {learnt[0]!r}")
+    if has_network(run) and any(METHODS[name].replays for name in run.config.methods):
+        size = metagradient.state_bytes(run.network.init, run.config.train)
+        queries = sum(run.query_counts.values())
+        timestep_grid(run.config.ensemble.timesteps, run.schedule)
+        metagradient.check(run.config.train, queries, size, run.counts["train"])
 
 
 def retrain(run: Run) -> None:

@@ -298,6 +298,10 @@ class Config:
                 missing = (
                     "checkpoints of training: model.folder and lora.file must be empty"
                 )
+            elif method.replays and self.is_given:
+                missing = "the training: model.folder and lora.file must be empty"
+            elif method.replays and not self.train.eps_root:
+                missing = "train.eps_root above 0, such as 1e-8; it is 0"
             if missing:
                 raise ValueError(f"{setting} has {name!r}, which needs {missing}.")
 

@@ -23,6 +23,7 @@ from dtrak_jax.attribution import (
     gradient_cosine,
     gradient_dot,
     influence,
+    metagradient,
     pixel_cosine,
     pixel_dot,
     random_scores,
@@ -40,6 +41,7 @@ from dtrak_jax.attribution.scoring import (
     MODELS,
     ONE_MODEL,
     OUTPUTS,
+    REPLAY,
     Inputs,
     score,
 )
@@ -83,6 +85,11 @@ class Method(NamedTuple):
     def embeds(self) -> bool:
         """True if the scores are those of CLIP's embeddings, which need `clip.folder`."""
         return self.inputs is EMBEDDINGS
+
+    @property
+    def replays(self) -> bool:
+        """True if the model is trained again and differentiated; needs `train.eps_root`."""
+        return self.inputs is REPLAY
 
     @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
@@ -207,6 +214,14 @@ ROWS = (
         "ridge regression of retrained models' losses on their subsets",
         "arXiv 2202.00622",
         OUTPUTS,
+    ),
+    Method(
+        "metagradient",
+        "MAGIC",
+        metagradient,
+        "exact derivative by the example's weight in training; for a few queries",
+        "arXiv 2504.16430",
+        REPLAY,
     ),
     Method(
         "pixel-dot",

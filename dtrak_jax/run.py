@@ -27,7 +27,7 @@ from dtrak_jax.digests import digest_tree
 from dtrak_jax.encoding.clip import Clip, kept_embeddings
 from dtrak_jax.encoding.latents import Latents
 from dtrak_jax.encoding.pixels import Pixels
-from dtrak_jax.evaluation import truth
+from dtrak_jax.evaluation import metagradient, truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.features import Features, Projection, Task
 from dtrak_jax.network import Network, Params
@@ -300,6 +300,11 @@ class Run:
         """Returns which training images are near-duplicates, by pixels and, if a method has
         features that can tell, by these: scores/copies.npz."""
         return score_sets.copies(self)
+
+    @once
+    def metagradients(self) -> dict[str, np.ndarray]:
+        """Returns the losses' derivatives by training weights, see `metagradient.of_run`."""
+        return metagradient.of_run(self)
 
     # Retrained models and results
 

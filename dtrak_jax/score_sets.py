@@ -102,6 +102,8 @@ def made_from(run: "Run", method: str) -> str:
         ]
     if "retrain" in row.needs and run.outputs.exists():
         parts.append(run.outputs.read_bytes())
+    if row.replays:
+        parts += [run.params_digest(), run.config.ensemble.measured]
     if row.embeds:
         parts.append(run.clip_network.digest)
     return digest(*parts)

@@ -289,6 +289,9 @@ class SmallRun:
             for name, losses in self.losses.items()
         }
 
+    def metagradients(self):
+        return {name: losses[:15, 0].T for name, losses in self.losses.items()}
+
     def arrays(self, queries, measurement, folder=""):
         """The features of training images and of queries."""
         both = "train", queries
@@ -321,6 +324,8 @@ def expected_scores(run, name, queries):
         return row.function(*run.arrays("journey", "loss"), 0.2)
     if row.learn:
         return row.function(run.masks, run.losses[queries].mean(axis=1))
+    if name == "metagradient":
+        return -run.metagradients()[queries]
     if name.startswith("pixel"):
         return row.function(run.splits.train.images, run.queries[queries].images)
     if name.startswith("clip"):
@@ -339,6 +344,7 @@ def test_every_method_scores_a_run(name):
     assert list(row.folders(run.config)) == folders
     assert {*run.asked} - {*run.queries, ""} == {*folders} - {""}
     kinds = {"featurize"} if row.measurement else {"retrain"} if row.learn else set()
+    kinds |= {"train"} if row.replays else set()
     assert {*row.needs} == kinds
     assert results.keys() == {q for q in run.queries if row.applies_to(q)}
     for queries, scores in results.items():

@@ -27,6 +27,7 @@ FLAGS = {
     "train.steps": "20",
     "train.checkpoints": "0.5 1.0",
     "train.batch-size": "16",
+    "train.eps-root": "1e-8",
     "sample.count": "3",
     "sample.steps": "5",
     "features.timesteps": "100 300",

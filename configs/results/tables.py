@@ -193,6 +193,19 @@ def lds_differences() -> Lines:
     return lines
 
 
+def metagradients() -> Lines:
+    """The LDS on digits of exact metagradients and of kernel scores, by what is left out."""
+    rows, said = read("digits_metagradient")["rows"], {"metagradient": "metagradient"}
+    said |= {"trak": "TRAK", "dtrak": "D-TRAK", "losses": "the other training's losses"}
+    counts = dict.fromkeys(row["dropped"] for row in rows)
+    lines = [["training", "predicted by", *(f"{n} images left out" for n in counts)]]
+    for seed, (method, text) in itertools.product(("same", "other"), said.items()):
+        own = [r for r in rows if (r["seed"], r["method"]) == (seed, method)]
+        cells = [interval(r) if "low" in r else number(r["lds"]) for r in own]
+        lines += [[f"{seed} seed", text, *cells]] if own else []
+    return lines
+
+
 def study(data: str, name: str, rule: str | None = "cross-fitted", **fields) -> list:
     """Returns the rows of a study: held-out images, first seed, one rule for damping."""
     wanted = {"name": name, "queries": "validation", "seed": 0, "transform": "linear"}
@@ -408,6 +421,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "digits damping": damping,
     "digits differences": lds_differences,
     "mnist lds": lambda: lds("mnist"),
+    "metagradients": metagradients,
     "noise": noise,
     "rules": rules,
     "draws": draws,

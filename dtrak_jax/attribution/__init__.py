@@ -25,7 +25,11 @@ from dtrak_jax.attribution.kernel import (
 )
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor
-from dtrak_jax.attribution.retraining import datamodels, empirical_influence
+from dtrak_jax.attribution.retraining import (
+    datamodels,
+    empirical_influence,
+    metagradient,
+)
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.sets import RemovalSet, removal_set
 from dtrak_jax.attribution.similarity import (
@@ -65,6 +69,7 @@ __all__ = [
     "group_floor",
     "group_scores",
     "influence",
+    "metagradient",
     "near_duplicates",
     "pixel_cosine",
     "pixel_dot",

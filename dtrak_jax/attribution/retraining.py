@@ -1,8 +1,8 @@
-"""Methods that learn from models retrained on subsets of the training set.
+"""Methods that learn from training again: on subsets, or with its derivative.
 
 masks, bool [M, n], says on which of the n training examples each of M models was
-trained; outputs [M, q] is the loss of each query under each model. Both methods predict
-the loss and are negated, so that a positive score means what it does for all methods:
+trained; outputs [M, q] is the loss of each query under each model. The two methods of
+these predict the loss and are negated, so that a positive score means what it does for all methods:
 training on the example lowered the query's loss.
 """
 
@@ -12,6 +12,15 @@ import numpy as np
 import scipy.linalg
 
 from dtrak_jax.checks import at_least, positive
+
+
+def metagradient(derivatives: np.ndarray) -> np.ndarray:
+    """Returns minus the derivatives of queries' losses by the weights of training examples
+    in the whole training, [q, n].
+
+    MAGIC (arXiv 2504.16430); see `dtrak_jax.metagradients`.
+    """
+    return -derivatives
 
 
 def empirical_influence(masks: np.ndarray, outputs: np.ndarray) -> np.ndarray:

@@ -212,6 +212,11 @@ JOURNEY = Inputs(
 OUTPUTS = Inputs(
     "models retrained on subsets", partial(_each, _outputs), needs=("retrain",)
 )
+REPLAY = Inputs(
+    "training again, with its derivative",
+    partial(_each, lambda run, _, q: (run.metagradients()[q],)),
+    needs=("train",),
+)
 IMAGES = Inputs(
     "images, or their latents",
     partial(_each, lambda run, _, q: (run.space.x("train"), run.space.x(q))),

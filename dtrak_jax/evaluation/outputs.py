@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -104,8 +104,7 @@ def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
         network = network_params(member_params, frozen)
 
         def eps(word):
-            key = fold_in(stream(seed, "outputs"), word[0], word[1], t, draw)
-            return normal(key, x.shape[1:])
+            return noise(seed, word, t, draw, x.shape[1:])
 
         def predict(x_t, t):
             return apply(network, x_t, t, cond)
@@ -115,6 +114,67 @@ def losses_function(apply: Apply, schedule: Schedule, mesh: jax.sharding.Mesh):
 
     specs = (P("member"), *7 * [P()])
     return parallel.sharded(losses, mesh, specs, P("member"))
+
+
+def noise(seed, word, t, draw, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the noise of a query, known by its word [2], at a timestep and draw."""
+    return normal(fold_in(stream(seed, "outputs"), word[0], word[1], t, draw), shape)
+
+
+def measured_gradients(
+    apply: Apply,
+    schedule: Schedule,
+    params: Params,
+    images: np.ndarray,
+    ids: np.ndarray,
+    settings: "EnsembleConfig | QueryLosses",
+    cond=None,
+    frozen: Params | None = None,
+) -> Params:
+    """Returns the gradient of every image's `measure` by one model's parameters, stacked
+    [n, ...] on the host; the arguments are those of `measure`, with one model alone."""
+    gradient, words = gradient_function(apply, schedule), id_words(ids)
+    grid = timestep_grid(settings.timesteps, schedule)
+    draws = np.arange(settings.draws, dtype=np.int32)
+    pairs = np.stack(np.meshgrid(grid, draws, indexing="ij"), axis=-1).reshape(-1, 2)
+    size = min(settings.batch_size, len(pairs))
+    params, frozen = jax.device_put((params, frozen))
+    stack = []
+    for i in progress(range(len(images)), "gradients", unit="query", delay=5):
+        example = jax.tree.map(lambda column, i=i: column[i : i + 1], (images, cond))
+        total = 0.0
+        for start in range(0, len(pairs), size):
+            rows = pairs[start : start + size]
+            share = np.pad(np.full(len(rows), 1 / len(pairs)), (0, size - len(rows)))
+            given = words[i], parallel.pad(rows, size), share, np.uint32(settings.seed)
+            part = jax.device_get(gradient(params, frozen, *example, *given))
+            total = part if start == 0 else jax.tree.map(np.add, total, part)
+        stack.append(total)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *stack)
+
+
+@functools.cache
+def gradient_function(apply: Apply, schedule: Schedule) -> Callable:
+    """Compiles (params, frozen, x [1,...], cond, word [2], pairs [B, 2], shares [B], seed)
+    -> the gradient of the sum over pairs (t, draw) of their shares of a query's loss."""
+
+    def total(params, frozen, x, cond, word, pairs, shares, seed):
+        network = network_params(params, frozen)
+
+        def many(column):
+            return jnp.broadcast_to(column, (len(pairs), *column.shape[1:]))
+
+        def eps(pair):
+            return noise(seed, word, pair[0], pair[1], x.shape[1:])
+
+        def predict(x_t, t):
+            return apply(network, x_t, t, jax.tree.map(many, cond))
+
+        noises = jax.vmap(eps)(pairs)
+        losses = denoising_loss(predict, schedule, many(x), pairs[:, 0], noises)
+        return jnp.sum(shares * losses)
+
+    return jax.jit(jax.grad(total))
 
 
 def losses_program(

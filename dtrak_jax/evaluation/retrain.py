@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -95,11 +94,7 @@ def measure_members(run: Run, names: Sequence[str]) -> None:
         if not files.holds(outputs_path(run, name), made_from)
     ]
     if unmeasured:
-        x = np.concatenate([run.space.x(name) for name in run.queries])
-        conds = [run.space.cond(name) for name in run.queries]
-        cond = jax.tree.map(
-            lambda *parts: np.concatenate([p[:] for p in parts]), *conds
-        )
+        x, cond = truth.query_inputs(run)
     ids, settings = made_from["query_ids"], run.config.ensemble
     steps, folder = member_steps(run.config), run.workdir / "ensemble"
     groups = parallel.groups(unmeasured)

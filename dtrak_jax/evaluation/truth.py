@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from dtrak_jax import data, files, training
@@ -188,6 +189,13 @@ def measured_from(run: "Run") -> dict[str, np.ndarray]:
         "query_digests": np.concatenate([examples.digests for examples in sets]),
         "settings": np.array(run.config.ensemble.measured),
     }
+
+
+def query_inputs(run: "Run") -> tuple:
+    """Returns what the network is given of all queries [queries, ...], and conditions."""
+    x = np.concatenate([run.space.x(name) for name in run.queries])
+    conds = [run.space.cond(name) for name in run.queries]
+    return x, jax.tree.map(lambda *parts: np.concatenate([p[:] for p in parts]), *conds)
 
 
 def made_from(run: "Run") -> dict[str, np.ndarray]:

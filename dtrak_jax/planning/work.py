@@ -42,6 +42,8 @@ def passes(run: Run) -> dict[str, float]:
     train = run.counts["train"]
     removals *= 1 - removal.removed_of(train) / train
 
+    replays = any(METHODS[name].replays for name in config.attribution.methods)
+
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
         return (1 + 2 * measurements) * pairs * images
@@ -54,6 +56,8 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
+        # A step back is about four steps for each query.
+        "attribute": replays * training * (2 + 4 * queries),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(

@@ -21,6 +21,8 @@ class TrainConfig:
     """AdamW's decay of the mean of gradients."""
     b2: float = 0.999
     """AdamW's decay of the mean of squared gradients."""
+    eps_root: float = 0.0
+    """What AdamW adds under its square root; metagradients need more than 0."""
     weight_decay: float = 1e-6
     """AdamW's weight decay."""
     clip_norm: float = 1.0
@@ -49,7 +51,8 @@ class TrainConfig:
             at_least(f"train.{name}", getattr(self, name), 1)
         positive("train.learning_rate", self.learning_rate)
         between("train.warmup", self.warmup, 0, 1)
-        between("train.weight_decay", self.weight_decay, 0)
+        for name in ("eps_root", "weight_decay"):
+            between(f"train.{name}", getattr(self, name), 0)
         positive("train.clip_norm", self.clip_norm)
         for name in ("b1", "b2", "ema_decay", "caption_dropout"):
             between(f"train.{name}", getattr(self, name), 0, 0.999999)

@@ -133,7 +133,11 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Returns clipping by the global norm, then AdamW on every parameter."""
     adamw = optax.adamw(
-        learning_rate(config), config.b1, config.b2, weight_decay=config.weight_decay
+        learning_rate(config),
+        config.b1,
+        config.b2,
+        eps_root=config.eps_root,
+        weight_decay=config.weight_decay,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
@@ -183,14 +187,33 @@ def train_step(
     network is called with the pair (params, frozen) in place of params if there are
     frozen parameters.
     """
-    config = recipe.config
-    key = fold_in(stream(seed, "train"), state.step)
+    given = state.step, batch, seed, frozen
+    (value, _), grads = gradient(recipe, state.params, *given)
+    return updated(recipe.config, state, value, grads)
+
+
+def gradient(
+    recipe: Recipe,
+    params: Params,
+    step: jax.Array,
+    batch: Batch,
+    seed: jax.Array,
+    frozen: Params | None,
+) -> tuple[tuple[jax.Array, jax.Array], Params]:
+    """Returns the loss of a step, the losses of its examples [B], and its gradient."""
+    key = fold_in(stream(seed, "train"), step)
 
     def loss(params):
         losses = recipe.losses(params, frozen, batch, key)
-        return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights)
+        return jnp.sum(batch.weights * losses) / jnp.sum(batch.weights), losses
 
-    value, grads = jax.value_and_grad(loss)(state.params)
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def updated(
+    config: TrainConfig, state: TrainState, value: jax.Array, grads: Params
+) -> TrainState:
+    """Returns the state after a step with this loss and its gradient."""
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
