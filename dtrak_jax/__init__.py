@@ -11,6 +11,7 @@ from dtrak_jax.attribution import (
     near_duplicates,
     removal_set,
 )
+from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
@@ -31,6 +32,7 @@ from dtrak_jax.features import (
     featurize,
     merge,
 )
+from dtrak_jax.features.curvature import ekfac
 from dtrak_jax.methods import attribute
 from dtrak_jax.models.tags import layer
 
@@ -53,6 +55,8 @@ __all__ = [
     "counterfactual",
     "damping_path",
     "distortion",
+    "ekfac",
+    "ekfac_influence",
     "featurize",
     "flow_schedule",
     "layer",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dtrak_jax.attribution.errors import PairSum, draws_of
-from dtrak_jax.attribution.groups import check_columns, names_hash
+from dtrak_jax.attribution.errors import PairSum, draws_of, summed
+from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
@@ -74,25 +74,10 @@ def score(
     for name, query in queries.items():
         ids = example_ids(query)
         rows = slice(start, start + len(ids))
-        results[name] = _summed(total, rows, query_ids=ids, **fields)
+        results[name] = summed(total, rows, query_ids=ids, **fields)
         _warn_of_equal(results[name].scores, ids)
         start = rows.stop
     return results
-
-
-def _summed(total: PairSum, rows: slice, **fields) -> Scores:
-    """Returns the scores of some rows of a sum over pairs, with their errors."""
-    errors = total.errors
-    return Scores(
-        total.total[rows].astype(np.float32),
-        errors=None if errors is None else errors[rows].astype(np.float32),
-        group_errors={
-            names_hash(fields["columns"][name]): array[rows]
-            for name, array in total.group_errors.items()
-        },
-        freedom=total.freedom(rows),
-        **fields,
-    )
 
 
 def _warn_of_slots(train: Array) -> None:
@@ -172,7 +157,7 @@ def _checkpoints(run: "Run", method: "Method") -> dict[str, Scores]:
         method.function(trains, queries, total)
         ids = {"train_ids": trains[0].ids, "query_ids": queries[0].ids}
         named = ids | {"method": method.name, "columns": columns}
-        results[name] = _summed(total, slice(None), **named)
+        results[name] = summed(total, slice(None), **named)
     return results
 
 
