@@ -8,10 +8,10 @@ from dtrak_jax.attribution import (
     Scores,
     absolute,
     damping_path,
+    ekfac_influence,
     near_duplicates,
     removal_set,
 )
-from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.data import load_images
 from dtrak_jax.diffusion import (
     Schedule,
@@ -29,10 +29,10 @@ from dtrak_jax.features import (
     Projection,
     Task,
     distortion,
+    ekfac,
     featurize,
     merge,
 )
-from dtrak_jax.features.curvature import ekfac
 from dtrak_jax.methods import attribute
 from dtrak_jax.models.tags import layer
 

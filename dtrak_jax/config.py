@@ -128,6 +128,9 @@ class AttributionConfig:
     solver: Literal["eigh", "cg"] = free("eigh")
     """eigh decomposes every kernel on the host; cg, for kernels too large for that,
     iterates for every query, and leaves lds without curves over the damping."""
+    cotangents: int = free(1)
+    """Random cotangents of each image, timestep and draw that make the curvature of
+    `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
 
     def __post_init__(self):
         if not self.methods:
@@ -135,6 +138,7 @@ class AttributionConfig:
         check_choices("attribution", self)
         distinct("attribution.methods", self.methods)
         positive("attribution.damping", self.damping)
+        at_least("attribution.cotangents", self.cotangents, 0)
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:
                 raise ValueError(
@@ -280,6 +284,8 @@ class Config:
                 missing = (
                     "CLIP: clip.folder is empty; it must name a CLIP model's folder"
                 )
+            elif method.curved and self.features.noise == "cyclic":
+                missing = "features.noise other than 'cyclic', which only queries have"
             elif of_checkpoints and self.is_given:
                 missing = (
                     "checkpoints of training: model.folder and lora.file must be empty"

@@ -14,6 +14,7 @@ from dtrak_jax.attribution import (
     Kernels,
     Scores,
     datamodels,
+    ekfac_influence,
     embedding_cosine,
     embedding_dot,
     empirical_influence,
@@ -31,6 +32,7 @@ from dtrak_jax.attribution import (
 from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
+    CURVATURE,
     EMBEDDINGS,
     IDS,
     IMAGES,
@@ -76,6 +78,11 @@ class Method(NamedTuple):
         return self.inputs is EMBEDDINGS
 
     @property
+    def curved(self) -> bool:
+        """True if the scores are made from EK-FAC's curvature."""
+        return self.inputs is CURVATURE
+
+    @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         """The function if it learns from retrained models, to be scored on unseen ones."""
         return self.function if self.inputs is OUTPUTS else None
@@ -99,6 +106,7 @@ class Method(NamedTuple):
 
 
 DTRAK, TRAK, RELATIF = "arXiv 2311.00500", "arXiv 2303.14186", "arXiv 2003.11630"
+EKFAC = "arXiv 2410.13850"
 TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
 
 
@@ -153,6 +161,15 @@ ROWS = (
         "trak over the size of the example's gradient",
         GAS,
         function=renormalised_influence,
+    ),
+    Method(
+        "ekfac",
+        "EK-FAC",
+        ekfac_influence,
+        "influence of whole gradients of the loss, with the Gauss-Newton matrix by EK-FAC",
+        EKFAC,
+        CURVATURE,
+        damped=True,
     ),
     _kernel(
         "journey-trak",

@@ -77,7 +77,8 @@ def noised_inputs(task, images):
 
 
 def close(actual, expected, tolerance=1e-5):
-    atol = tolerance * np.abs(expected).max()
+    # A bias of an attention's keys has no gradient but by rounding.
+    atol = tolerance * np.abs(expected).max() + 1e-15
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
@@ -116,9 +117,7 @@ def test_eigenvalues_are_the_diagonal_of_the_gauss_newton_matrix(net, images):  
             sides = block.inputs.astype(np.float64), block.outputs.astype(np.float64)
             j = np.einsum("ia,rdio,ob->rdab", sides[0], j, sides[1])
         expected = 2 / images[0].size * (j**2).sum(axis=1).mean(axis=0)
-        # A bias of an attention's keys has no gradient but by rounding.
-        atol = 1e-4 * expected.max() + 1e-15
-        np.testing.assert_allclose(block.eigenvalues, expected, rtol=0, atol=atol)
+        close(block.eigenvalues, expected, 1e-4)
         trace, size = trace + expected.sum(), size + expected.size
     layers = [path for path, block in made.blocks.items() if block.inputs is not None]
     assert {"dense/kernel", "two_axes/kernel", "attention/query/kernel"} < {*layers}
@@ -155,7 +154,7 @@ def test_influence_of_a_linear_network_is_exact(matrix, both, apart, monkeypatch
 
 
 def test_random_cotangents_are_right_in_expectation(matrix, both):
-    """And are the mean of G's outer products, so that many of them come close."""
+    """A hundred times as many err by a tenth."""
     task = task_of(linear)
     exact = dtrak.ekfac(task, matrix, both[0], cotangents=0)
     near = dtrak.ekfac(task, matrix, both[0], cotangents=200)
@@ -165,7 +164,7 @@ def test_random_cotangents_are_right_in_expectation(matrix, both):
         np.linalg.norm(dense(made.blocks[""]) - expected) / np.linalg.norm(expected)
         for made in (near, far)
     ]
-    assert errors[0] < 0.05 < errors[1] < 0.7
+    assert errors[0] < 0.12 and 5 < errors[1] / errors[0] < 20
 
 
 def test_devices_and_batches_change_nothing(net, images, monkeypatch):  # noqa: F811

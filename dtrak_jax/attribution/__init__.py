@@ -6,6 +6,7 @@ one table.
 """
 
 from dtrak_jax.attribution.duplicates import near_duplicates
+from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
@@ -48,6 +49,7 @@ __all__ = [
     "absolute",
     "damping_path",
     "datamodels",
+    "ekfac_influence",
     "embedding_cosine",
     "embedding_dot",
     "empirical_influence",

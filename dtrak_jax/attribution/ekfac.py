@@ -18,7 +18,7 @@ from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, instance, positive
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.features.curvature import HIGHEST, Curvature
+from dtrak_jax.features.curvature import Curvature
 from dtrak_jax.features.featurize import (
     StepPrograms,
     checked,
@@ -28,9 +28,10 @@ from dtrak_jax.features.featurize import (
 )
 from dtrak_jax.features.fingerprint import Role, example_hashes, noise_words
 from dtrak_jax.features.gradients import EXAMPLES
+from dtrak_jax.features.passes import HIGHEST
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.store import chunks_of
-from dtrak_jax.parallel import P, sharded
+from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
@@ -43,15 +44,17 @@ training images pass by several times."""
 def ekfac_influence(
     curvature: Curvature,
     train: np.ndarray | Dataset,
-    query: np.ndarray | Dataset,
+    query: np.ndarray | Dataset | dict[str, np.ndarray | Dataset],
     *,
     damping: float | Damping = DEFAULT_DAMPING,
-    ids: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None),
-    cond: tuple[object, object] = (None, None),
+    ids: Sequence[str] | None = None,
+    cond: object = None,
+    query_ids: Sequence[str] | dict[str, Sequence[str]] | None = None,
+    query_cond: object = None,
     bounds: tuple[float, float] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 64,
-) -> Scores:
+) -> Scores | dict[str, Scores]:
     """Scores every training image for every query by influence functions,
 
       tau(q, n) = sum_j g_j(q)^T (F + lambda I)^-1 g_j(n),
@@ -64,48 +67,54 @@ def ekfac_influence(
     Args:
       curvature: F, the network, and the task: its timesteps, noise and whether it
         averages; `dataclasses.replace(curvature, task=...)` gives it another one.
-      train, query: images as `featurize` takes them.
+      train, query: images as `featurize` takes them; or several sets of queries by name,
+        whose `query_ids` and `query_cond`, if there are any, have the same names.
       damping: lambda in units of F's mean eigenvalue, trace(F) / p; or `absolute(lambda)`.
-      ids, cond: of `featurize`, for training images and for queries.
-      bounds, batch_size: of `featurize`.
+      ids, cond, query_ids, query_cond, bounds, batch_size: those of `featurize`.
       groups: as of `attribute`.
 
     Returns:
-      The scores, all processes alike, which must call this together. With 2 independent
-      draws or more, kept apart, they have standard errors as those of `attribute`.
+      The scores; {name: scores} of several sets. All processes must call this together.
+      With 2 independent draws or more, kept apart, they have standard errors as those of
+      `attribute`.
 
     Raises:
-      ValueError: what `featurize` raises; a damping of 0; or groups of other examples.
+      ValueError: what `featurize` raises; a damping of 0; noise that is cyclic, which
+        training images do not have; or groups of other examples.
     """
     instance("curvature", curvature, Curvature)
     damping = Damping.of(damping)
     unit = 1 if damping.absolute else curvature.mean_eigenvalue
     value = positive("damping", damping.value) * unit
-    task, sides, names = curvature.task, [], []
-    for role, images, side in (("train", train, 0), ("query", query, 1)):
-        more = images, ids[side], cond[side], bounds
-        names_of_side, examples = _examples(curvature, role, *more)
-        names.append(np.array(names_of_side))
-        sides.append(examples)
-    columns = check_columns(groups, len(names[0]))
-    independent = task.per_timestep and task.noise != "cyclic"
-    total = PairSum(task.draws if independent else 1, columns)
+    if curvature.task.noise == "cyclic":
+        raise ValueError(
+            "noise is 'cyclic', a control by features of queries; the curvature's task "
+            "must have other noise."
+        )
+    one_of_many = functools.partial(_examples, curvature, bounds)
+    train_ids, train = one_of_many("train", train, ids, cond)
+    several, many = isinstance(query, dict), []
+    for name, images in query.items() if several else [("", query)]:
+        given = [c[name] if several and c else c for c in (query_ids, query_cond)]
+        many.append((name, *one_of_many("query", images, *given)))
+    columns = check_columns(groups, len(train_ids))
+    total = PairSum(curvature.task.draws if curvature.task.per_timestep else 1, columns)
+    joined = jax.tree.map(lambda *sets: np.concatenate(sets), *(e for *_, e in many))
     size = at_least("batch_size", batch_size, 1)
-    for tau in _pairs(curvature, value, *sides, size):
+    for tau in _pairs(curvature, value, train, joined, size):
         total.add(tau)
-    return summed(
-        total,
-        train_ids=names[0],
-        query_ids=names[1],
-        method="ekfac",
-        columns=columns,
-        damping=damping,
-        lambdas=np.array([value]),
-    )
+    fields = {"train_ids": np.array(train_ids), "method": "ekfac", "columns": columns}
+    fields |= {"damping": damping, "lambdas": np.array([value])}
+    results, start = {}, 0
+    for name, names, _ in many:
+        rows = slice(start, start + len(names))
+        results[name] = summed(total, rows, query_ids=np.array(names), **fields)
+        start = rows.stop
+    return results if several else results[""]
 
 
 def _examples(
-    curvature: Curvature, role: Role, images, ids, cond, bounds
+    curvature: Curvature, bounds, role: Role, images, ids, cond
 ) -> tuple[tuple[str, ...], tuple]:
     """Returns the ids of examples, and (x, words, position, cond) of `microbatches`."""
     network = curvature.params, curvature.frozen
@@ -118,23 +127,17 @@ def _pairs(
     curvature: Curvature, value: float, train: tuple, query: tuple, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Yields the scores [q, n] of each pair at lambda = `value`, or of the mean of all."""
-    task, (x, *_, cond), mesh = (
-        curvature.task,
-        train,
-        example_mesh(jax.local_devices(), 1),
-    )
-    network = curvature.params, curvature.frozen
-    programs = step_programs(
-        task, network[0], x, Projection("none"), mesh, batch_size,
-        frozen=network[1], cond=cond,
-    )  # fmt: skip
-    on_mesh = parallel.put((*network, {}), mesh)
+    (x, *_, cond), mesh = train, example_mesh(jax.local_devices(), 1)
+    task, params, frozen = curvature.task, curvature.params, curvature.frozen
+    how = x, Projection("none"), mesh, batch_size
+    programs = step_programs(task, params, *how, frozen=frozen, cond=cond)
+    on_mesh = parallel.put((params, frozen, {}), mesh)
     blocks = parallel.put(list(curvature.blocks.values()), mesh)
     divide, product = divide_function(mesh), product_function(mesh)
     n, q, layout = len(x), len(query[0]), programs.layout
     mine = parallel.share(n)
     train = jax.tree.map(lambda column: column[mine], train)
-    chunks = chunks_of(q, max(1, QUERY_BYTES // (4 * layout.dim)))
+    chunks = chunks_of(q, queries_at_once(layout.dim))
     pairs = range(layout.pairs) if layout.apart else [None]
     with progress(None, "ekfac", len(pairs) * len(chunks) * n, "image") as bar:
         for pair in pairs:
@@ -168,6 +171,21 @@ def _gradients(
     for gradients, _ in gradient_rounds(programs, network, examples, pair):
         (parts,) = gradients.values()
         yield parts
+
+
+def queries_at_once(p: int) -> int:
+    """Returns how many queries' gradients of length p are on a device at one time."""
+    return max(1, QUERY_BYTES // (4 * p))
+
+
+def score_program(programs: StepPrograms, queries: int) -> Program:
+    """Returns the program that scores a round of training images for some queries."""
+    mesh = programs.gradients.mesh
+    (gradients,) = programs.project.arguments[0].values()
+    divided = [
+        jax.ShapeDtypeStruct((queries, part.shape[1]), part.dtype) for part in gradients
+    ]
+    return Program(product_function(mesh), (gradients, divided), mesh)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """From the features of one model, or the artefacts of a run, to `Scores`."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -114,6 +115,24 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     return score(method, kernels, queries, run.damping, groups)
 
 
+def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with the curvature, training images and all queries."""
+    space, train = run.space, run.splits.train
+    return method.function(
+        run.curvature(),
+        space.x("train"),
+        {name: space.x(name) for name in run.queries},
+        damping=run.damping,
+        ids=train.ids,
+        cond=space.cond("train"),
+        query_ids={name: queries.ids for name, queries in run.queries.items()},
+        query_cond={name: space.cond(name) for name in run.queries},
+        bounds=space.bounds or (-math.inf, math.inf),
+        groups=train.groupings,
+        batch_size=run.config.features.batch_size,
+    )
+
+
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
     """Does so for each model, and returns the mean of their scores."""
     members = [_one_model(run, method, folder) for folder in model_folders(run.config)]
@@ -180,6 +199,7 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
+CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
 )

@@ -4,6 +4,7 @@ A pass is a forward pass of one image, and a backward pass counts as two. From t
 of a pass on the devices at hand follows about how long a stage takes.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -41,6 +42,9 @@ def passes(run: Run) -> dict[str, float]:
     removals = removal.queries * (len(config.removal_methods) + 1)
     removals *= 1 - removal.count / run.counts["train"]
 
+    curved = any(METHODS[name].curved for name in config.attribution.methods)
+    cotangents = config.attribution.cotangents or math.prod(run.network.shape)
+
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
         return (1 + 2 * measurements) * pairs * images
@@ -53,6 +57,9 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
+        # Two passes over cotangents for the curvature, and all gradients.
+        "attribute": curved * (6 * cotangents * pairs * run.counts["train"])
+        + curved * gradients(pairs, 1),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
