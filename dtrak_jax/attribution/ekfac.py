@@ -18,7 +18,7 @@ from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, instance, positive
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.features.curvature import Curvature
+from dtrak_jax.features.curvature import Block, Curvature
 from dtrak_jax.features.featurize import (
     StepPrograms,
     checked,
@@ -134,6 +134,7 @@ def _pairs(
     on_mesh = parallel.put((params, frozen, {}), mesh)
     blocks = parallel.put(list(curvature.blocks.values()), mesh)
     divide, product = divide_function(mesh), product_function(mesh)
+    value = np.float32(value)
     n, q, layout = len(x), len(query[0]), programs.layout
     mine = parallel.share(n)
     train = jax.tree.map(lambda column: column[mine], train)
@@ -178,14 +179,27 @@ def queries_at_once(p: int) -> int:
     return max(1, QUERY_BYTES // (4 * p))
 
 
-def score_program(programs: StepPrograms, queries: int) -> Program:
-    """Returns the program that scores a round of training images for some queries."""
-    mesh = programs.gradients.mesh
+def score_calls(
+    programs: StepPrograms, blocks: list[Block], n: int, queries: int
+) -> list[tuple[Program, int]]:
+    """Returns the programs that score n training images, a process's share, and how often
+    each is called. Shapes will do for F's blocks.
+    """
+    layout, mesh = programs.layout, programs.gradients.mesh
+    shape = jax.ShapeDtypeStruct
     (gradients,) = programs.project.arguments[0].values()
-    divided = [
-        jax.ShapeDtypeStruct((queries, part.shape[1]), part.dtype) for part in gradients
+    chunks = chunks_of(queries, queries_at_once(layout.dim))
+    largest = chunks[0].stop
+    divided = [shape((largest, part.shape[1]), part.dtype) for part in gradients]
+    of_queries = sum(-(-(c.stop - c.start) // layout.size) for c in chunks)
+    of_train = len(chunks) * -(-n // layout.size)
+    divide = gradients, blocks, shape((), np.float32)
+    calls = [
+        (programs.gradients, (of_queries + of_train) * layout.parts),
+        (Program(divide_function(mesh), divide, mesh), of_queries),
+        (Program(product_function(mesh), (gradients, divided), mesh), of_train),
     ]
-    return Program(product_function(mesh), (gradients, divided), mesh)
+    return [(program, count * layout.per_example) for program, count in calls]
 
 
 @functools.cache

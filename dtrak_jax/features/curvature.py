@@ -38,7 +38,11 @@ from dtrak_jax.data.dataset import Dataset
 from dtrak_jax.digests import digest, named_leaves
 from dtrak_jax.features.featurize import checked, example_mesh
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint, noise_words
-from dtrak_jax.features.gradients import addition_function, network_inputs
+from dtrak_jax.features.gradients import (
+    addition_function,
+    chosen_leaves,
+    network_inputs,
+)
 from dtrak_jax.features.microbatches import Layout, microbatches
 from dtrak_jax.features.passes import HIGHEST, Draws, pass_programs
 from dtrak_jax.features.projection import Projection
@@ -52,11 +56,12 @@ from dtrak_jax.switches import standard
 class Block(NamedTuple):
     """The part of F that belongs to one leaf of the parameters."""
 
-    eigenvalues: (
-        np.ndarray
-    )  # Lambda, float32 [window C_in, C_out]; or a diagonal [size]
-    inputs: np.ndarray | None = None  # eigenvectors of A in columns; None of a diagonal
-    outputs: np.ndarray | None = None  # those of B
+    eigenvalues: np.ndarray
+    """Lambda, float32 [window C_in, C_out]; or a diagonal [size]."""
+    inputs: np.ndarray | None = None
+    """The eigenvectors of A in columns; None of a diagonal."""
+    outputs: np.ndarray | None = None
+    """Those of B."""
 
     def divide(self, gradients: jax.Array, damping: jax.Array) -> jax.Array:
         """Returns (F + lambda I)^-1 g of the leaf's gradients [S, size]."""
@@ -160,6 +165,21 @@ def ekfac(
             _save(store, blocks, made_from)
         parallel.barrier(f"write {store}")
     return Curvature(task, *network, blocks)
+
+
+def block_shapes(draws: Draws, params: Params) -> list[Block]:
+    """Returns the shapes of the blocks of F; shapes will do for parameters."""
+
+    def shape(*sides: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sides, np.float32)
+
+    leaves, sides = jax.tree.leaves(params), draws.sides(params)
+    return [
+        Block(shape(*sides[i]), *(shape(side, side) for side in sides[i]))
+        if i in sides
+        else Block(shape(leaves[i].size))
+        for i in chosen_leaves(draws.task, params)
+    ]
 
 
 def _blocks(

@@ -116,7 +116,7 @@ def pass_programs(
         i: tuple(shape((side, side), np.float32) for side in sides)
         for i, sides in draws.sides(params).items()
     }
-    first, second = _factors_function(draws, mesh), _eigenvalues_function(draws, mesh)
+    first, second = factors_function(draws, mesh), eigenvalues_function(draws, mesh)
     return Passes(
         layout,
         Program(first, (params, frozen, microbatch), mesh),
@@ -125,7 +125,7 @@ def pass_programs(
 
 
 @functools.cache
-def _factors_function(draws: Draws, mesh: jax.sharding.Mesh) -> Callable:
+def factors_function(draws: Draws, mesh: jax.sharding.Mesh) -> Callable:
     """Compiles the first pass, see `Passes`."""
 
     def factors(params, frozen, microbatch):
@@ -144,7 +144,7 @@ def _factors_function(draws: Draws, mesh: jax.sharding.Mesh) -> Callable:
 
 
 @functools.cache
-def _eigenvalues_function(draws: Draws, mesh: jax.sharding.Mesh) -> Callable:
+def eigenvalues_function(draws: Draws, mesh: jax.sharding.Mesh) -> Callable:
     """Compiles the second pass, see `Passes`."""
 
     def eigenvalues(params, frozen, bases, microbatch):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion, training
-from dtrak_jax.attribution.ekfac import queries_at_once, score_program
+from dtrak_jax.attribution.ekfac import score_calls
 from dtrak_jax.attribution.kernel import eigh_bytes
 from dtrak_jax.attribution.linalg import gram_program
 from dtrak_jax.encoding.encode import (
@@ -24,6 +24,7 @@ from dtrak_jax.encoding.encode import (
 from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_programs
+from dtrak_jax.features.curvature import block_shapes
 from dtrak_jax.features.passes import Draws, pass_programs
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
@@ -195,11 +196,7 @@ def _curvature(run: Run, topology: Topology) -> list[Planned]:
         frozen=given.frozen,
         cond=given.cond,
     )
-    layout = programs.layout
-    images = share * math.ceil(queries / queries_at_once(layout.dim)) + queries
-    rounds = math.ceil(images / layout.size * layout.per_example) * layout.parts
-    scored = score_program(programs, min(queries, queries_at_once(layout.dim)))
-    calls = [(programs.gradients, rounds), (scored, rounds // layout.parts)]
+    calls = score_calls(programs, block_shapes(draws, run.param_shapes), share, queries)
     scores = 4 * n * queries
     return [*planned, Planned("ekfac", step, calls, scores, scores)]
 

@@ -43,7 +43,9 @@ def passes(run: Run) -> dict[str, float]:
     removals *= 1 - removal.count / run.counts["train"]
 
     curved = any(METHODS[name].curved for name in config.attribution.methods)
-    cotangents = config.attribution.cotangents or math.prod(run.network.shape)
+    # Two passes over all cotangents make the curvature.
+    made = 6 * pairs * run.counts["train"]
+    made *= config.attribution.cotangents or math.prod(run.network.shape)
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
@@ -57,16 +59,13 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
-        # Two passes over cotangents for the curvature, and all gradients.
-        "attribute": curved * (6 * cotangents * pairs * run.counts["train"])
-        + curved * gradients(pairs, 1),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
             gradients(len(spec.timesteps) * spec.draws, len(spec.measurements))
             for spec in specs
         ),
-    }
+    } | ({"attribute": made + gradients(pairs, 1)} if curved else {})
 
 
 def sides(run: Run) -> int:
