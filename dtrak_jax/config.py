@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
 from dtrak_jax.checks import (
     at_least,
     check_choices,
@@ -131,6 +132,8 @@ class AttributionConfig:
     cotangents: int = free(1)
     """Random cotangents of each image, timestep and draw that make the curvature of
     `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
+    ekfac_damping: float = free(EKFAC_DAMPING)
+    """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
 
     def __post_init__(self):
         if not self.methods:
@@ -138,6 +141,7 @@ class AttributionConfig:
         check_choices("attribution", self)
         distinct("attribution.methods", self.methods)
         positive("attribution.damping", self.damping)
+        positive("attribution.ekfac_damping", self.ekfac_damping)
         at_least("attribution.cotangents", self.cotangents, 0)
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:

@@ -150,10 +150,13 @@ def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
 
 
 def curvature(run: "Run") -> features.Curvature:
-    """Returns EK-FAC's curvature of the main model, computed unless it is there."""
+    """Returns EK-FAC's curvature of the main model, computed unless it is there.
+
+    Its task averages, whatever that of features does.
+    """
     space, examples = run.space, run.splits.train
     return features.ekfac(
-        run.task(measurement="loss"),
+        run.task(measurement="loss", per_timestep=False),
         run.params(),
         space.x("train"),
         frozen=space.frozen,
@@ -171,7 +174,7 @@ def curvature_path(run: "Run") -> epath.Path:
     settings, pairs = run.config.features, len(run.task().grid)
     cotangents = run.config.attribution.cotangents or "all"
     name = f"curvature/{settings.noise}-{pairs}x{settings.draws}-{cotangents}"
-    task = run.task(measurement="loss")
+    task = run.task(measurement="loss", per_timestep=False)
     made = path(run, FeatureSet(name, "train", task, Projection("none")))
     return made.with_name(f"{made.name}.npz")
 

@@ -74,9 +74,8 @@ def made_from(run: "Run", method: str) -> str:
     if row.measurement:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
     if row.curved:
-        parts += [f"{run.damping}", feature_sets.curvature_path(run).name]
-        parts.append(f"{run.config.features.per_timestep}")
-    if (row.measurement or row.curved) and run.config.features.draws > 1:
+        parts += [f"{settings.ekfac_damping}", feature_sets.curvature_path(run).name]
+    if row.measurement and run.config.features.draws > 1:
         # Errors of groups are made within each draw.
         columns = run.splits.train.groupings
         parts += ["errors", *(f"{k} {names_hash(v)}" for k, v in columns.items())]

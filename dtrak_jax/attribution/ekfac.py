@@ -14,7 +14,7 @@ import numpy as np
 from dtrak_jax import parallel
 from dtrak_jax.attribution.errors import PairSum, summed
 from dtrak_jax.attribution.groups import check_columns
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping
+from dtrak_jax.attribution.kernel import Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, instance, positive
 from dtrak_jax.data.dataset import Dataset
@@ -35,6 +35,10 @@ from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
+EKFAC_DAMPING = 0.001
+"""lambda in these units. It was chosen by the LDS on digits, where anything from 3e-5 to .01
+is within .01 of the best, and .1 loses .03."""
+
 QUERY_BYTES = 2**30
 """The bytes of preconditioned gradients on each device. Where all queries have more, the
 training images pass by several times."""
@@ -46,7 +50,7 @@ def ekfac_influence(
     train: np.ndarray | Dataset,
     query: np.ndarray | Dataset | dict[str, np.ndarray | Dataset],
     *,
-    damping: float | Damping = DEFAULT_DAMPING,
+    damping: float | Damping = EKFAC_DAMPING,
     ids: Sequence[str] | None = None,
     cond: object = None,
     query_ids: Sequence[str] | dict[str, Sequence[str]] | None = None,
@@ -57,19 +61,21 @@ def ekfac_influence(
 ) -> Scores | dict[str, Scores]:
     """Scores every training image for every query by influence functions,
 
-      tau(q, n) = sum_j g_j(q)^T (F + lambda I)^-1 g_j(n),
+      tau(q, n) = sum_j g_j(q)^T (F + Lambda)^-1 g_j(n),
 
     over the pairs j of a timestep and a noise draw of the curvature's task, g_j the
     gradient of the loss; or with the single g, the mean over pairs, where the task
-    averages. F, a mean over images, is the same for all pairs. Koh and Liang (arXiv
-    1703.04730), with F of `ekfac`; Mlodozeniec et al. (arXiv 2410.13850) average.
+    averages, as Mlodozeniec et al. (arXiv 2410.13850) do. F, a mean over images, is the
+    same for all pairs. Lambda is lambda_l I in the block of each leaf l of the parameters.
+    On digits (LDS, 5 pairs, 4 cotangents) the mean is the better one.
 
     Args:
       curvature: F, the network, and the task: its timesteps, noise and whether it
         averages; `dataclasses.replace(curvature, task=...)` gives it another one.
       train, query: images as `featurize` takes them; or several sets of queries by name,
         whose `query_ids` and `query_cond`, if there are any, have the same names.
-      damping: lambda in units of F's mean eigenvalue, trace(F) / p; or `absolute(lambda)`.
+      damping: lambda_l in units of the mean eigenvalue of its own block, without those that
+        are of rounding errors; or `absolute(lambda)`, the same for all.
       ids, cond, query_ids, query_cond, bounds, batch_size: those of `featurize`.
       groups: as of `attribute`.
 
@@ -84,8 +90,10 @@ def ekfac_influence(
     """
     instance("curvature", curvature, Curvature)
     damping = Damping.of(damping)
-    unit = 1 if damping.absolute else curvature.mean_eigenvalue
-    value = positive("damping", damping.value) * unit
+    units = curvature.mean_eigenvalues
+    if damping.absolute:
+        units = np.where(np.isfinite(units), 1, np.inf)
+    values = positive("damping", damping.value) * units
     if curvature.task.noise == "cyclic":
         raise ValueError(
             "noise is 'cyclic', a control by features of queries; the curvature's task "
@@ -101,10 +109,10 @@ def ekfac_influence(
     total = PairSum(curvature.task.draws if curvature.task.per_timestep else 1, columns)
     joined = jax.tree.map(lambda *sets: np.concatenate(sets), *(e for *_, e in many))
     size = at_least("batch_size", batch_size, 1)
-    for tau in _pairs(curvature, value, train, joined, size):
+    for tau in _pairs(curvature, values, train, joined, size):
         total.add(tau)
     fields = {"train_ids": np.array(train_ids), "method": "ekfac", "columns": columns}
-    fields |= {"damping": damping, "lambdas": np.array([value])}
+    fields |= {"damping": damping, "lambdas": values}
     results, start = {}, 0
     for name, names, _ in many:
         rows = slice(start, start + len(names))
@@ -124,9 +132,13 @@ def _examples(
 
 
 def _pairs(
-    curvature: Curvature, value: float, train: tuple, query: tuple, batch_size: int
+    curvature: Curvature,
+    values: np.ndarray,
+    train: tuple,
+    query: tuple,
+    batch_size: int,
 ) -> Iterator[np.ndarray]:
-    """Yields the scores [q, n] of each pair at lambda = `value`, or of the mean of all."""
+    """Yields the scores [q, n] of each pair, or of the mean of all, at these lambdas."""
     (x, *_, cond), mesh = train, example_mesh(jax.local_devices(), 1)
     task, params, frozen = curvature.task, curvature.params, curvature.frozen
     how = x, Projection("none"), mesh, batch_size
@@ -134,7 +146,7 @@ def _pairs(
     on_mesh = parallel.put((params, frozen, {}), mesh)
     blocks = parallel.put(list(curvature.blocks.values()), mesh)
     divide, product = divide_function(mesh), product_function(mesh)
-    value = np.float32(value)
+    values = values.astype(np.float32)
     n, q, layout = len(x), len(query[0]), programs.layout
     mine = parallel.share(n)
     train = jax.tree.map(lambda column: column[mine], train)
@@ -146,7 +158,7 @@ def _pairs(
             for chunk in chunks:
                 queries = jax.tree.map(lambda column, c=chunk: column[c], query)
                 rounds = _gradients(programs, on_mesh, queries, pair)
-                done = [jax.device_get(divide(g, blocks, value)) for g in rounds]
+                done = [jax.device_get(divide(g, blocks, values)) for g in rounds]
                 # What fills up the last round is left out.
                 count = chunk.stop - chunk.start
                 parts = [
@@ -193,7 +205,7 @@ def score_calls(
     divided = [shape((largest, part.shape[1]), part.dtype) for part in gradients]
     of_queries = sum(-(-(c.stop - c.start) // layout.size) for c in chunks)
     of_train = len(chunks) * -(-n // layout.size)
-    divide = gradients, blocks, shape((), np.float32)
+    divide = gradients, blocks, shape((len(blocks),), np.float32)
     calls = [
         (programs.gradients, (of_queries + of_train) * layout.parts),
         (Program(divide_function(mesh), divide, mesh), of_queries),
@@ -204,11 +216,11 @@ def score_calls(
 
 @functools.cache
 def divide_function(mesh: jax.sharding.Mesh) -> Callable:
-    """Compiles (gradients, blocks, lambda) -> (F + lambda I)^-1 g, parts [S, p_i]."""
+    """Compiles (gradients, blocks, lambdas) -> (F + lambda I)^-1 g, parts [S, p_i]."""
 
-    def divide(gradients, blocks, value):
-        pairs = zip(blocks, gradients, strict=True)
-        return [block.divide(part, value) for block, part in pairs]
+    def divide(gradients, blocks, values):
+        parts = enumerate(zip(blocks, gradients, strict=True))
+        return [block.divide(part, values[i]) for i, (block, part) in parts]
 
     return sharded(divide, mesh, (EXAMPLES, P(), P()), EXAMPLES)
 

@@ -122,7 +122,7 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
         run.curvature(),
         space.x("train"),
         {name: space.x(name) for name in run.queries},
-        damping=run.damping,
+        damping=run.config.attribution.ekfac_damping,
         ids=train.ids,
         cond=space.cond("train"),
         query_ids={name: queries.ids for name, queries in run.queries.items()},

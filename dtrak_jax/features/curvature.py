@@ -52,6 +52,10 @@ from dtrak_jax.parallel import Program
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
+ROUNDING = 1e-10
+"""A block whose mean eigenvalue is a smaller part of the largest is of rounding errors, such
+as that of the bias of an attention's keys."""
+
 
 class Block(NamedTuple):
     """The part of F that belongs to one leaf of the parameters."""
@@ -90,11 +94,12 @@ class Curvature:
         return f"Curvature({kept} layers, {len(self.blocks) - kept} diagonals)"
 
     @property
-    def mean_eigenvalue(self) -> float:
-        """The mean eigenvalue, trace(F) / p."""
+    def mean_eigenvalues(self) -> np.ndarray:
+        """The mean eigenvalue of each block, float64 [blocks]; infinite where F is 0 but for
+        rounding errors, so that no damping in this unit makes anything of them."""
         values = [block.eigenvalues for block in self.blocks.values()]
-        total = sum(float(array.sum(dtype=np.float64)) for array in values)
-        return total / sum(array.size for array in values)
+        means = np.array([array.mean(dtype=np.float64) for array in values])
+        return np.where(means > ROUNDING * means.max(), means, np.inf)
 
 
 @standard()

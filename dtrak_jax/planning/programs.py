@@ -173,7 +173,10 @@ def _curvature(run: Run, topology: Topology) -> list[Planned]:
     if not any(METHODS[name].curved for name in run.config.attribution.methods):
         return []
     settings, given = run.config.features, run.space.shapes
-    mesh, task = example_mesh(topology.local, 1), run.task(measurement="loss")
+    mesh, task = (
+        example_mesh(topology.local, 1),
+        run.task(measurement="loss", per_timestep=False),
+    )
     network = run.param_shapes, given.frozen
     cotangents = run.config.attribution.cotangents
     draws = Draws.of(task, network, given.x, given.cond, cotangents)
