@@ -4,11 +4,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from dtrak_jax import models
+from dtrak_jax.attribute import attribute
 from dtrak_jax.attribution import (
     Scores,
     absolute,
     damping_path,
     effective,
+    ekfac_influence,
     ensemble_mean,
     near_duplicates,
     predict,
@@ -32,10 +34,10 @@ from dtrak_jax.features import (
     Projection,
     Task,
     distortion,
+    ekfac,
     featurize,
     merge,
 )
-from dtrak_jax.methods import attribute
 from dtrak_jax.models.tags import layer
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ __all__ = [
     "damping_path",
     "distortion",
     "effective",
+    "ekfac",
+    "ekfac_influence",
     "ensemble_mean",
     "featurize",
     "flow_schedule",

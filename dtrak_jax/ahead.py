@@ -277,7 +277,7 @@ def fits(run: Run, stages: Sequence[str]) -> Footprint:
         besides_made = stages[0] == "featurize"
         taken = taken.beside(footprint.features(run, stores, besides_made))
     if "attribute" in stages:
-        taken = taken.beside(footprint.kernels(run))
+        taken = taken.beside(footprint.kernels(run)).beside(footprint.curvature(run))
     if "ablate" in stages:
         specs = {arm.spec for arm in arms(config)}
         names = ("train", *config.query_sets)

@@ -14,13 +14,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dtrak_jax.attribution.config import AttributionConfig
 from dtrak_jax.checks import (
     at_least,
     check_choices,
     distinct,
     free,
     pattern,
-    positive,
     seed,
 )
 from dtrak_jax.data.config import DataConfig
@@ -113,48 +113,6 @@ class FeaturesConfig:
             "dim": 32768,
         }
         return cls(**paper | changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributionConfig:
-    """From features to scores."""
-
-    methods: tuple[MethodName, ...] = free(("dtrak", "trak"))
-    """The methods of attribution; `dtrak-jax methods` lists them."""
-    damping: float = free(0.1)
-    """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
-    `share`."""
-    absolute: bool = free(False)
-    """Take `damping` as lambda itself."""
-    share: bool = free(False)
-    """Take `damping` as the share of min(n, k) that a kernel's effective dimension is, such
-    as .05: each kernel has its own lambda from that, without labels (dtrak.effective)."""
-    solver: Literal["eigh", "cg"] = free("eigh")
-    """eigh decomposes every kernel on the host; cg, for kernels too large for that,
-    iterates for every query, and leaves lds without curves over the damping."""
-
-    def __post_init__(self):
-        if not self.methods:
-            raise ValueError("attribution.methods is empty; name one or more.")
-        check_choices("attribution", self)
-        distinct("attribution.methods", self.methods)
-        if not any(METHODS[name].signed for name in self.methods):
-            raise ValueError(
-                f"attribution.methods is {self.methods}, which have no sign; a report "
-                "needs one that has, such as 'dtrak'."
-            )
-        positive("attribution.damping", self.damping)
-        if self.share and (self.absolute or self.damping >= 1 or self.solver == "cg"):
-            raise ValueError(
-                f"attribution.share is on; it needs a damping below 1 (it is "
-                f"{self.damping:g}), attribution.absolute off and solver 'eigh'."
-            )
-        for name in self.methods:
-            if self.solver == "cg" and METHODS[name].decomposed:
-                raise ValueError(
-                    f"attribution.methods has {name!r}, which needs kernels decomposed: "
-                    "attribution.solver is 'cg'; it must be 'eigh'."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +252,8 @@ class Config:
                 missing = (
                     "CLIP: clip.folder is empty; it must name a CLIP model's folder"
                 )
+            elif method.curved and self.features.noise == "cyclic":
+                missing = "features.noise other than 'cyclic', which only queries have"
             elif of_checkpoints and self.is_given:
                 missing = (
                     "checkpoints of training: model.folder and lora.file must be empty"

@@ -149,6 +149,36 @@ def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
     return Store.load(store).features(feature_set.task.measurements)
 
 
+def curvature(run: "Run") -> features.Curvature:
+    """Returns EK-FAC's curvature of the main model, computed unless it is there.
+
+    Its task averages, whatever that of features does.
+    """
+    space, examples = run.space, run.splits.train
+    return features.ekfac(
+        run.task(measurement="loss", per_timestep=False),
+        run.params(),
+        space.x("train"),
+        frozen=space.frozen,
+        ids=examples.ids,
+        cond=space.cond("train"),
+        bounds=space.bounds or (-math.inf, math.inf),
+        cotangents=run.config.attribution.cotangents,
+        store=curvature_path(run),
+        batch_size=run.config.features.batch_size,
+    )
+
+
+def curvature_path(run: "Run") -> epath.Path:
+    """Returns the file of the curvature, named by what decides it."""
+    settings, pairs = run.config.features, len(run.task().grid)
+    cotangents = run.config.attribution.cotangents or "all"
+    name = f"curvature/{settings.noise}-{pairs}x{settings.draws}-{cotangents}"
+    task = run.task(measurement="loss", per_timestep=False)
+    made = path(run, FeatureSet(name, "train", task, Projection("none")))
+    return made.with_name(f"{made.name}.npz")
+
+
 def is_made(run: "Run", feature_set: FeatureSet) -> bool:
     """Returns whether features are there, of this model, these settings and examples."""
     # Where there are none at all, what they would be made from need not be known.

@@ -3,19 +3,16 @@
 To add a method, write its function in `dtrak_jax.attribution`, and its row here.
 """
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from dtrak_jax.attribution import (
-    DEFAULT_DAMPING,
-    Damping,
-    Kernels,
     Scores,
     coverage,
     datamodels,
+    ekfac_influence,
     embedding_cosine,
     embedding_dot,
     empirical_influence,
@@ -31,9 +28,9 @@ from dtrak_jax.attribution import (
     renormalised_influence,
     tracin,
 )
-from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
+    CURVATURE,
     EMBEDDINGS,
     IDS,
     IMAGES,
@@ -43,12 +40,7 @@ from dtrak_jax.attribution.scoring import (
     OUTPUTS,
     REPLAY,
     Inputs,
-    score,
 )
-from dtrak_jax.checks import instance, one_of
-from dtrak_jax.data import look_alikes
-from dtrak_jax.features import Features
-from dtrak_jax.switches import standard
 
 if TYPE_CHECKING:
     from dtrak_jax.config import Config
@@ -92,6 +84,11 @@ class Method(NamedTuple):
         return self.inputs is REPLAY
 
     @property
+    def curved(self) -> bool:
+        """True if the scores are made from EK-FAC's curvature."""
+        return self.inputs is CURVATURE
+
+    @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         """The function if it learns from retrained models, to be scored on unseen ones."""
         return self.function if self.inputs is OUTPUTS else None
@@ -115,7 +112,7 @@ class Method(NamedTuple):
 
 
 DTRAK, TRAK, RELATIF = "arXiv 2311.00500", "arXiv 2303.14186", "arXiv 2003.11630"
-DAS = "arXiv 2410.18639"
+DAS, EKFAC = "arXiv 2410.18639", "arXiv 2410.13850"
 TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
 
 
@@ -181,6 +178,15 @@ ROWS = (
         "trak over the size of the example's gradient",
         GAS,
         function=renormalised_influence,
+    ),
+    Method(
+        "ekfac",
+        "EK-FAC",
+        ekfac_influence,
+        "influence of whole gradients of the loss, with the Gauss-Newton matrix by EK-FAC",
+        EKFAC,
+        CURVATURE,
+        damped=True,
     ),
     _kernel(
         "journey-trak",
@@ -271,94 +277,6 @@ RemovalName = Literal[*(name for name in METHODS if name != "random")]
 
 KernelName = Literal[*(name for name, row in METHODS.items() if row.objective)]
 """The type of one that names a method of one model's kernels."""
-
-
-@standard()
-def attribute(
-    train: Array | Kernels,
-    query: Array | dict[str, Array],
-    *,
-    method: str | None = None,
-    damping: float | Damping = DEFAULT_DAMPING,
-    solver: str = "eigh",
-    groups: Mapping[str, Sequence[str]] | None = None,
-    draws: int | None = None,
-) -> Scores | dict[str, Scores]:
-    """Scores every training example for every query, by any method of one model's features.
-
-    Formulas and sources are in the functions' docstrings in `dtrak_jax.attribution`. The
-    methods with a kernel, such as "trak" with gradients of the loss and "dtrak" with those
-    of the squared output, are
-
-    tau(q, n) = sum_j phi_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n)
-
-    over the pairs j of a timestep and a noise draw that the features keep apart, or with
-    the single kernel of averaged features.
-
-    Args:
-      train: features of the training set, [T, n, k] or [n, k]; or `Kernels`, to share
-        what is decomposed with other calls.
-      query: of the queries, [T, q, k] or [q, k], computed with the same task,
-        parameters and projection; or several sets of them by name.
-      method: its name; None takes the kernel method of the features' measurement.
-      damping: lambda_j in units of that kernel's mean eigenvalue,
-        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)`.
-      solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
-        min(n, k) is too large for that: conjugate gradients on all devices, right to
-        1e-5, at a price for every query (see `attribution.iterative.solve`).
-      groups: {grouping: the name of each training example's group [n]}, such as
-        {"contributor": [...]}; `scores.group("contributor")` adds up their scores.
-      draws: the noise draws of each timestep, which arrays do not say: their pairs are
-        then timesteps x draws, those of a timestep one after the other.
-
-    Returns:
-      The scores; {name: scores} of several sets. All processes must call this together.
-      With 2 independent draws or more, kept apart, they have standard errors: those of
-      estimating the score that many draws would give, see `attribution.PairSum`.
-
-    Raises:
-      ValueError: a method that is unknown or needs more than features; features of
-        different tasks, or with the wrong measurement or shape; groups of other
-        examples, or draws of other features; or a damping that is not above rounding
-        errors.
-      MemoryError: min(n, k) is too large for solver "eigh" on this host.
-    """
-    kernels, damping = Kernels.of(train, solver), Damping.of(damping)
-    row = _choose(kernels.train, method)
-    queries = query if isinstance(query, dict) else {"": query}
-    scores = score(row, kernels, queries, damping, groups, draws)
-    for name, column in next(iter(scores.values())).columns.items():
-        if text := look_alikes(name, column):
-            warnings.warn(text, stacklevel=3)
-    return scores if isinstance(query, dict) else scores[""]
-
-
-def _choose(train: Array, method: str | None) -> Method:
-    """Returns the row of a method, once the features are sure to fit it."""
-    measurement = train.measurement if isinstance(train, Features) else None
-    rows = {name: row for name, row in METHODS.items() if row.inputs is ONE_MODEL}
-    if method is None:
-        for row in rows.values():
-            if row.kernel and row.measurement == measurement:
-                return row
-        # A measurement of the user's own has a kernel like the others, and no name.
-        name = measurement or "kernel"
-        name = f"kernel-{name}" if name in METHODS else name
-        return METHODS["trak"]._replace(name=name)
-    instance("method", method, str)
-    if method in METHODS and method not in rows:
-        raise ValueError(
-            f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "
-            f"from one model's features are made: {', '.join(map(repr, rows))}."
-        )
-    one_of("method", method, rows)
-    row = rows[method]
-    if measurement not in (None, row.measurement):
-        raise ValueError(
-            f"method {method!r} needs features of the measurement {row.measurement!r}; "
-            f"these are of {measurement!r}."
-        )
-    return row
 
 
 def table() -> str:

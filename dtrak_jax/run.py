@@ -29,7 +29,7 @@ from dtrak_jax.encoding.latents import Latents
 from dtrak_jax.encoding.pixels import Pixels
 from dtrak_jax.evaluation import metagradient, truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
-from dtrak_jax.features import Features, Projection, Task
+from dtrak_jax.features import Curvature, Features, Projection, Task
 from dtrak_jax.network import Network, Params
 
 
@@ -267,6 +267,11 @@ class Run:
     def features(self, name: str, measurement: str, folder: str = "") -> Features:
         """The features of "train", of a set of queries or of the "journey"."""
         return Features.load(feature_sets.find(self, name, folder), measurement)
+
+    @once
+    def curvature(self) -> Curvature:
+        """Returns EK-FAC's curvature of the main model, made if it is not there yet."""
+        return feature_sets.curvature(self)
 
     # Scores
 

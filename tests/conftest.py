@@ -41,6 +41,7 @@ from PIL import Image
 
 from dtrak_jax import cli, files, models
 from dtrak_jax.config import ModelConfig
+from dtrak_jax.models.tags import layer
 from dtrak_jax.rng import normal
 from dtrak_jax.run import Run
 
@@ -79,6 +80,7 @@ def apply(params, x, t, cond):
     y = jax.lax.conv_general_dilated(
         x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    y = layer(params["w"], x, y, padding="SAME")
     return jnp.tanh(y + params["b"].reshape(1, 1, 1, 1))
 
 

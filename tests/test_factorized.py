@@ -324,7 +324,7 @@ def test_every_use_of_a_weight_is_tagged(bare, images):
     def also(params, x, t, cond):
         return tagged(params, x, t, cond) * params["dense"].sum()
 
-    message = "dense tagged as the weight of 2 layers; the network uses it 3 times"
+    message = "dense is tagged as the weight of 2 layers; the network uses it 3 times"
     with pytest.raises(ValueError, match=message):
         dtrak.featurize(
             task_of((also,)), bare[1], images, dtrak.Projection("factorized")

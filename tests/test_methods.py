@@ -257,7 +257,9 @@ class SmallRun:
             "generated": SimpleNamespace(images=images[:3] / 3, ids=ids[4:7]),
         }
         shown = {"train": images} | {k: q.images for k, q in self.queries.items()}
-        self.space = SimpleNamespace(x=shown.__getitem__)
+        self.space = SimpleNamespace(
+            x=shown.__getitem__, cond=lambda name: None, bounds=None
+        )
         self.masks = rng.random((20, 15)) < 0.5
         self.losses = {
             name: rng.normal(size=(20, 2, len(examples.ids)))
@@ -277,6 +279,15 @@ class SmallRun:
     def kernels(self, measurement, folder=""):
         train = self.features("train", measurement, folder)
         return Kernels(train, solver=self.solver)
+
+    def curvature(self):
+        def apply(params, x, t, cond):
+            flat = x.reshape(len(x), -1)
+            return dtrak.layer(params, flat, flat @ params).reshape(x.shape)
+
+        params = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+        task = dtrak.Task(apply, dtrak.linear_schedule(), "loss", timesteps=(50, 400))
+        return dtrak.ekfac(task, params, self.splits.train.images)
 
     def clip(self, examples):
         seed = zlib.crc32(examples.encode())
@@ -330,6 +341,9 @@ def expected_scores(run, name, queries):
         return row.function(run.splits.train.images, run.queries[queries].images)
     if name.startswith("clip"):
         return row.function(run.clip("train"), run.clip(queries))
+    if name == "ekfac":
+        images = run.splits.train.images, run.queries[queries].images
+        return row.function(run.curvature(), *images, damping=0.001).scores
     if name == "random":
         return row.function(run.splits.train.ids, run.queries[queries].ids)
     return row.function(*run.arrays(queries, row.measurement), *[0.2] * row.damped)
@@ -353,7 +367,8 @@ def test_every_method_scores_a_run(name):
         assert_close(scores.scores, expected_scores(run, name, queries), 1e-6)
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
-        assert scores.damping == (Damping(0.2) if row.damped else None)
+        damping = 0.001 if row.curved else 0.2
+        assert scores.damping == (Damping(damping) if row.damped else None)
         with_kernels = row.objective or name == "journey-trak"
         assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.

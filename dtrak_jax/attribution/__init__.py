@@ -7,6 +7,7 @@ one table.
 
 from dtrak_jax.attribution.coverage import Predictions, coverage, predict
 from dtrak_jax.attribution.duplicates import near_duplicates
+from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
@@ -58,6 +59,7 @@ __all__ = [
     "damping_path",
     "datamodels",
     "effective",
+    "ekfac_influence",
     "embedding_cosine",
     "embedding_dot",
     "empirical_influence",

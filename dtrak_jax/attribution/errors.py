@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dtrak_jax.attribution.groups import group_scores
+from dtrak_jax.attribution.groups import group_scores, names_hash
 from dtrak_jax.attribution.inputs import Array
+from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least
 from dtrak_jax.features.store import Features
 
@@ -123,3 +124,23 @@ def draws_of(sets: Sequence[Array], draws: int | None = None) -> int:
     if len(shape) == 2 or any(made.get("noise") == "cyclic" for made in made_with):
         return 1
     return draws or next(iter(stated), 1)
+
+
+def summed(total: PairSum, rows: slice = slice(None), **fields) -> Scores:
+    """Returns the scores of some rows of a sum over pairs, with their errors; `fields` are
+    others of `Scores`."""
+    errors = total.errors
+    return Scores(
+        total.total[rows].astype(np.float32),
+        errors=None if errors is None else errors[rows].astype(np.float32),
+        group_errors={
+            names_hash(fields["columns"][name]): array[rows]
+            for name, array in total.group_errors.items()
+        },
+        freedom=total.freedom(rows),
+        group_freedom={
+            names_hash(fields["columns"][name]): freedom
+            for name, freedom in total.group_freedom(rows).items()
+        },
+        **fields,
+    )

@@ -1,6 +1,7 @@
 """From the features of one model, or the artefacts of a run, to `Scores`."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution.coverage import coverage
-from dtrak_jax.attribution.errors import PairSum, draws_of
-from dtrak_jax.attribution.groups import check_columns, names_hash
+from dtrak_jax.attribution.errors import PairSum, draws_of, summed
+from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
@@ -76,29 +77,10 @@ def score(
     for name, query in queries.items():
         ids = example_ids(query)
         rows = slice(start, start + len(ids))
-        results[name] = _summed(total, rows, query_ids=ids, **fields)
+        results[name] = summed(total, rows, query_ids=ids, **fields)
         _warn_of_equal(results[name].scores, ids)
         start = rows.stop
     return results
-
-
-def _summed(total: PairSum, rows: slice, **fields) -> Scores:
-    """Returns the scores of some rows of a sum over pairs, with their errors."""
-    errors = total.errors
-    return Scores(
-        total.total[rows].astype(np.float32),
-        errors=None if errors is None else errors[rows].astype(np.float32),
-        group_errors={
-            names_hash(fields["columns"][name]): array[rows]
-            for name, array in total.group_errors.items()
-        },
-        freedom=total.freedom(rows),
-        group_freedom={
-            names_hash(fields["columns"][name]): freedom
-            for name, freedom in total.group_freedom(rows).items()
-        },
-        **fields,
-    )
 
 
 def _warn_of_slots(train: Array) -> None:
@@ -133,6 +115,24 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     queries = {q: run.features(q, measurement, folder) for q in run.queries}
     kernels, groups = run.kernels(measurement, folder), run.splits.train.groupings
     return score(method, kernels, queries, run.damping, groups)
+
+
+def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with the curvature, training images and all queries."""
+    space, train = run.space, run.splits.train
+    return method.function(
+        run.curvature(),
+        space.x("train"),
+        {name: space.x(name) for name in run.queries},
+        damping=run.config.attribution.ekfac_damping,
+        ids=train.ids,
+        cond=space.cond("train"),
+        query_ids={name: queries.ids for name, queries in run.queries.items()},
+        query_cond={name: space.cond(name) for name in run.queries},
+        bounds=space.bounds or (-math.inf, math.inf),
+        groups=train.groupings,
+        batch_size=run.config.features.batch_size,
+    )
 
 
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -178,7 +178,7 @@ def _checkpoints(run: "Run", method: "Method") -> dict[str, Scores]:
         method.function(trains, queries, total)
         ids = {"train_ids": trains[0].ids, "query_ids": queries[0].ids}
         named = ids | {"method": method.name, "columns": columns}
-        results[name] = _summed(total, slice(None), **named)
+        results[name] = summed(total, slice(None), **named)
     return results
 
 
@@ -201,6 +201,7 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
+CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
 )

@@ -1,5 +1,6 @@
 """Gradient features: tasks, gradients, projections and the store that keeps them."""
 
+from dtrak_jax.features.curvature import Curvature, ekfac
 from dtrak_jax.features.distortion import Distortion, distortion
 from dtrak_jax.features.featurize import (
     StepPrograms,
@@ -13,6 +14,7 @@ from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
 
 __all__ = [
+    "Curvature",
     "Distortion",
     "Features",
     "Projection",
@@ -20,6 +22,7 @@ __all__ = [
     "Store",
     "Task",
     "distortion",
+    "ekfac",
     "example_mesh",
     "featurize",
     "merge",

@@ -14,14 +14,13 @@ weights are together `TIMES` as long as the features; with few channels they los
 import bisect
 import math
 
-import jax
 import numpy as np
 
 from dtrak_jax.digests import named_leaves
-from dtrak_jax.features.gradients import Sketches, chosen_leaves, network_params
+from dtrak_jax.features.gradients import Sketches, tagged_layers
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import Task
-from dtrak_jax.models.tags import ChannelSketch, Size, Tags, collecting
+from dtrak_jax.models.tags import ChannelSketch, Size
 from dtrak_jax.network import Params
 from dtrak_jax.rng import bernoulli, stream
 
@@ -42,7 +41,7 @@ def channel_sketches(
     """
     if projection.kind != "factorized":
         return {}
-    sizes = _layer_sizes(task, params, frozen, inputs)
+    sizes = tagged_layers(task, params, frozen, inputs).sizes
     if not sizes:
         raise ValueError(
             "projection 'factorized' found no layer among the parameters chosen. It "
@@ -63,32 +62,6 @@ def channel_sketches(
         for i, (k_in, k_out) in channels.items()
         for _, c_in, c_out in [sizes[i]]
     }
-
-
-def _layer_sizes(
-    task: Task, params: Params, frozen: Params | None, inputs: tuple
-) -> dict[int, Size]:
-    """Returns {leaf of params: size} of the layers that the network has."""
-    leaves, treedef = jax.tree.flatten(params)
-    tags = Tags({}, {})
-
-    def predict(leaves, frozen, x, t, cond):
-        tags.weights.update({id(leaves[i]): i for i in chosen_leaves(task, params)})
-        with collecting(tags):
-            joined = network_params(treedef.unflatten(leaves), frozen)
-            return task.network(joined, x, t, cond)
-
-    program = jax.make_jaxpr(predict)(leaves, frozen, *inputs).jaxpr
-    for i in sorted(tags.sizes):
-        leaf = program.invars[i]
-        uses = sum(leaf is used for e in program.eqns for used in e.invars)
-        if uses != tags.uses[i]:  # a part of its gradient would be lost
-            raise ValueError(
-                f"projection 'factorized' finds {list(named_leaves(params))[i]} tagged "
-                f"as the weight of {tags.uses[i]} layers; the network uses it "
-                f"{uses} times. Tag every use, or take projection 'sketch'."
-            )
-    return dict(sorted(tags.sizes.items()))
 
 
 def channels_of(sizes: dict[int, Size], length: int) -> dict[int, tuple[int, int]]:

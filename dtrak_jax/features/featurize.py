@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import jax
@@ -87,15 +87,9 @@ def featurize(
     instance("task", task, Task)
     instance("projection", projection, Projection)
     one_of("role", role, (*get_args(Role), None))
-    if isinstance(images, Dataset):
-        images, ids = images.images, images.ids if ids is None else ids
-    images = images_of(task, images, bounds)
-    ids = ids_of(ids, len(images))
-    params, frozen = as_arrays("params", params), as_arrays("frozen", frozen)
-    cond = as_arrays("cond", cond)
-    check_rows(cond, len(images))
-    _check_network(task, params, frozen, images, cond)
-    check_values(task.measurements, task.schedule, images.shape[-3:])
+    (params, frozen), ids, images, cond = checked(
+        task, (params, frozen), images, ids, cond, bounds
+    )
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
@@ -115,6 +109,31 @@ def featurize(
         parallel.barrier(f"finish {target.folder}")
     features = target.features(task.measurements)
     return features if isinstance(task.measurement, tuple) else features.popitem()[1]
+
+
+def checked(
+    task: Task,
+    network: tuple[Params, Params | None],
+    images: np.ndarray | Dataset,
+    ids: Sequence[str] | None,
+    cond: object,
+    bounds: tuple[float, float] | None,
+) -> tuple[tuple, tuple[str, ...], np.ndarray, object]:
+    """Returns (params, frozen), ids, images and cond as arrays, see `featurize`.
+
+    Raises:
+      ValueError: wrong images, ids, conditions, parameters or network.
+    """
+    if isinstance(images, Dataset):
+        images, ids = images.images, images.ids if ids is None else ids
+    images = images_of(task, images, bounds)
+    ids = ids_of(ids, len(images))
+    params, frozen = map(as_arrays, ("params", "frozen"), network)
+    cond = as_arrays("cond", cond)
+    check_rows(cond, len(images))
+    _check_network(task, params, frozen, images, cond)
+    check_values(task.measurements, task.schedule, images.shape[-3:])
+    return (params, frozen), ids, images, cond
 
 
 def example_mesh(devices: Sequence[jax.Device], proj_devices: int) -> jax.sharding.Mesh:
@@ -220,20 +239,31 @@ def _start(
     told the number of examples in it.
     """
     examples = jax.tree.map(lambda column: np.asarray(column[chunk]), examples)
-    add = gradients.addition_function(programs.gradients.mesh)
     rounds, done, layout = [], 0, programs.layout
-    for parts in microbatches(programs.layout, examples):
-        total, losses = None, []
-        for microbatch in parts:
-            part, loss = programs.gradients.function(*network, microbatch)
-            total = add(total, part) if losses else part
-            losses.append(loss)
+    for total, losses in gradient_rounds(programs, network, examples):
         rounds.append((programs.project.function(total), losses))
         # Two rounds under way keep the devices busy; more would take memory.
         jax.block_until_ready(rounds[max(0, len(rounds) - 2)])
         before, done = done, len(rounds) * layout.size // layout.per_example
         advance(min(done, len(examples[1])) - before)
     return rounds
+
+
+def gradient_rounds(
+    programs: StepPrograms, network: tuple, examples: tuple, pair: int | None = None
+) -> Iterator[tuple[dict, list]]:
+    """Yields {measurement: gradients, a list of parts [S, p_i]} and losses of each round.
+
+    They are on the devices, in the order of `microbatches`, which has the arguments.
+    """
+    add = gradients.addition_function(programs.gradients.mesh)
+    for parts in microbatches(programs.layout, examples, pair):
+        total, losses = None, []
+        for microbatch in parts:
+            part, loss = programs.gradients.function(*network, microbatch)
+            total = add(total, part) if losses else part
+            losses.append(loss)
+        yield total, losses
 
 
 def _finish(

@@ -1,5 +1,6 @@
 """Per-example gradients of several measurements from one forward pass."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -60,6 +61,40 @@ def variables(task: Task, params: Params, sketches: Sketches) -> list[jax.Array]
     return [leaves[i] for i in chosen_leaves(task, params)]
 
 
+def tagged_layers(
+    task: Task, params: Params, frozen: Params | None, inputs: tuple
+) -> Tags:
+    """Returns the layers of the chosen leaves that the network tags, by index, sorted.
+
+    Shapes will do for parameters; the inputs are the shapes of (x, t, cond). Sizes and
+    shapes are meant to be read, since arrays are those of a trace that is over.
+
+    Raises:
+      ValueError: a weight of which only some uses are tagged.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    tags = Tags({}, {})
+
+    def predict(leaves, frozen, x, t, cond):
+        tags.weights.update({id(leaves[i]): i for i in chosen_leaves(task, params)})
+        with collecting(tags):
+            joined = network_params(treedef.unflatten(leaves), frozen)
+            return task.network(joined, x, t, cond)
+
+    program = jax.make_jaxpr(predict)(leaves, frozen, *inputs).jaxpr
+    for i in sorted(tags.sizes):
+        leaf, tagged = program.invars[i], len(tags.uses[i])
+        uses = sum(leaf is used for e in program.eqns for used in e.invars)
+        if uses != tagged:  # a part of its gradient would be lost
+            raise ValueError(
+                f"{list(named_leaves(params))[i]} is tagged as the weight of {tagged} "
+                f"layers; the network uses it {uses} times. Tag every use, or take "
+                "projection 'sketch' and a method other than 'ekfac'."
+            )
+    sizes = dict(sorted(tags.sizes.items()))
+    return dataclasses.replace(tags, sizes=sizes)
+
+
 @functools.cache
 def gradient_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
     """Compiles (params, frozen, Sketches, Microbatch) -> gradients and losses.
@@ -113,18 +148,11 @@ def _gradient(
     task: Task, params, frozen, sketches: Sketches, item: Microbatch
 ) -> tuple[dict, jax.Array]:
     """Returns {measurement: parts [p_i]} and errors [R] of one item of a microbatch."""
-    copies, shape = len(item.pair), item.x.shape[1:]
-    x = jnp.broadcast_to(item.x, (copies, *shape))
-    cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (copies, *c.shape)), item.cond)
-    t = jnp.asarray(task.pairs, jnp.int32)[item.pair, 0]
-    eps = jax.vmap(lambda pair: task.eps(pair, item.words, item.position, shape))(
-        item.pair
-    )
-    x_t = task.schedule.add_noise(x, eps, t)
-    target = task.schedule.target(x, eps, t)
-
+    copies, (inputs, target) = len(item.pair), noised(task, item)
+    t = inputs[1]
+    weights = {i: WeightSketch(None, *pair) for i, pair in sketches.items()}
     predict = functools.partial(
-        _predict, task, params, frozen, sketches, (x_t, t, cond)
+        predict_with, task, params, frozen, Tags({}, weights), inputs
     )
     prediction, pull_back = jax.vjp(predict, variables(task, params, sketches))
     if copies == 1:
@@ -140,14 +168,32 @@ def _gradient(
     return gradients, error
 
 
-def _predict(task: Task, params, frozen, sketches: Sketches, inputs, values):
-    """Returns the prediction where the variables have these values."""
+def noised(task: Task, item: Microbatch) -> tuple[tuple, jax.Array]:
+    """Returns the network's inputs (x_t, t, cond) and its targets at an item's R pairs."""
+    copies, shape = len(item.pair), item.x.shape[1:]
+    x = jnp.broadcast_to(item.x, (copies, *shape))
+    cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (copies, *c.shape)), item.cond)
+    t = jnp.asarray(task.pairs, jnp.int32)[item.pair, 0]
+    eps = jax.vmap(lambda pair: task.eps(pair, item.words, item.position, shape))(
+        item.pair
+    )
+    inputs = task.schedule.add_noise(x, eps, t), t, cond
+    return inputs, task.schedule.target(x, eps, t)
+
+
+def predict_with(task: Task, params, frozen, tags: Tags, inputs, values) -> jax.Array:
+    """Returns the prediction where the chosen leaves have these values.
+
+    The values of weights that `tags` has sketches of are what these go into. The layers of
+    weights with sketches or taps are added to `tags`.
+    """
     leaves, treedef = jax.tree.flatten(params)
-    weights = {id(leaves[i]): i for i in sketches}
     replaced = dict(zip(chosen_leaves(task, params), values, strict=True))
-    sketched = {i: WeightSketch(replaced.pop(i), *sketches[i]) for i in sketches}
+    for i, sketch in tags.sketches.items():
+        tags.sketches[i] = sketch._replace(into=replaced.pop(i))
     leaves = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
-    with collecting(Tags(weights, sketched)):
+    tags.weights.update({id(leaves[i]): i for i in (*tags.sketches, *tags.taps)})
+    with collecting(tags):
         joined = network_params(treedef.unflatten(leaves), frozen)
         # Measurements of a network of half precision are made in float32.
         return task.network(joined, *inputs).astype(jnp.float32)

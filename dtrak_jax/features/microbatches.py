@@ -105,15 +105,21 @@ class Layout:
         return np.dtype(np.float32).itemsize * numbers
 
 
-def microbatches(layout: Layout, examples: tuple) -> Iterator[list[Microbatch]]:
+def microbatches(
+    layout: Layout, examples: tuple, pair: int | None = None
+) -> Iterator[list[Microbatch]]:
     """Cuts a chunk of n examples into rounds of `Layout.parts` microbatches.
+
+    Where pairs are kept apart they are of all pairs, or of the one that is given.
 
     The gradients of a round's microbatches add up to `Layout.size` gradients. The last
     round repeats its last gradient to be as large as the others. Examples are (x, words,
     position, cond); x is [n, H, W, C], or [n, pairs, H, W, C].
     """
     n, pairs, copies = len(examples[0]), layout.pairs, layout.copies
-    if layout.apart:
+    if layout.apart and pair is not None:
+        row, pair, weight = np.arange(n), np.full((n, 1), pair), np.ones((n, 1))
+    elif layout.apart:
         row, pair = np.divmod(np.arange(n * pairs), pairs)
         pair, weight = pair[:, None], np.ones((n * pairs, 1))
     else:

@@ -64,8 +64,13 @@ class Tags:
 
     weights: dict[int, int]  # {id of an array: index of the weight}
     sketches: dict[int, WeightSketch]  # those whose gradient is to be sketched
+    taps: dict[int, list[jax.Array]] = dataclasses.field(default_factory=dict)
+    """Arrays that are added to the outputs of each use of a weight: the gradient with
+    respect to zeros is delta."""
     sizes: dict[int, Size] = dataclasses.field(default_factory=dict)
-    uses: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    uses: dict[int, list["Use"]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
+    )
 
 
 _current = contextvars.ContextVar("tags", default=None)
@@ -138,7 +143,10 @@ def layer(
             f"input_dilation={input_dilation!r}; these do not belong together."
         )
     tags.sizes[index] = size
-    tags.uses[index] += 1
+    flat = inputs.reshape(-1, *inputs.shape[lead:])
+    tags.uses[index].append(Use(windows, flat, outputs))
+    if index in tags.taps:
+        return outputs + tags.taps[index][len(tags.uses[index]) - 1]
     if index not in tags.sketches:
         return outputs
     sketch = tags.sketches[index]
@@ -190,6 +198,19 @@ class _Windows(NamedTuple):
 
         offsets = itertools.product(*map(range, self.window))
         return jnp.stack([entry(offset) for offset in offsets], axis=1)
+
+
+class Use(NamedTuple):
+    """A use of a weight: the inputs [B, *space, C_in] and the outputs [..., C_out]."""
+
+    windows: _Windows
+    inputs: jax.Array
+    outputs: jax.Array
+
+    def patches(self) -> jax.Array:
+        """Returns a of every position of the outputs, float32 [positions, window C_in]."""
+        patches = self.windows.patches(self.inputs.astype(jnp.float32))
+        return patches.reshape(len(patches), -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

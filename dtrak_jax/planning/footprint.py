@@ -11,6 +11,7 @@ from dtrak_jax.evaluation.truth import member_names
 from dtrak_jax.feature_sets import FeatureSet
 from dtrak_jax.features.gradients import variables
 from dtrak_jax.features.microbatches import Layout
+from dtrak_jax.features.passes import Draws
 from dtrak_jax.methods import METHODS
 from dtrak_jax.run import Run
 
@@ -61,7 +62,8 @@ def kernels(run: Run) -> Footprint:
     """Returns the footprint of one model's kernels: n k 4 bytes of features in memory, twice,
     and min(n, k)^2 8 bytes for each matrix of a decomposition."""
     settings, n, total = run.config.attribution, len(run.chosen.train), Footprint()
-    measured = {METHODS[m].measurement for m in settings.methods if METHODS[m].damped}
+    chosen = [METHODS[name] for name in settings.methods]
+    measured = {row.measurement for row in chosen if row.damped and not row.curved}
     for _ in measured:
         layout = layout_of(run, next(feature_sets.sets(run, "")))
         features, side = 4 * n * layout.dim, min(n, layout.dim)
@@ -72,6 +74,18 @@ def kernels(run: Run) -> Footprint:
             disk = size if size <= KEPT_ON_DISK else 0
         total = total.beside(Footprint(disk, memory))
     return total
+
+
+def curvature(run: Run) -> Footprint:
+    """Returns the footprint of EK-FAC's curvature, which no method has if none needs it: its
+    eigenvectors and eigenvalues, thrice in memory while they are made."""
+    if not any(METHODS[name].curved for name in run.config.attribution.methods):
+        return Footprint()
+    task, given = run.task(measurement="loss"), run.space.shapes
+    network = run.param_shapes, given.frozen
+    draws = Draws.of(task, network, given.x, given.cond, 1)
+    size = 4 * draws.entries(run.param_shapes)
+    return Footprint(size, 3 * size)
 
 
 def layout_of(run: Run, feature_set: FeatureSet) -> Layout:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion, training
+from dtrak_jax.attribution.ekfac import score_calls
 from dtrak_jax.attribution.kernel import eigh_bytes
 from dtrak_jax.attribution.linalg import gram_program
 from dtrak_jax.encoding.encode import (
@@ -22,7 +23,9 @@ from dtrak_jax.encoding.encode import (
 )
 from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
-from dtrak_jax.features import StepPrograms, example_mesh, step_programs
+from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_programs
+from dtrak_jax.features.curvature import block_shapes
+from dtrak_jax.features.passes import Draws, pass_programs
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.parallel import Program
@@ -160,6 +163,48 @@ def _features(run: Run, topology: Topology) -> StepPrograms:
 
 
 def attribute(run: Run, topology: Topology) -> list[Planned]:
+    """Returns the sum of a kernel's Gram matrix, if a method has one, and what the
+    curvature takes, if a method is made from it."""
+    return _kernels(run, topology) + _curvature(run, topology)
+
+
+def _curvature(run: Run, topology: Topology) -> list[Planned]:
+    """Returns the two passes of EK-FAC, and the scores of whole gradients by it."""
+    if not any(METHODS[name].curved for name in run.config.attribution.methods):
+        return []
+    settings, given = run.config.features, run.space.shapes
+    mesh, task = (
+        example_mesh(topology.local, 1),
+        run.task(measurement="loss", per_timestep=False),
+    )
+    network = run.param_shapes, given.frozen
+    cotangents = run.config.attribution.cotangents
+    draws = Draws.of(task, network, given.x, given.cond, cotangents)
+    how = given.x, given.cond, mesh, settings.batch_size
+    passes = pass_programs(draws, network, *how)
+    n, queries = run.counts["train"], sum(run.query_counts.values())
+    share = math.ceil(n / topology.processes)
+    calls = math.ceil(share * draws.pairs / passes.layout.size)
+    step = f"{settings.batch_size} noised images on a device"
+    both = [(passes.factors, calls), (passes.eigenvalues, calls)]
+    written = 4 * draws.entries(run.param_shapes)
+    planned = [Planned("curvature", step, both, written, written)]
+    programs = step_programs(
+        task,
+        run.param_shapes,
+        given.x,
+        Projection("none"),
+        mesh,
+        settings.batch_size,
+        frozen=given.frozen,
+        cond=given.cond,
+    )
+    calls = score_calls(programs, block_shapes(draws, run.param_shapes), share, queries)
+    scores = 4 * n * queries
+    return [*planned, Planned("ekfac", step, calls, scores, scores)]
+
+
+def _kernels(run: Run, topology: Topology) -> list[Planned]:
     """Returns the sum of a kernel's Gram matrix; nothing without a kernel method."""
     methods = [m for m in run.config.attribution.methods if METHODS[m].kernel]
     if not methods:

@@ -4,6 +4,7 @@ A pass is a forward pass of one image, and a backward pass counts as two. From t
 of a pass on the devices at hand follows about how long a stage takes.
 """
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -44,6 +45,11 @@ def passes(run: Run) -> dict[str, float]:
 
     replays = any(METHODS[name].replays for name in config.attribution.methods)
 
+    curved = any(METHODS[name].curved for name in config.attribution.methods)
+    # Two passes over all cotangents make the curvature.
+    made = 6 * pairs * run.counts["train"]
+    made *= config.attribution.cotangents or math.prod(run.network.shape)
+
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
         return (1 + 2 * measurements) * pairs * images
@@ -64,7 +70,7 @@ def passes(run: Run) -> dict[str, float]:
             gradients(len(spec.timesteps) * spec.draws, len(spec.measurements))
             for spec in specs
         ),
-    }
+    } | ({"attribute": made + gradients(pairs, 1)} if curved else {})
 
 
 def sides(run: Run) -> int:

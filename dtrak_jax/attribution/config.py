@@ -1,0 +1,57 @@
+"""The settings of attribution."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
+from dtrak_jax.checks import at_least, check_choices, distinct, free, positive
+from dtrak_jax.methods import METHODS, MethodName
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionConfig:
+    """From features to scores."""
+
+    methods: tuple[MethodName, ...] = free(("dtrak", "trak"))
+    """The methods of attribution; `dtrak-jax methods` lists them."""
+    damping: float = free(0.1)
+    """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
+    `share`."""
+    absolute: bool = free(False)
+    """Take `damping` as lambda itself."""
+    share: bool = free(False)
+    """Take `damping` as the share of min(n, k) that a kernel's effective dimension is, such
+    as .05: each kernel has its own lambda from that, without labels (dtrak.effective)."""
+    solver: Literal["eigh", "cg"] = free("eigh")
+    """eigh decomposes every kernel on the host; cg, for kernels too large for that,
+    iterates for every query, and leaves lds without curves over the damping."""
+    cotangents: int = free(1)
+    """Random cotangents of each image, timestep and draw that make the curvature of
+    `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
+    ekfac_damping: float = free(EKFAC_DAMPING)
+    """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
+
+    def __post_init__(self):
+        if not self.methods:
+            raise ValueError("attribution.methods is empty; name one or more.")
+        check_choices("attribution", self)
+        distinct("attribution.methods", self.methods)
+        if not any(METHODS[name].signed for name in self.methods):
+            raise ValueError(
+                f"attribution.methods is {self.methods}, which have no sign; a report "
+                "needs one that has, such as 'dtrak'."
+            )
+        positive("attribution.damping", self.damping)
+        if self.share and (self.absolute or self.damping >= 1 or self.solver == "cg"):
+            raise ValueError(
+                f"attribution.share is on; it needs a damping below 1 (it is "
+                f"{self.damping:g}), attribution.absolute off and solver 'eigh'."
+            )
+        positive("attribution.ekfac_damping", self.ekfac_damping)
+        at_least("attribution.cotangents", self.cotangents, 0)
+        for name in self.methods:
+            if self.solver == "cg" and METHODS[name].decomposed:
+                raise ValueError(
+                    f"attribution.methods has {name!r}, which needs kernels decomposed: "
+                    "attribution.solver is 'cg'; it must be 'eigh'."
+                )
