@@ -377,12 +377,9 @@ def coverage() -> Lines:
     return lines
 
 
-def sets() -> Lines:
+def sets(result: str) -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
-    rows, lines = (
-        read("digits_sets_counterfactual")["summary"],
-        [["removed", *MEASURED.values()]],
-    )
+    rows, lines = read(result)["summary"], [["removed", *MEASURED.values()]]
     for name, text in IN_SETS.items():
         own = [pick(removed(rows, name), metric=metric) for metric in MEASURED]
         cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
@@ -390,9 +387,9 @@ def sets() -> Lines:
     return lines
 
 
-def set_differences() -> Lines:
+def set_differences(result: str) -> Lines:
     """How much more the removal of a set did than another, image by image."""
-    rows = read("digits_sets_counterfactual")["rows"]
+    rows = read(result)["rows"]
     pairs = [("trak-set", "pixel-cosine"), ("trak-set", "dtrak")]
     return differences(
         [(IN_SETS[a], removed(rows, a), IN_SETS[b], removed(rows, b)) for a, b in pairs]
@@ -430,8 +427,12 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "removal": removal,
     "removal differences": removal_differences,
     "coverage": coverage,
-    "sets": sets,
-    "set differences": set_differences,
+    "sets": lambda: sets("digits_sets_counterfactual"),
+    "set differences": lambda: set_differences("digits_sets_counterfactual"),
+    "small sets": lambda: sets("digits_small_sets_counterfactual"),
+    "small set differences": lambda: set_differences(
+        "digits_small_sets_counterfactual"
+    ),
     **runpy.run_path(str(HERE / "plans" / "table.py"))["TABLES"],
     **runpy.run_path(str(ROOT / "tests" / "benchmarks" / "table.py"))["TABLES"],
 }
