@@ -38,10 +38,11 @@ METHODS = {
     ("kernel-elbo", "kernel-l2", "kernel-l1", "kernel-mean", "kernel-linf"): (
         "the same kernel score of other measurements"
     ),
-    ("relative-influence", "renormalised-influence"): (
-        "`trak` over the size of its influence, or of the training gradient"
+    ("relative-influence", "renormalised-influence", "journey-trak"): (
+        "`trak` over the size of its influence, or of the training gradient; or along the "
+        "path that generated the query"
     ),
-    ("journey-trak",): "`trak` along the path that generated the query",
+    ("ekfac",): "influence by the curvature of each layer, of the loss's mean gradient",
     ("coverage",): "how much of what the query needs the image holds; without a sign",
     ("gradient-dot", "gradient-cosine", "tracin", "gas"): (
         "dot products or cosines of gradients; the last two a mean over checkpoints"
@@ -146,12 +147,15 @@ def methods() -> Lines:
     ]
     covering = {"queries": "validation", "measurement": "square", "draws": 1}
     covering |= {"transform": "linear", "damping_rule": "label-free"}
-    measured = pick(read("digits_coverage")["rows"], **covering) | {
-        "method": "coverage"
-    }
+    elsewhere = [pick(read("digits_coverage")["rows"], **covering)]
+    elsewhere += read("digits_ekfac")["queries"]["validation"]["rows"]
+    rows = validation["rows"] + [
+        row | {"method": name, "damping_rule": None}
+        for name, row in zip(("coverage", "ekfac"), elsewhere, strict=True)
+    ]
     for names, said in METHODS.items():
-        rows = [lds_row([*validation["rows"], measured], name) for name in names]
-        figures = [number(row["lds"]) if row else "generated only" for row in rows]
+        found = [lds_row(rows, name) for name in names]
+        figures = [number(row["lds"]) if row else "generated only" for row in found]
         lines.append([", ".join(f"`{n}`" for n in names), said, ", ".join(figures)])
     return lines
 
@@ -377,6 +381,16 @@ def coverage() -> Lines:
     return lines
 
 
+def ekfac() -> Lines:
+    """The LDS on digits of EK-FAC beside TRAK's."""
+    lines = [["method", *SETS]]
+    for name, result in (("ekfac", "digits_ekfac"), ("trak", "digits_lds")):
+        sets = read(result)["queries"]
+        rule = {"damping_rule": "oracle", "transform": "linear", "method": name}
+        lines.append([name, *(interval(pick(sets[q]["rows"], **rule)) for q in SETS)])
+    return lines
+
+
 def sets(result: str) -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
     rows, lines = read(result)["summary"], [["removed", *MEASURED.values()]]
@@ -427,6 +441,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "removal": removal,
     "removal differences": removal_differences,
     "coverage": coverage,
+    "ekfac": ekfac,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),
     "small sets": lambda: sets("digits_small_sets_counterfactual"),
