@@ -282,6 +282,8 @@ def test_what_is_refused(matrix, both):
     assert repr(made) == "Curvature(0 layers, 1 diagonals)"
     with pytest.raises(ValueError, match="damping is 0"):
         dtrak.ekfac_influence(made, *both, damping=0)
+    with pytest.raises(ValueError, match="damping is by a share"):
+        dtrak.ekfac_influence(made, *both, damping=dtrak.effective(0.1))
     with pytest.raises(ValueError, match="groups: 'g' has shape"):
         dtrak.ekfac_influence(made, *both, groups={"g": ["a"]})
 

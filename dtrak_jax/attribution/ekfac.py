@@ -90,6 +90,11 @@ def ekfac_influence(
     """
     instance("curvature", curvature, Curvature)
     damping = Damping.of(damping)
+    if damping.share:
+        raise ValueError(
+            "damping is by a share of min(n, k), which is of kernels; EK-FAC takes a "
+            "number of mean eigenvalues, or absolute(lambda)."
+        )
     units = curvature.mean_eigenvalues
     if damping.absolute:
         units = np.where(np.isfinite(units), 1, np.inf)
