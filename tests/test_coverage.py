@@ -1,5 +1,7 @@
 """Coverage: a query's posterior variance under a subset, and its first-order scores."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,42 @@ def test_predictions_by_influence_are_sums_of_scores(subsets):
     found = dtrak.predict(train, query, subsets, by="influence")
     scores = dtrak.attribute(train, query, method="trak").scores
     np.testing.assert_allclose(found.values, subsets @ scores.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("damping", [1e-9, dtrak.effective(0.5)])
+def test_rounding_errors_are_no_predictions(subsets, damping, pooled):
+    """Each pair has the rank 1 of min(n, k) = 6."""
+    train, query = features(6)
+    options = {"damping": damping, "pooled": pooled, "subsets": subsets}
+    train[:] = train[:1, :1]
+    path = dtrak.damping_path(train, query, [damping, 0.1], pooled=pooled)
+    assert [np.isnan(scores).all() for scores in path] == [True, False]
+    for by in ("influence", "coverage"):
+        with pytest.raises(ValueError, match="rounding errors of float32 features"):
+            dtrak.predict(train, query, by=by, **options)
+
+
+def test_pairs_are_read_one_after_the_other(subsets, monkeypatch):
+    """The kernels of all pairs together may not fit in memory."""
+    module = sys.modules["dtrak_jax.attribution.coverage"]
+    each, variances, begun = module.query_pairs, module.variances, []
+
+    def counted(*arguments):
+        for pair in each(*arguments):
+            begun.append(pair)
+            yield pair
+
+    def check(*arguments):
+        assert len(begun) == 1 + len(seen) // M
+        seen.append(arguments)
+        return variances(*arguments)
+
+    seen = []
+    monkeypatch.setattr(module, "query_pairs", counted)
+    monkeypatch.setattr(module, "variances", check)
+    dtrak.predict(*features(6), subsets)
+    assert len(seen) == J * M
 
 
 def test_lds_of_predictions_matches_by_ids(subsets):

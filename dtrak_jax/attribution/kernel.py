@@ -102,13 +102,12 @@ class Kernel(NamedTuple):
     eigenvectors: np.ndarray | None = None  # float64 [m, m], one in each row, or None
 
     def lambda_of(self, damping: Damping, strict: bool = True) -> float:
-        """Returns lambda, or raises a ValueError unless it is above 0.
+        """Returns lambda of what `Damping.of` returned.
 
-        If rounding errors would decide the scores, it is an error too, or else NaN.
+        If rounding errors would decide the scores, it is a ValueError, or else NaN.
         """
-        positive("damping", damping.value)
         if damping.share:
-            return self._lambda_of_share(damping.value)
+            return self._lambda_of_share(damping.value, strict)
         unit = 1 if damping.absolute else self.mean_eigenvalue
         value = damping.value * unit
         # A kernel that was not decomposed shows it when scores are made.
@@ -126,8 +125,8 @@ class Kernel(NamedTuple):
             f"{floor / unit:.3g}."
         )
 
-    def _lambda_of_share(self, share: float) -> float:
-        """Returns the lambda of `effective`."""
+    def _lambda_of_share(self, share: float, strict: bool) -> float:
+        """Returns the lambda of `effective`; see `lambda_of`."""
         if self.eigenvalues is None:
             raise ValueError(
                 "a damping by a share of min(n, k) needs kernels decomposed: "
@@ -140,6 +139,8 @@ class Kernel(NamedTuple):
             return np.sum(values / (values + np.exp(log_lambda))) - goal
 
         if excess(np.log(floor)) <= 0:
+            if not strict:
+                return math.nan
             most = np.sum(values / (values + floor)) / len(values)
             raise ValueError(
                 f"the share is {share}; above rounding errors of float32 features this "
@@ -242,14 +243,14 @@ class Kernels:
         phi = np.concatenate(list(by_pair(self.train)))
         return phi, factorize(phi)
 
-    def of_pooled(self, damping: float | Damping) -> Damping:
+    def of_pooled(self, damping: float | Damping, strict: bool = True) -> Damping:
         """Returns the damping of the pooled kernel: of a share, the geometric mean of the
-        pairs' lambdas."""
+        pairs' lambdas, which may be NaN unless `strict`."""
         damping = Damping.of(damping)
         if not damping.share:
             return damping
-        lambdas = [kernel.lambda_of(damping) for _, kernel in self]
-        return absolute(float(np.exp(np.mean(np.log(lambdas)))))
+        lambdas = [kernel.lambda_of(damping, strict) for _, kernel in self]
+        return Damping(float(np.exp(np.mean(np.log(lambdas)))), absolute=True)
 
     def require_decomposed(self, what: str) -> None:
         """Raises a ValueError if the solver does not decompose kernels."""
