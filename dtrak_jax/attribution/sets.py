@@ -161,10 +161,10 @@ def removal_set(
     (objective "influence") or c(S) = m_S^T (I - M_SS)^-1 m_S ("coverage") largest,
     exactly, with all earlier ones gone; see the module. A choice raises s by
     m_i o_i / (1 - M_ii), where m, M and o, the ones, are those of the kernel without the
-    earlier ones; and c by m_i^2 / (1 - M_ii). With features of the loss s is a prediction of the loss's increase, up
-    to a factor: where k is above n leverages M_ii are near 1, and s is too large. Without
-    one copy of a picture the others make up for it, so that none may be chosen; as
-    `groups` copies go together.
+    earlier ones; and c by m_i^2 / (1 - M_ii). With features of the loss s is a prediction
+    of the loss's increase, up to a factor: where k is above n leverages M_ii are near 1,
+    and s is too large. Without one copy of a picture the others make up for it, so that
+    none may be chosen; as `groups` copies go together.
 
     It takes O(n (min(n, k) + count)) operations a choice and kernel, and
     8 n (min(n, k) + count) bytes a kernel beside the decomposed ones; with `pooled`, of

@@ -105,9 +105,10 @@ def arm_rows(
     made = [("linear", rule, scores)]
     if arm.study == "noise":
         made.append(("squared", rule, scores**2))
+    # Scores that are not there would be rounding errors.
     if grid and DEFAULT_DAMPING not in grid:
-        made = []  # Those scores are rounding errors.
-    if grid:
+        made = []
+    if grid and np.isfinite(by_share).all():
         made.append(("linear", ("effective", share), by_share))
     rows, end = [], 0
     for name, losses in truth.items():
@@ -128,7 +129,7 @@ def _coverage_rows(
     arm: Arm, kernels: Kernels, query: np.ndarray, truth: dict[str, RetrainedLosses]
 ) -> list[dict]:
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
-    kernels apart by its first-order scores."""
+    kernels apart also by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
     share = COVERAGE_SHARE / 2 if pooled else COVERAGE_SHARE
     rules = ("label-free", DEFAULT_DAMPING), ("effective", share)

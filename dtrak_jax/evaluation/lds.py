@@ -52,8 +52,8 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
     """Returns what lds.json says of one set of queries.
 
     "rows" has every method, by each rule that chooses lambda and squared, that of coverage
-    also without adding up, and the controls; "differences" the first method less each other one, from resamples that
-    they share; "curves" the LDS over lambda.
+    also without adding up, and the controls; "differences" the first method less each
+    other one, from resamples that they share; "curves" the LDS over lambda.
     """
     settings, rows, curves, compared = run.config.attribution, [], {}, {}
     names = [name for name in settings.methods if METHODS[name].applies_to(queries)]
@@ -80,8 +80,9 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
             (shared,) = attribution.damping_path(
                 kernels, query, [effective()], subsets=truth.masks
             )
-            by_share = predicted_row(name, shared.T, truth, "effective", SHARE)
-            rows.append(by_share[0])
+            if np.isfinite(shared).all():
+                by_share = predicted_row(name, shared.T, truth, "effective", SHARE)
+                rows.append(by_share[0])
             *fitted, oracle, values = damping_rows(grid, path, truth)
             oracle["reference"] = reference_interval(path[np.argmax(values)], truth)
             rows += [{"method": name} | scored for scored in (oracle, *fitted)]
