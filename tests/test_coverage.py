@@ -1,5 +1,6 @@
 """Coverage: a query's posterior variance under a subset, and its first-order scores."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import Scores, coverage
 from dtrak_jax.config import AttributionConfig, Config
+from dtrak_jax.report.standing import standing
+from dtrak_jax.report.summary import summary
 
 J, N, Q, M = 2, 12, 3, 9
 
@@ -142,6 +145,23 @@ def test_scores_without_a_sign_say_so_and_are_not_reported(tmp_path):
     assert config.shown_methods == ("dtrak",)
     with pytest.raises(ValueError, match=r"\('coverage',\), which have no sign"):
         AttributionConfig(methods=("coverage",))
+
+
+def test_nothing_opposes_without_a_sign(tmp_path):
+    """An image that a query needs less than others do is no evidence against it."""
+    rows = np.random.default_rng(3).exponential(size=(12, 30)).astype(np.float32) + 5
+    rows[4, 7] = 0
+    ids = np.arange(30).astype(str)
+    column = {"of": np.array(["x"] * 20 + ["y"] * 10)}
+    scores = Scores(rows, ids, ids[:12], "coverage", signed=False, columns=column)
+    signed = dataclasses.replace(scores, signed=True)
+    assert standing(signed, [], {}).opposing[4, 7]
+    assert not standing(scores, [], {}).opposing.any()
+    one, other = (list(summary({("coverage", "a"): s}))[1] for s in (signed, scores))
+    assert other == one.replace("+", "") != one
+    images = np.zeros((30, 2, 2, 1), np.float32)
+    with pytest.raises(ValueError, match="scores coverage of query have no sign"):
+        dtrak.write_report(tmp_path / "page.html", scores, images, images[:12])
 
 
 def test_what_does_not_fit_is_refused_by_name(subsets):

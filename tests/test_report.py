@@ -37,6 +37,7 @@ from dtrak_jax.digests import digest_rows
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, of_run
 from dtrak_jax.report import page as page_of
+from dtrak_jax.report.ablations import ablations
 from dtrak_jax.report.groups import matrix, ranking, right
 from dtrak_jax.report.learning import baseline
 from dtrak_jax.report.queries import agreement, anchors
@@ -1153,6 +1154,26 @@ def test_every_study_has_its_rows(tmp_path):
     rows = Outline(found).tables["LDS, study noise"]
     assert ["common", "cosine", "–", "–", "0.271", "[0.241, 0.291]"] in rows
     assert found.count("<svg") == 2 and "nan" not in found.lower()
+
+
+def test_the_figure_of_coverage_is_of_each_subset_itself():
+    """Sums of its scores are in the table only."""
+    base = {"name": "coverage", "queries": "validation", "measurement": "loss"}
+    base |= {"seed": 0, "draws": 1, "damping": 0.1}
+    made = [
+        base | {"kernel": kernel, "transform": kind, "damping_rule": rule, "lds": lds}
+        for kernel, kind, rule, lds in (
+            ("apart", "linear", "label-free", 0.1),
+            ("apart", "exact", "label-free", 0.2),
+            ("apart", "exact", "cross-fitted", 0.3),
+            ("pooled", "exact", "cross-fitted", 0.4),
+        )
+    ]
+    rows = [row | {"low": row["lds"] - 0.05, "high": row["lds"] + 0.05} for row in made]
+    (study,) = ablations({"rows": rows})
+    ((_, chart),) = study["figures"]
+    assert "pooled" in chart and "label-free" not in chart
+    assert "cross-fitted: λ chosen on other subsets" in chart
 
 
 def test_charts_take_any_name(tmp_path):

@@ -70,7 +70,8 @@ def write_report(
       The path.
 
     Raises:
-      ValueError: scores, images and queries that do not belong together; says which.
+      ValueError: scores, images and queries that do not belong together, or scores
+        without a sign, such as those of "coverage"; says which.
       TypeError: an argument is of another class.
       OSError: before anything is computed, where no file can be written at `path`.
     """
@@ -174,6 +175,11 @@ def _sets(
         several = [of_set] if isinstance(of_set, Scores) else items("scores", of_set)
         for given in several:
             instance("an entry of scores", given, Scores)
+            if not given.signed:
+                raise ValueError(
+                    f"scores {given.method} of {name} have no sign, and a page says what "
+                    "supports and what opposes a query; leave them out."
+                )
         if not several:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
         by_method[name] = {given.method: given for given in several}
