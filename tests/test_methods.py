@@ -208,7 +208,7 @@ def test_attribute_takes_every_method_of_one_models_features():
         scores = dtrak.attribute(train, queries, method=name, damping=0.3)
         assert scores["a"].method == name
         assert scores["a"].scores.dtype == np.float32
-        assert scores["a"].damping == ((0.3, False) if damped else None)
+        assert scores["a"].damping == (Damping(0.3) if damped else None)
         assert (scores["a"].lambdas is not None) == METHODS[name].kernel
         assert_close(scores["a"].scores, expected, 1e-6)
         assert_close(scores["b"].scores, expected[3:], 1e-6)
@@ -347,7 +347,7 @@ def test_every_method_scores_a_run(name):
         assert_close(scores.scores, expected_scores(run, name, queries), 1e-6)
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
-        assert scores.damping == ((0.2, False) if row.damped else None)
+        assert scores.damping == (Damping(0.2) if row.damped else None)
         with_kernels = row.objective or name == "journey-trak"
         assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.
@@ -400,7 +400,7 @@ def test_pooled_scores_equal_the_plain_inverse(n, k):
     grid = [dtrak.absolute(1e3), dtrak.absolute(1e5)]
     path = attribution.damping_path(train, query, grid, pooled=True)
     assert path.shape == (2, 5, n)
-    for (value, _), scores in zip(grid, path, strict=True):
+    for (value, *_), scores in zip(grid, path, strict=True):
         hessian = np.einsum("jnk,jnl->kl", train, train) + value * np.eye(k)
         inverse = np.linalg.inv(hessian)
         expected = sum(g @ inverse @ phi.T for g, phi in zip(query, train, strict=True))
@@ -596,7 +596,7 @@ def test_an_ensembles_scores_are_the_mean_of_its_models():
     expected = np.mean([member.scores for member in members], axis=0)
     np.testing.assert_allclose(mean.scores, expected, rtol=1e-5, atol=1e-7)
     assert mean.scores.dtype == np.float32
-    assert mean.damping == (0.2, False)
+    assert mean.damping == Damping(0.2)
     assert mean.eigenvalues is None
     other = dtrak.attribute(*models[0], damping=0.3)
     assert ensemble_mean([members[0], other]).damping is None
