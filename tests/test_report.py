@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -1381,6 +1382,41 @@ def test_provenance_and_whole_file_names(tmp_path):
     assert sum("tabindex" in image for image in images) == len(images) - 2
 
 
+def check_other_removals(write, removed, ids, pictures):
+    """What was removed from other queries or images than those of a page is refused."""
+    record, made_again = removed.record(), removed.images
+    shown, query = {"counterfactual": record, "removed": made_again}, ids[0]
+    for change, message in (
+        ({"counterfactual": None}, "removed needs counterfactual="),
+        (
+            {"counterfactual": record | {"settings": {"queries": ["x"]}}},
+            "queries, such as 'x'",
+        ),
+        (
+            {"counterfactual": record | {"removed": {"a": {query: ["?"]}}}},
+            "images, such as '?'",
+        ),
+        (
+            {"removed": {n: a for n, a in made_again.items() if n != "query_ids"}},
+            "in 'query_ids'",
+        ),
+        ({"removed": made_again | {"x": pictures}}, "removed differs .* in 'x'"),
+        (
+            {"removed": made_again | {"query_ids": ids[:2][::-1]}},
+            "its query_ids must be",
+        ),
+        ({"removed": made_again | {"dtrak": pictures}}, r"removed\['dtrak'\] has 12"),
+        (
+            {"removed": made_again | {"original": pictures[:2] / 2}},
+            "are other pictures",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(**shown | change)
+    with pytest.raises(TypeError, match="removed is an array"):
+        write(removed=pictures)
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     run = make(tmp_path / "run", shown=5, sets=("generated",))
@@ -1428,38 +1464,10 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     shown = {"counterfactual": removed.record(), "removed": removed.images}
     dtrak.write_report(path, scores, train.images, pictures, **shown)
     assert "cosine of hue" in path.read_text().lower()
-    record, made_again = removed.record(), removed.images
     (query, _), gone = removed.settings["queries"], removed.removed["dtrak"]
     assert f"without {', '.join(gone[query])}" in words(path.read_text())
-    for change, message in (
-        ({"counterfactual": None}, "removed needs counterfactual="),
-        (
-            {"counterfactual": record | {"settings": {"queries": ["x"]}}},
-            "queries, such as 'x'",
-        ),
-        (
-            {"counterfactual": record | {"removed": {"a": {query: ["?"]}}}},
-            "images, such as '?'",
-        ),
-        (
-            {"removed": {n: a for n, a in made_again.items() if n != "query_ids"}},
-            "in 'query_ids'",
-        ),
-        ({"removed": made_again | {"x": pictures}}, "removed differs .* in 'x'"),
-        (
-            {"removed": made_again | {"query_ids": ids[:2][::-1]}},
-            "its query_ids must be",
-        ),
-        ({"removed": made_again | {"dtrak": pictures}}, r"removed\['dtrak'\] has 12"),
-        (
-            {"removed": made_again | {"original": pictures[:2] / 2}},
-            "are other pictures",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dtrak.write_report(path, scores, train.images, pictures, **shown | change)
-    with pytest.raises(TypeError, match="removed is an array"):
-        dtrak.write_report(path, scores, train.images, pictures, removed=pictures)
+    write = partial(dtrak.write_report, path, scores, train.images, pictures)
+    check_other_removals(write, removed, ids, pictures)
     for wrong, message in (
         (tmp_path, f"path is '{tmp_path}', a folder"),
         (path / "page.html", f"the folder of path is '{path}', which is a file"),

@@ -44,7 +44,7 @@ def write_report(
     truth: RetrainedLosses | Mapping[str, RetrainedLosses] | None = None,
     **options,
 ) -> epath.Path:
-    """Writes the page that a run writes, of scores that were made anywhere.
+    """Writes the page that a run writes, of scores that were made anywhere; returns its path.
 
     It judges each query: which training images stand out (`attribution.floor`), and what
     speaks against believing any of it. It is one file that asks for no other.
@@ -66,9 +66,6 @@ def write_report(
         and learning_rate), `counterfactual` and `removed` (the `record()` and the
         `images` of `dtrak.counterfactual`), `settings` or `provenance`.
 
-    Returns:
-      The path.
-
     Raises:
       ValueError: scores, images and queries that do not belong together, or scores
         without a sign, such as those of "coverage"; says which.
@@ -77,9 +74,6 @@ def write_report(
     """
     path = files.check_file("path", path)
     _check_options(options)
-    removal, removed = options.get("counterfactual"), options.get("removed")
-    if removed and not removal:
-        raise ValueError("removed needs counterfactual=, the `record()` beside it.")
     instance("schedule", schedule, Schedule, NoneType)
     by_method, sets = _sets(scores, queries)
     first = next(iter(next(iter(by_method.values())).values()))
@@ -89,15 +83,14 @@ def write_report(
         query_ids = next(iter(of_set.values())).query_ids
         datasets[name] = _dataset(f"queries {name}", sets[name], query_ids)
         for s in of_set.values():
-            _check_ids(f"scores {s.method} of {name}", s.train_ids, train, "images")
-            _check_ids(
-                f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
-            )
+            what = f"scores {s.method} of {name}"
+            _check_ids(what, s.train_ids, train, "images")
+            _check_ids(what, s.query_ids, datasets[name], "queries")
     columns = {n: c for n, c in first.columns.items() if n != "label"}
     columns |= train.groups | check_columns(groups, len(train))
     train = dataclasses.replace(train, groups=columns)
-    if removal:
-        check_removal(removal, removed or {}, train, datasets)
+    if removal := options.get("counterfactual"):
+        check_removal(removal, options.get("removed", {}), train, datasets)
     fields = {
         "pixels": similarities(train, datasets),
         "damping": first.damping,
@@ -147,6 +140,8 @@ def _check_options(options: Mapping) -> None:
         "counterfactual": ("settings", "rows", "summary", "differences"),
     }
     instance("removed", options.get("removed", {}), Mapping)
+    if options.get("removed") and not options.get("counterfactual"):
+        raise ValueError("removed needs counterfactual=, the `record()` beside it.")
     given = [("counterfactual", options.get("counterfactual"))]
     lines = items("metrics", options.get("metrics", ()))
     given += [("a line of metrics", line) for line in lines]
