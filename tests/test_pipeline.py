@@ -428,6 +428,8 @@ def run(line, capsys):
         ({"features__measurements": "square"}, "attribution.methods has 'trak', which"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
         ({"counterfactual__sets": "pixel-dot"}, "counterfactual.sets is 'pixel-dot'"),
+        # They would remove the same images as its scores, by as many models.
+        ({"counterfactual__squared": "coverage"}, "counterfactual.squared is 'cov"),
         (
             {"counterfactual__sets": "trak", "attribution__solver": "cg"},
             "counterfactual.sets needs kernels decomposed",
