@@ -140,6 +140,9 @@ def test_rows_of_coverage(made, kernel):
             for rule, damping in dampings.items()
         }
     )
-    predicted = dtrak.predict(train, query, truth.masks, damping=0.1, pooled=pooled)
-    assert by_rule["label-free"] == datamodeling.lds(predicted.values, truth)
+    dampings["effective"] = dtrak.effective(0.025 if pooled else 0.05)
+    for rule, damping in dampings.items():
+        how = {"damping": damping, "pooled": pooled}
+        predicted = dtrak.predict(train, query, truth.masks, **how)
+        assert by_rule[rule] == datamodeling.lds(predicted.values, truth)
     assert by_rule["oracle"] >= max(by_rule["label-free"], by_rule["cross-fitted"])
