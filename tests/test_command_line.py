@@ -214,7 +214,7 @@ def test_what_is_refused(words, said, tmp_path, monkeypatch):
         (["--help", "clip.folder"], "--clip.folder TEXT"),
         (
             ["--help", "counterfactual"],
-            "dtrak, trak, kernel-mean, kernel-l1, kernel-l2, kernel-linf, kernel-elbo.",
+            "dtrak, trak, kernel-mean, kernel-l1, kernel-l2, kernel-linf, kernel-elbo, coverage.",
         ),
         (["--help", "counterfactual"], "0 takes a fifth of the training images"),
         (["--help-all"], "--report.top INT"),
