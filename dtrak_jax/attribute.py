@@ -42,7 +42,7 @@ def attribute(
         parameters and projection; or several sets of them by name.
       method: its name; None takes the kernel method of the features' measurement.
       damping: lambda_j in units of that kernel's mean eigenvalue,
-        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)`.
+        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)` or `effective(share)`.
       solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
         min(n, k) is too large for that: conjugate gradients on all devices, right to
         1e-5, at a price for every query (see `attribution.iterative.solve`).

@@ -201,10 +201,8 @@ class Config:
 
     def _check_base(self):
         """Raises a ValueError unless what a base decides is left to it."""
-        if not self.is_latent and (self.lora, self.base) != (
-            LoRAConfig(),
-            BaseConfig(),
-        ):
+        none = LoRAConfig(), BaseConfig()
+        if not self.is_latent and (self.lora, self.base) != none:
             raise ValueError(
                 "base and lora have settings of text-to-image, but base.folder is empty "
                 "and base.pictures 0; name a Stable Diffusion, or leave them out."
@@ -249,9 +247,7 @@ class Config:
             elif "journey" in folders and self.queries.folder:
                 missing = "each query's sampling: queries.folder must be empty"
             elif method.embeds and not self.clip.folder:
-                missing = (
-                    "CLIP: clip.folder is empty; it must name a CLIP model's folder"
-                )
+                missing = "CLIP: clip.folder is empty; it must be a CLIP model's folder"
             elif method.curved and self.features.noise == "cyclic":
                 missing = "features.noise other than 'cyclic', which only queries have"
             elif of_checkpoints and self.is_given:

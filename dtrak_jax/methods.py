@@ -121,10 +121,8 @@ def _kernel(
 ) -> Method:
     """Returns the row of a method with a kernel, decomposed but for influence and coverage."""
     row = Method(name, label, function, note, source, inputs, measurement, damped=True)
-    return row._replace(
-        decomposed=function not in (influence, coverage),
-        signed=function is not coverage,
-    )
+    decomposed = function not in (influence, coverage)
+    return row._replace(decomposed=decomposed, signed=function is not coverage)
 
 
 def _loss(name, label, function, note, source, inputs=ONE_MODEL) -> Method:
@@ -141,12 +139,9 @@ ROWS = (
     _kernel("kernel-linf", "L∞", "linf", "kernel of gradients of its largest entry"),
     _kernel("kernel-elbo", "ELBO", "elbo", "kernel of gradients of the weighted loss"),
     _kernel(
-        "coverage",
-        "coverage",
-        "square",
+        *("coverage", "coverage", "square"),
         "how much of what the query needs the example holds: dtrak's kernels, squared",
-        DAS,
-        function=coverage,
+        *(DAS, ONE_MODEL, coverage),
     ),
     _loss(
         "gradient-dot", "gradient dot", gradient_dot, "gradients' inner product", TRACIN
@@ -198,12 +193,8 @@ ROWS = (
     ),
     _kernel("trak-ensemble", "TRAK ensemble", "loss", "trak over models", TRAK, MODELS),
     _kernel(
-        "dtrak-ensemble",
-        "D-TRAK ensemble",
-        "square",
-        "dtrak over models",
-        DTRAK,
-        MODELS,
+        *("dtrak-ensemble", "D-TRAK ensemble", "square", "dtrak over models"),
+        *(DTRAK, MODELS),
     ),
     Method(
         "empirical-influence",

@@ -12,7 +12,7 @@ import tensorstore as ts
 from sklearn.linear_model import Ridge
 
 import dtrak_jax as dtrak
-from dtrak_jax import attribution
+from dtrak_jax import attribution, files
 from dtrak_jax.attribution import GRID, Damping, Kernels, kernel, linalg
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.kernel import driver_for, factorize
@@ -132,6 +132,19 @@ def test_a_share_gives_every_pair_its_own_effective_dimension(shape):
     dampings = [dtrak.effective(0.3), middle]
     pooled = dtrak.damping_path(phi, query, dampings, pooled=True)
     np.testing.assert_allclose(*pooled, rtol=1e-6)
+
+
+def test_files_that_know_no_share_and_no_sign_load(tmp_path):
+    """Those of earlier versions; all scores had a sign then."""
+    scores = dtrak.attribute(*features(6, 9), damping=dtrak.absolute(2.0))
+    scores.save(tmp_path / "new.npz")
+    assert dtrak.Scores.load(tmp_path / "new.npz").damping == scores.damping
+    saved = files.read_npz(tmp_path / "new.npz")
+    del saved["sign"]
+    saved["damping"] = np.array('{"value": 2.0, "absolute": true}')
+    files.write_npz(tmp_path / "old.npz", **saved)
+    old = dtrak.Scores.load(tmp_path / "old.npz")
+    assert old.damping == scores.damping and old.signed
 
 
 def test_a_share_that_no_kernel_can_have_is_refused():

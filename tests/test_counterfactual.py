@@ -41,6 +41,7 @@ from dtrak_jax.evaluation.counterfactual import (
 from dtrak_jax.evaluation.outputs import measure
 from dtrak_jax.evaluation.removals import RANDOM, Choice, plan, removed_rows
 from dtrak_jax.evaluation.statistics import summarize
+from dtrak_jax.methods import METHODS
 from dtrak_jax.models.functions import bottleneck_fn
 from dtrak_jax.run import Run
 from dtrak_jax.training import ensemble
@@ -480,6 +481,20 @@ def test_a_set_takes_copies_together(finished):
     pairs = chosen_set(run, "trak", 0) // 2
     assert len(pairs) == COUNT and len(set(pairs.tolist())) == (COUNT + 1) // 2
     np.testing.assert_array_equal(pairs[: COUNT // 2 * 2 : 2], pairs[1::2])
+
+
+def test_a_set_has_the_objective_of_its_method(finished, monkeypatch):
+    monkeypatch.setitem(
+        METHODS, "cover", METHODS["coverage"]._replace(measurement="loss")
+    )
+    run, sets = Run.at(CONFIG, finished.workdir), []
+    kernels, query = run.kernels("loss"), run.features("generated", "loss")
+    for method, objective in (("trak", "influence"), ("cover", "coverage")):
+        how = {"objective": objective, "damping": run.damping}
+        chosen = dtrak.removal_set(kernels, query[..., [0], :], COUNT, **how)
+        sets.append(chosen_set(run, method, 0).tolist())
+        assert sets[-1] == chosen.rows.tolist()
+    assert sets[0] != sets[1]
 
 
 def test_random_removals_depend_on_seed_and_query_alone():

@@ -1,11 +1,16 @@
 """Coverage: a query's posterior variance under a subset, and its first-order scores."""
 
+import dataclasses
+import sys
+
 import numpy as np
 import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import Scores, coverage
 from dtrak_jax.config import AttributionConfig, Config
+from dtrak_jax.report.standing import standing
+from dtrak_jax.report.summary import summary
 
 J, N, Q, M = 2, 12, 3, 9
 
@@ -74,6 +79,42 @@ def test_predictions_by_influence_are_sums_of_scores(subsets):
     np.testing.assert_allclose(found.values, subsets @ scores.T, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("damping", [1e-9, dtrak.effective(0.5)])
+def test_rounding_errors_are_no_predictions(subsets, damping, pooled):
+    """Each pair has the rank 1 of min(n, k) = 6."""
+    train, query = features(6)
+    options = {"damping": damping, "pooled": pooled, "subsets": subsets}
+    train[:] = train[:1, :1]
+    path = dtrak.damping_path(train, query, [damping, 0.1], pooled=pooled)
+    assert [np.isnan(scores).all() for scores in path] == [True, False]
+    for by in ("influence", "coverage"):
+        with pytest.raises(ValueError, match="rounding errors of float32 features"):
+            dtrak.predict(train, query, by=by, **options)
+
+
+def test_pairs_are_read_one_after_the_other(subsets, monkeypatch):
+    """The kernels of all pairs together may not fit in memory."""
+    module = sys.modules["dtrak_jax.attribution.coverage"]
+    each, variances, begun = module.query_pairs, module.variances, []
+
+    def counted(*arguments):
+        for pair in each(*arguments):
+            begun.append(pair)
+            yield pair
+
+    def check(*arguments):
+        assert len(begun) == 1 + len(seen) // M
+        seen.append(arguments)
+        return variances(*arguments)
+
+    seen = []
+    monkeypatch.setattr(module, "query_pairs", counted)
+    monkeypatch.setattr(module, "variances", check)
+    dtrak.predict(*features(6), subsets)
+    assert len(seen) == J * M
+
+
 def test_lds_of_predictions_matches_by_ids(subsets):
     train, query = features(6)
     found = dtrak.predict(train, query, subsets)
@@ -104,6 +145,23 @@ def test_scores_without_a_sign_say_so_and_are_not_reported(tmp_path):
     assert config.shown_methods == ("dtrak",)
     with pytest.raises(ValueError, match=r"\('coverage',\), which have no sign"):
         AttributionConfig(methods=("coverage",))
+
+
+def test_nothing_opposes_without_a_sign(tmp_path):
+    """An image that a query needs less than others do is no evidence against it."""
+    rows = np.random.default_rng(3).exponential(size=(12, 30)).astype(np.float32) + 5
+    rows[4, 7] = 0
+    ids = np.arange(30).astype(str)
+    column = {"of": np.array(["x"] * 20 + ["y"] * 10)}
+    scores = Scores(rows, ids, ids[:12], "coverage", signed=False, columns=column)
+    signed = dataclasses.replace(scores, signed=True)
+    assert standing(signed, [], {}).opposing[4, 7]
+    assert not standing(scores, [], {}).opposing.any()
+    one, other = (list(summary({("coverage", "a"): s}))[1] for s in (signed, scores))
+    assert other == one.replace("+", "") != one
+    images = np.zeros((30, 2, 2, 1), np.float32)
+    with pytest.raises(ValueError, match="scores coverage of query have no sign"):
+        dtrak.write_report(tmp_path / "page.html", scores, images, images[:12])
 
 
 def test_what_does_not_fit_is_refused_by_name(subsets):

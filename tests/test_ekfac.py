@@ -11,6 +11,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
+from dtrak_jax.attribution import Damping
 from dtrak_jax.attribution import ekfac as scoring
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import curvature as curvatures
@@ -195,7 +196,7 @@ def test_influence_of_a_linear_network_is_exact(matrix, both, apart, monkeypatch
     scores = dtrak.ekfac_influence(made, train, query, damping=0.3, batch_size=2)
     close(scores.scores, expected)
     np.testing.assert_allclose(scores.lambdas, [value], rtol=1e-5)
-    assert (scores.method, scores.damping) == ("ekfac", (0.3, False))
+    assert (scores.method, scores.damping) == ("ekfac", Damping(0.3))
     monkeypatch.setattr(scoring, "QUERY_BYTES", 2 * 4 * 256)
     absolute = dtrak.absolute(value)
     close(dtrak.ekfac_influence(made, train, query, damping=absolute).scores, expected)

@@ -58,7 +58,7 @@ def test_numbers_of_any_library_are_numbers(tmp_path):
     other = features(task=task(timesteps=np.int64(1), draws=np.int64(2)), **numbers)
     scores = dtrak.attribute(other, other, damping=dtrak.absolute(np.float32(2)))
     scores.save(tmp_path / "scores.npz")
-    assert dtrak.Scores.load(tmp_path / "scores.npz").damping == (2.0, True)
+    assert dtrak.Scores.load(tmp_path / "scores.npz").damping == dtrak.absolute(2.0)
     assert type(FeaturesConfig(dim=np.int64(64)).dim) is int
 
 

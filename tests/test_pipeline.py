@@ -427,7 +427,13 @@ def run(line, capsys):
         ),
         ({"features__measurements": "square"}, "attribution.methods has 'trak', which"),
         ({"attribution__damping": "0"}, "attribution.damping is 0"),
+        (
+            {"attribution__share": "", "attribution__solver": "cg"},
+            "attribution.share is on; it needs a damping below 1",
+        ),
         ({"counterfactual__sets": "pixel-dot"}, "counterfactual.sets is 'pixel-dot'"),
+        # They would remove the same images as its scores, by as many models.
+        ({"counterfactual__squared": "coverage"}, "counterfactual.squared is 'cov"),
         (
             {"counterfactual__sets": "trak", "attribution__solver": "cg"},
             "counterfactual.sets needs kernels decomposed",
@@ -508,6 +514,16 @@ def test_free_settings_may_change(simple, whole, tmp_path):
     assert Scores.load(workdir / "scores" / "trak-generated.npz").damping[0] == 0.7
     saved = files.read_json(workdir / "config.json")["config"]
     assert saved["attribution.damping"] == 0.7
+    cli.main(command("report", workdir, attribution__damping="0.1"))
+    share = {"attribution__damping": "0.1", "attribution__share": ""}
+    cli.main(command("report", workdir, **share))
+    scores = Scores.load(workdir / "scores" / "trak-generated.npz")
+    assert scores.damping == dtrak.effective(0.1)
+    values = scores.eigenvalues
+    dims = np.sum(values / (values + scores.lambdas[:, None]), axis=1)
+    np.testing.assert_allclose(dims, 0.1 * values.shape[1])
+    html = (workdir / "report.html").read_text()
+    assert "damped until its effective dimension is 0.1" in html
     assert metadata.stat().st_mtime_ns == kept
 
 

@@ -412,7 +412,7 @@ def test_work_is_counted_in_passes():
     assert passes["sample"] == 20 * 3
     assert passes["featurize"] == 5 * 3 * images
     assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
-    assert "attribute" not in passes
+    assert passes["attribute"] == 0
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
     assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
     assert work.describe("train", run) == "12 steps of 64 images"

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -37,6 +38,7 @@ from dtrak_jax.digests import digest_rows
 from dtrak_jax.features import Task
 from dtrak_jax.report import figures, of_run
 from dtrak_jax.report import page as page_of
+from dtrak_jax.report.ablations import ablations
 from dtrak_jax.report.groups import matrix, ranking, right
 from dtrak_jax.report.learning import baseline
 from dtrak_jax.report.queries import agreement, anchors
@@ -1155,6 +1157,26 @@ def test_every_study_has_its_rows(tmp_path):
     assert found.count("<svg") == 2 and "nan" not in found.lower()
 
 
+def test_the_figure_of_coverage_is_of_each_subset_itself():
+    """Sums of its scores are in the table only."""
+    base = {"name": "coverage", "queries": "validation", "measurement": "loss"}
+    base |= {"seed": 0, "draws": 1, "damping": 0.1}
+    made = [
+        base | {"kernel": kernel, "transform": kind, "damping_rule": rule, "lds": lds}
+        for kernel, kind, rule, lds in (
+            ("apart", "linear", "label-free", 0.1),
+            ("apart", "exact", "label-free", 0.2),
+            ("apart", "exact", "cross-fitted", 0.3),
+            ("pooled", "exact", "cross-fitted", 0.4),
+        )
+    ]
+    rows = [row | {"low": row["lds"] - 0.05, "high": row["lds"] + 0.05} for row in made]
+    (study,) = ablations({"rows": rows})
+    ((_, chart),) = study["figures"]
+    assert "pooled" in chart and "label-free" not in chart
+    assert "cross-fitted: λ chosen on other subsets" in chart
+
+
 def test_charts_take_any_name(tmp_path):
     run = make(tmp_path, shown=0)
     write_lds(run, unknown="a$b$ <i>")
@@ -1189,7 +1211,12 @@ def test_methods_without_a_kernel(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    # What a script of its own measured has no part of a report.
+    sorted({*RESULTS.glob("*.json")} - {RESULTS / "digits_metagradient.json"}),
+    ids=lambda p: p.stem,
+)
 def test_committed_results_render(tmp_path, path):
     """Their tables hold every value of the file."""
     run = make(tmp_path, shown=0)
@@ -1360,6 +1387,41 @@ def test_provenance_and_whole_file_names(tmp_path):
     assert sum("tabindex" in image for image in images) == len(images) - 2
 
 
+def check_other_removals(write, removed, ids, pictures):
+    """What was removed from other queries or images than those of a page is refused."""
+    record, made_again = removed.record(), removed.images
+    shown, query = {"counterfactual": record, "removed": made_again}, ids[0]
+    for change, message in (
+        ({"counterfactual": None}, "removed needs counterfactual="),
+        (
+            {"counterfactual": record | {"settings": {"queries": ["x"]}}},
+            "queries, such as 'x'",
+        ),
+        (
+            {"counterfactual": record | {"removed": {"a": {query: ["?"]}}}},
+            "images, such as '?'",
+        ),
+        (
+            {"removed": {n: a for n, a in made_again.items() if n != "query_ids"}},
+            "in 'query_ids'",
+        ),
+        ({"removed": made_again | {"x": pictures}}, "removed differs .* in 'x'"),
+        (
+            {"removed": made_again | {"query_ids": ids[:2][::-1]}},
+            "its query_ids must be",
+        ),
+        ({"removed": made_again | {"dtrak": pictures}}, r"removed\['dtrak'\] has 12"),
+        (
+            {"removed": made_again | {"original": pictures[:2] / 2}},
+            "are other pictures",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(**shown | change)
+    with pytest.raises(TypeError, match="removed is an array"):
+        write(removed=pictures)
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     run = make(tmp_path / "run", shown=5, sets=("generated",))
@@ -1407,38 +1469,10 @@ def test_a_report_of_arrays_is_the_page_that_a_run_gets(tmp_path):
     shown = {"counterfactual": removed.record(), "removed": removed.images}
     dtrak.write_report(path, scores, train.images, pictures, **shown)
     assert "cosine of hue" in path.read_text().lower()
-    record, made_again = removed.record(), removed.images
     (query, _), gone = removed.settings["queries"], removed.removed["dtrak"]
     assert f"without {', '.join(gone[query])}" in words(path.read_text())
-    for change, message in (
-        ({"counterfactual": None}, "removed needs counterfactual="),
-        (
-            {"counterfactual": record | {"settings": {"queries": ["x"]}}},
-            "queries, such as 'x'",
-        ),
-        (
-            {"counterfactual": record | {"removed": {"a": {query: ["?"]}}}},
-            "images, such as '?'",
-        ),
-        (
-            {"removed": {n: a for n, a in made_again.items() if n != "query_ids"}},
-            "in 'query_ids'",
-        ),
-        ({"removed": made_again | {"x": pictures}}, "removed differs .* in 'x'"),
-        (
-            {"removed": made_again | {"query_ids": ids[:2][::-1]}},
-            "its query_ids must be",
-        ),
-        ({"removed": made_again | {"dtrak": pictures}}, r"removed\['dtrak'\] has 12"),
-        (
-            {"removed": made_again | {"original": pictures[:2] / 2}},
-            "are other pictures",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dtrak.write_report(path, scores, train.images, pictures, **shown | change)
-    with pytest.raises(TypeError, match="removed is an array"):
-        dtrak.write_report(path, scores, train.images, pictures, removed=pictures)
+    write = partial(dtrak.write_report, path, scores, train.images, pictures)
+    check_other_removals(write, removed, ids, pictures)
     for wrong, message in (
         (tmp_path, f"path is '{tmp_path}', a folder"),
         (path / "page.html", f"the folder of path is '{path}', which is a file"),

@@ -147,8 +147,8 @@ def methods() -> Lines:
     ]
     covering = {"queries": "validation", "measurement": "square", "draws": 1}
     covering |= {"transform": "linear", "damping_rule": "label-free"}
-    elsewhere = [pick(read("digits_coverage")["rows"], **covering)]
-    elsewhere += read("digits_ekfac")["queries"]["validation"]["rows"]
+    elsewhere = [pick(read("digits_coverage_ablations")["rows"], **covering)]
+    elsewhere += read("digits_ekfac_lds")["queries"]["validation"]["rows"]
     rows = validation["rows"] + [
         row | {"method": name, "damping_rule": None}
         for name, row in zip(("coverage", "ekfac"), elsewhere, strict=True)
@@ -372,7 +372,7 @@ def coverage() -> Lines:
         "exact, λ cross-fitted": exact | {"damping_rule": "cross-fitted"},
     }
     lines = [["images", "readout", "gradients", *columns]]
-    rows = read("digits_coverage")["rows"]
+    rows = read("digits_coverage_ablations")["rows"]
     keys = sorted({(row["measurement"], row["draws"]) for row in rows})
     for name, (measurement, draws) in itertools.product(SETS, keys):
         key = {"queries": name, "measurement": measurement, "draws": draws}
@@ -384,7 +384,7 @@ def coverage() -> Lines:
 def ekfac() -> Lines:
     """The LDS on digits of EK-FAC beside TRAK's."""
     lines = [["method", *SETS]]
-    for name, result in (("ekfac", "digits_ekfac"), ("trak", "digits_lds")):
+    for name, result in (("ekfac", "digits_ekfac_lds"), ("trak", "digits_lds")):
         sets = read(result)["queries"]
         rule = {"damping_rule": "oracle", "transform": "linear", "method": name}
         lines.append([name, *(interval(pick(sets[q]["rows"], **rule)) for q in SETS)])

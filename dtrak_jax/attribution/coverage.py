@@ -15,7 +15,6 @@ It answers another question than signed scores: these ask in which direction an 
 the query's loss, coverage how much the image tells of it.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -96,7 +95,8 @@ def predict(
     `lds(predict(train, query, truth.masks), truth)` tells how right it is.
 
     By coverage it takes a Cholesky decomposition of min(n_S, k) rows for each subset of
-    n_S images and each pair; with `pooled`, of min(J n_S, k) rows for each subset.
+    n_S images and each pair; with `pooled`, of min(J n_S, k) rows for each subset. Kernels
+    of the whole training set are decomposed too, for lambda, but by solver "cg" apart.
 
     Args:
       train: features of the training set, [T, n, k] or [n, k]; or `Kernels`.
@@ -104,7 +104,7 @@ def predict(
       subsets: of the training set, bool [M, n]; none of them empty.
       by: "influence" or "coverage".
       damping: lambda_j in units of the mean eigenvalue of the kernel of the whole training
-        set, for all subsets; or `absolute(lambda)`.
+        set, for all subsets; or `absolute(lambda)`, or `effective(share)` of that kernel.
       pooled: take one kernel, that of all pairs, instead of one for each pair.
 
     Raises:
@@ -122,6 +122,11 @@ def predict(
         (sums,) = damping_path(
             kernels, query, [damping], pooled=pooled, subsets=subsets
         )
+        if np.isnan(sums).any():
+            raise ValueError(
+                f"{damping.words} makes lambda less than the rounding errors of float32 "
+                "features; take a larger damping, or a smaller share."
+            )
         values = sums.T
     else:
         (values,) = coverage_path(kernels, query, [damping], subsets, pooled)
@@ -144,7 +149,8 @@ def coverage_path(
         parts, count = [(*kernels.pooled, joined)], 1
     else:
         parts, count = query_pairs(kernels, query), math.prod(query.shape[:-2])
-    each = itertools.product(parts, enumerate(subsets))
+    # Pair by pair, as the kernels of all together may not fit in memory.
+    each = ((part, subset) for part in parts for subset in enumerate(subsets))
     number = count * len(subsets)
     for part, (row, subset) in progress(each, "coverage", number, "kernel", delay=2):
         phi, kernel, g = part

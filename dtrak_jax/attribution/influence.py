@@ -3,8 +3,9 @@
 At pair j the features of a training example are phi_j(n), in rows Phi_j [n, k], and
 those of a query, computed with the same task, parameters and projection, g_j(q). A
 damping is lambda_j in units of that kernel's mean eigenvalue,
-trace(Phi_j Phi_j^T) / min(n, k), or `absolute(lambda)`. The functions take the features
-of a training set, [T, n, k] or [n, k], or `Kernels`, which share what is decomposed.
+trace(Phi_j Phi_j^T) / min(n, k), or `absolute(lambda)`, or `effective(share)`. The
+functions take the features of a training set, [T, n, k] or [n, k], or `Kernels`, which
+share what is decomposed.
 With several processes all must call them, and all get the scores.
 """
 
@@ -190,8 +191,8 @@ def damping_path(
 ) -> np.ndarray:
     """Returns the scores of `influence` at every damping, float64 [len(dampings), q, n].
 
-    One eigendecomposition of each kernel serves all of them. A damping so small that
-    rounding errors of some kernel would decide the scores gives NaN. There are no
+    One eigendecomposition of each kernel serves all of them. A damping so small, or a
+    share so large, that rounding errors would decide the scores gives NaN. There are no
     standard errors. What is raised is as in `influence`, and kernels must be decomposed.
 
     Args:
@@ -213,7 +214,7 @@ def damping_path(
     kernels.require_decomposed("a path over dampings")
     if pooled:
         (phi, kernel), n = kernels.pooled, kernels.train.shape[-2]
-        dampings = list(map(kernels.of_pooled, dampings))
+        dampings = [kernels.of_pooled(damping, strict=False) for damping in dampings]
         pairs = ((phi, kernel, rows) for rows in chunks_of(len(phi), n))
     else:
         pairs = ((phi, kernel, None) for phi, kernel in kernels)

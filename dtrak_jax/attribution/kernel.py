@@ -98,11 +98,10 @@ class Kernel(NamedTuple):
     eigenvectors: np.ndarray | None = None  # float64 [m, m], one in each row, or None
 
     def lambda_of(self, damping: Damping, strict: bool = True) -> float:
-        """Returns lambda, or raises a ValueError unless it is above 0.
+        """Returns lambda of what `Damping.of` returned.
 
-        If rounding errors would decide the scores, it is an error too, or else NaN.
+        If rounding errors would decide the scores, it is a ValueError, or else NaN.
         """
-        positive("damping", damping.value)
         if damping.share:
             return self._lambda_of_share(damping.value, strict)
         unit = 1 if damping.absolute else self.mean_eigenvalue
@@ -123,7 +122,7 @@ class Kernel(NamedTuple):
         )
 
     def _lambda_of_share(self, share: float, strict: bool) -> float:
-        """Returns the lambda of `effective`."""
+        """Returns the lambda of `effective`; see `lambda_of`."""
         if self.eigenvalues is None:
             raise ValueError(
                 "a damping by a share of min(n, k) needs kernels decomposed: "
@@ -240,14 +239,14 @@ class Kernels:
         phi = np.concatenate(list(by_pair(self.train)))
         return phi, factorize(phi)
 
-    def of_pooled(self, damping: float | Damping) -> Damping:
+    def of_pooled(self, damping: float | Damping, strict: bool = True) -> Damping:
         """Returns the damping of the pooled kernel: of a share, the geometric mean of the
-        pairs' lambdas."""
+        pairs' lambdas, which may be NaN unless `strict`."""
         damping = Damping.of(damping)
         if not damping.share:
             return damping
-        lambdas = [kernel.lambda_of(damping) for _, kernel in self]
-        return absolute(float(np.exp(np.mean(np.log(lambdas)))))
+        lambdas = [kernel.lambda_of(damping, strict) for _, kernel in self]
+        return Damping(float(np.exp(np.mean(np.log(lambdas)))), absolute=True)
 
     def require_decomposed(self, what: str) -> None:
         """Raises a ValueError if the solver does not decompose kernels."""

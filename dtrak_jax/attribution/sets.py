@@ -161,10 +161,10 @@ def removal_set(
     (objective "influence") or c(S) = m_S^T (I - M_SS)^-1 m_S ("coverage") largest,
     exactly, with all earlier ones gone; see the module. A choice raises s by
     m_i o_i / (1 - M_ii), where m, M and o, the ones, are those of the kernel without the
-    earlier ones; and c by m_i^2 / (1 - M_ii). With features of the loss s is a prediction of the loss's increase, up
-    to a factor: where k is above n leverages M_ii are near 1, and s is too large. Without
-    one copy of a picture the others make up for it, so that none may be chosen; as
-    `groups` copies go together.
+    earlier ones; and c by m_i^2 / (1 - M_ii). With features of the loss s is a prediction
+    of the loss's increase, up to a factor: where k is above n leverages M_ii are near 1,
+    and s is too large. Without one copy of a picture the others make up for it, so that
+    none may be chosen; as `groups` copies go together.
 
     It takes O(n (min(n, k) + count)) operations a choice and kernel, and
     8 n (min(n, k) + count) bytes a kernel beside the decomposed ones; with `pooled`, of
@@ -187,18 +187,14 @@ def removal_set(
 
     Raises:
       ValueError: features, count, groups or weights do not fit, or weights are given by
-        coverage, which has none; a damping that is not
-        above rounding errors; or 1 - M_ii is below them.
+        coverage, which has none; a damping that is not above rounding errors; or
+        1 - M_ii is below them.
       MemoryError: what is kept does not fit this host.
     """
     kernels = Kernels.of(train)
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a removal set")
-    one_of("objective", objective, get_args(Objective))
-    if weights is not None and objective == "coverage":
-        raise ValueError("weights are of objective 'influence'; leave them out.")
-    ids = example_ids(kernels.train)
-    names, members = _members(ids, groups)
+    names, members = _members(example_ids(kernels.train), groups)
     what = "images" if groups is None else "groups"
     if not 1 <= at_least("count", count, 1) < len(names):
         raise ValueError(
@@ -206,20 +202,12 @@ def removal_set(
             "removed, and one must be left."
         )
     *pairs, n, k = kernels.train.shape
-    count_pairs = math.prod(pairs)
-    ones = _weights(weights, pairs, n) if objective == "influence" else None
+    ones = _weights(objective, weights, pairs, n)
     rows_of_m = query.shape[-2] if ones is None else 1
-    largest = sum(sorted(map(len, members))[-count:])
-    joined = count_pairs if pooled else 1
-    kept = min(n * joined, k) + joined * (largest + 2 * rows_of_m)
-    size = 8 * count_pairs * n * kept
-    # A kernel's blocks of M are factorised beside those of all kernels.
-    blocks = sum(len(rows) ** 2 for rows in members) * joined**2
-    size += 8 * blocks * (count_pairs // joined + 2)
     host.check_fits(
         f"kernels from which {count} {what} among {n} images are removed (count, "
         "timesteps, draws, dim)",
-        size,
+        _bytes(math.prod(pairs), k, list(map(len, members)), count, rows_of_m, pooled),
     )
     of_query = kernels, query, Damping.of(damping)
     removables = list(_removables(*of_query, ones, members, pooled))
@@ -234,6 +222,19 @@ def removal_set(
     return RemovalSet(names[chosen], rows, np.cumsum(predicted))
 
 
+def _bytes(
+    pairs: int, k: int, sizes: Sequence[int], count: int, rows_of_m: int, pooled: bool
+) -> int:
+    """Returns the bytes of what is kept while `count` candidates of these sizes, in images,
+    are removed: the factors, m and the ones, what removals add, and the blocks of M."""
+    n, joined = sum(sizes), pairs if pooled else 1
+    largest = sum(sorted(sizes)[-count:])
+    kept = min(n * joined, k) + joined * (largest + 2 * rows_of_m)
+    # A kernel's blocks of M are factorised beside those of all kernels.
+    blocks = sum(size**2 for size in sizes) * joined**2
+    return 8 * pairs * n * kept + 8 * blocks * (pairs // joined + 2)
+
+
 def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the names of candidates, and the training images of each."""
     if groups is None:
@@ -243,8 +244,16 @@ def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
     return names, [np.flatnonzero(index == group) for group in range(len(names))]
 
 
-def _weights(weights: np.ndarray | None, pairs: list[int], n: int) -> np.ndarray:
-    """Returns the weights of each pair's images, ones if None are given, [T, n]."""
+def _weights(
+    objective: Objective, weights: np.ndarray | None, pairs: list[int], n: int
+) -> np.ndarray | None:
+    """Returns the weights of each pair's images, ones if None are given, [T, n]; None by
+    coverage."""
+    one_of("objective", objective, get_args(Objective))
+    if objective == "coverage":
+        if weights is not None:
+            raise ValueError("weights are of objective 'influence'; leave them out.")
+        return None
     weights = np.ones(n) if weights is None else real_numbers("weights", weights)
     if weights.shape not in ((n,), (*pairs, n)) or not np.isfinite(weights).all():
         raise ValueError(

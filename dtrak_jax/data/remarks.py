@@ -62,10 +62,10 @@ def _repeated(name: str, images: Dataset) -> str:
 
 
 def remarks_on_groups(images: Dataset) -> list[str]:
-    """Returns sentences on columns of groups that rank nothing, or nothing but images."""
-    lines = []
-    for column, names in images.groupings.items():
-        lines.append(look_alikes(column, names))
+    """Returns sentences on columns of groups that rank nothing, or nothing but images, and
+    on names that look alike."""
+    alike = (look_alikes(column, names) for column, names in images.groupings.items())
+    lines = [line for line in alike if line]
     for column, names in images.groups.items():
         count = len(np.unique(names))
         if count == 1:

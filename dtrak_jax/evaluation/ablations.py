@@ -123,7 +123,7 @@ def _coverage_rows(
     arm: Arm, kernels: Kernels, query: np.ndarray, truth: dict[str, RetrainedLosses]
 ) -> list[dict]:
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
-    kernels apart by its first-order scores."""
+    kernels apart also by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
     rules = ("label-free", DEFAULT_DAMPING), ("effective", COVERAGE_SHARE)
     dampings = DEFAULT_DAMPING, effective(COVERAGE_SHARE)

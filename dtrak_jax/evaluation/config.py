@@ -11,7 +11,10 @@ from dtrak_jax.checks import (
     free,
     seed,
 )
-from dtrak_jax.methods import KernelName, RemovalName
+from dtrak_jax.methods import METHODS, KernelName, RemovalName
+
+SignedName = Literal[*(name for name in get_args(RemovalName) if METHODS[name].signed)]
+"""The type of a setting that names a method whose squares have another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class CounterfactualConfig:
     methods: tuple[RemovalName, ...] = free(())
     """Methods whose highest scores choose what is removed; if there are none, those of
     `attribution.methods`. A random choice is always beside them."""
-    squared: tuple[RemovalName, ...] = free(())
+    squared: tuple[SignedName, ...] = free(())
     """Methods whose largest squared scores, of either sign, choose what is removed."""
     sets: tuple[KernelName, ...] = free(())
     """Methods by whose kernels a set is chosen as a set (`removal_set`): of coverage the

@@ -52,8 +52,8 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
     """Returns what lds.json says of one set of queries.
 
     "rows" has every method, by each rule that chooses lambda and squared, that of coverage
-    also without adding up, and the controls; "differences" the first method less each other one, from resamples that
-    they share; "curves" the LDS over lambda.
+    also without adding up, and the controls; "differences" the first method less each
+    other one, from resamples that they share; "curves" the LDS over lambda.
     """
     settings, rows, curves, compared = run.config.attribution, [], {}, {}
     names = [name for name in settings.methods if METHODS[name].applies_to(queries)]

@@ -121,14 +121,20 @@ def retrain(
         if len(measured) == 2 and (masks[0] != masks[1]).any():
             _check_differing(*measured)
     outputs = by_subset(measured, subsets)
+    _warn_of_equal(outputs)
+    return RetrainedLosses(outputs, masks, query_ids, train_ids)
+
+
+def _warn_of_equal(outputs: np.ndarray) -> None:
+    """Warns of losses [subsets, seeds, queries] that do not depend on the seed."""
+    seeds = outputs.shape[1]
     if seeds > 1 and (outputs == outputs[:, :1]).all():
         warnings.warn(
             f"the losses are the same for all {seeds} seeds: unless training is "
             "deterministic, train does not use its seed, and the noise ceiling is "
             "meaningless.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return RetrainedLosses(outputs, masks, query_ids, train_ids)
 
 
 def check_order(losses: Any, ids: Sequence[str], name: str) -> None:

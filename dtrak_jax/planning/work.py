@@ -44,7 +44,6 @@ def passes(run: Run) -> dict[str, float]:
     removals *= 1 - removal.removed_of(train) / train
 
     replays = any(METHODS[name].replays for name in config.attribution.methods)
-
     curved = any(METHODS[name].curved for name in config.attribution.methods)
     # Two passes over all cotangents make the curvature.
     made = 6 * pairs * run.counts["train"]
@@ -62,15 +61,16 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
-        # A step back is about four steps for each query.
-        "attribute": replays * training * (2 + 4 * queries),
+        # A step back of a replay is about four steps for each query.
+        "attribute": replays * training * (2 + 4 * queries)
+        + curved * (made + gradients(pairs, 1)),
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
             gradients(len(spec.timesteps) * spec.draws, len(spec.measurements))
             for spec in specs
         ),
-    } | ({"attribute": made + gradients(pairs, 1)} if curved else {})
+    }
 
 
 def sides(run: Run) -> int:

@@ -98,10 +98,12 @@ def _figures(name: str, rows: Sequence[Mapping], ceilings: Mapping) -> list[tupl
 
 
 def _fair(rows: Sequence[Mapping]) -> list[Mapping]:
-    """Returns linear rows with a cross-fitted λ or none; without these, label-free ones."""
-    linear = [row for row in rows if row["transform"] == "linear"]
-    fair = [row for row in linear if row["damping_rule"] in (None, "cross-fitted")]
-    return fair or [row for row in linear if row["damping_rule"] == "label-free"]
+    """Returns linear rows, or exact ones of coverage, with a cross-fitted λ or none; without
+    these, label-free ones."""
+    kind = "exact" if any(r["transform"] == "exact" for r in rows) else "linear"
+    rows = [row for row in rows if row["transform"] == kind]
+    fair = [row for row in rows if row["damping_rule"] in (None, "cross-fitted")]
+    return fair or [row for row in rows if row["damping_rule"] == "label-free"]
 
 
 def _lines(axis: str, keys: list[str], rows: list[Mapping], alt: str) -> Markup:

@@ -21,7 +21,8 @@ class Standing(NamedTuple):
     """The images and groups above the floor; None where that cannot be judged."""
 
     supporting: np.ndarray | None
-    """bool [queries, train]; of near-duplicates all or none, as one picture."""
+    """bool [queries, train]; of near-duplicates all or none, as one picture. Nothing
+    opposes by scores without a sign."""
     opposing: np.ndarray | None = None
     why: str = ""
     """The reason, if there is no judgement."""
@@ -81,7 +82,7 @@ def standing(
         limit = group_floor(scores.counted(members), members, elsewhere)
         above = None if limit is None else scores.group(members).scores > limit
         groups[column] = above
-    supporting, opposing = values > support, -values > oppose
+    supporting, opposing = values > support, (-values > oppose) & scores.signed
     return Standing(supporting[:, picture_of], opposing[:, picture_of], "", groups)
 
 

@@ -29,7 +29,8 @@ def summary(scores: Mapping[tuple[str, str], Scores]) -> Iterator[str]:
                 begun = True
             value = groups.overall()
             first = np.argsort(-value, kind="stable")[:LISTED]
-            listed = [f"{groups.names[i]} {value[i]:+.2f}" for i in first]
+            sign = "+" if s.signed else ""
+            listed = [f"{groups.names[i]} {value[i]:{sign}.2f}" for i in first]
             more = len(value) - len(first)
             listed += [f"and {more:,} more"] if more else []
             yield f"  {method}, {queries}, {name}: {', '.join(listed)}"

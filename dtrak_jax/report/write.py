@@ -44,7 +44,7 @@ def write_report(
     truth: RetrainedLosses | Mapping[str, RetrainedLosses] | None = None,
     **options,
 ) -> epath.Path:
-    """Writes the page that a run writes, of scores that were made anywhere.
+    """Writes the page that a run writes, of scores that were made anywhere; returns its path.
 
     It judges each query: which training images stand out (`attribution.floor`), and what
     speaks against believing any of it. It is one file that asks for no other.
@@ -66,19 +66,14 @@ def write_report(
         and learning_rate), `counterfactual` and `removed` (the `record()` and the
         `images` of `dtrak.counterfactual`), `settings` or `provenance`.
 
-    Returns:
-      The path.
-
     Raises:
-      ValueError: scores, images and queries that do not belong together; says which.
+      ValueError: scores, images and queries that do not belong together, or scores
+        without a sign, such as those of "coverage"; says which.
       TypeError: an argument is of another class.
       OSError: before anything is computed, where no file can be written at `path`.
     """
     path = files.check_file("path", path)
     _check_options(options)
-    removal, removed = options.get("counterfactual"), options.get("removed")
-    if removed and not removal:
-        raise ValueError("removed needs counterfactual=, the `record()` beside it.")
     instance("schedule", schedule, Schedule, NoneType)
     by_method, sets = _sets(scores, queries)
     first = next(iter(next(iter(by_method.values())).values()))
@@ -88,15 +83,14 @@ def write_report(
         query_ids = next(iter(of_set.values())).query_ids
         datasets[name] = _dataset(f"queries {name}", sets[name], query_ids)
         for s in of_set.values():
-            _check_ids(f"scores {s.method} of {name}", s.train_ids, train, "images")
-            _check_ids(
-                f"scores {s.method} of {name}", s.query_ids, datasets[name], "queries"
-            )
+            what = f"scores {s.method} of {name}"
+            _check_ids(what, s.train_ids, train, "images")
+            _check_ids(what, s.query_ids, datasets[name], "queries")
     columns = {n: c for n, c in first.columns.items() if n != "label"}
     columns |= train.groups | check_columns(groups, len(train))
     train = dataclasses.replace(train, groups=columns)
-    if removal:
-        check_removal(removal, removed or {}, train, datasets)
+    if removal := options.get("counterfactual"):
+        check_removal(removal, options.get("removed", {}), train, datasets)
     fields = {
         "pixels": similarities(train, datasets),
         "damping": first.damping,
@@ -146,6 +140,8 @@ def _check_options(options: Mapping) -> None:
         "counterfactual": ("settings", "rows", "summary", "differences"),
     }
     instance("removed", options.get("removed", {}), Mapping)
+    if options.get("removed") and not options.get("counterfactual"):
+        raise ValueError("removed needs counterfactual=, the `record()` beside it.")
     given = [("counterfactual", options.get("counterfactual"))]
     lines = items("metrics", options.get("metrics", ()))
     given += [("a line of metrics", line) for line in lines]
@@ -174,6 +170,11 @@ def _sets(
         several = [of_set] if isinstance(of_set, Scores) else items("scores", of_set)
         for given in several:
             instance("an entry of scores", given, Scores)
+            if not given.signed:
+                raise ValueError(
+                    f"scores {given.method} of {name} have no sign, and a page says what "
+                    "supports and what opposes a query; leave them out."
+                )
         if not several:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
         by_method[name] = {given.method: given for given in several}
