@@ -130,6 +130,9 @@ def test_lds_of_predictions_matches_by_ids(subsets):
     assert dtrak.lds(found, shuffled).value == pytest.approx(1)
     with pytest.raises(ValueError, match="other subsets than the truth"):
         dtrak.lds(found._replace(subsets=~subsets), truth)
+    for values in (found.values[:, 1:], found.values * np.nan):
+        with pytest.raises(ValueError, match=r"predictions have shape"):
+            dtrak.lds(found._replace(values=values), truth)
     with pytest.raises(ValueError, match="ids of queries differ"):
         dtrak.lds(found._replace(query_ids=np.array(["a", "b", "c"])), truth)
 
@@ -162,6 +165,27 @@ def test_nothing_opposes_without_a_sign(tmp_path):
     images = np.zeros((30, 2, 2, 1), np.float32)
     with pytest.raises(ValueError, match="scores coverage of query have no sign"):
         dtrak.write_report(tmp_path / "page.html", scores, images, images[:12])
+    with pytest.raises(ValueError, match="give those of each method once"):
+        dtrak.write_report(tmp_path / "page.html", [signed] * 2, images, images[:12])
+
+
+def test_what_a_subset_holds_is_no_difference_of_rounding_errors():
+    """A query in the span of a subset, at a small lambda."""
+    train, _ = features(30)
+    query = train[:, :2]
+    given = {"damping": dtrak.absolute(1e-5)}
+    everything = np.ones((1, N), bool)
+    found = dtrak.predict(train, query, everything, **given).values[0]
+    expected = -variance(train, query, everything[0], False, 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_rows_too_much_alike_are_refused():
+    train, query = np.ones((J, N, 4), np.float32), np.ones((J, Q, 4), np.float32)
+    train[:, 6:] = np.random.default_rng(0).normal(size=(J, 6, 4))
+    alike = np.arange(N)[None] < 6
+    with pytest.raises(ValueError, match="lambda is 1e-30, which is less than"):
+        dtrak.predict(train, query, alike, damping=dtrak.absolute(1e-30))
 
 
 def test_what_does_not_fit_is_refused_by_name(subsets):

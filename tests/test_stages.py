@@ -132,7 +132,7 @@ def test_every_method_has_scores_and_an_lds(finished):
         for row in rows:
             assert -1 <= row["low"] <= row["lds"] <= row["high"] <= 1
         rules = {row["damping_rule"] for row in rows if row["method"] == "dtrak"}
-        assert rules == {"label-free", "effective", "cross-fitted", "oracle"}
+        assert rules == {"label-free", "cross-fitted", "oracle"}
         (constant,) = (row for row in rows if row["method"] == "constant")
         assert constant["lds"] == 0
 
@@ -272,7 +272,7 @@ def test_the_ablation_of_the_default_is_the_default(finished):
     assert {row["checkpoint"] for row in rows} == {10, 20}
     result = files.read_json(finished / "lds.json")["queries"]
     for queries in ("validation", "generated"):
-        for rule in ("label-free", "effective", "cross-fitted", "oracle"):
+        for rule in ("label-free", "cross-fitted", "oracle"):
             (ablated,) = (
                 row["lds"]
                 for row in rows

@@ -363,7 +363,7 @@ def differences(pairs: Sequence[tuple]) -> Lines:
 
 
 def coverage() -> Lines:
-    """The LDS of coverage on digits: of its scores, and of each subset's own."""
+    """The LDS of coverage: of its scores, and of each subset's own."""
     scores, exact = {"transform": "linear"}, {"transform": "exact"}
     columns = {
         "scores": scores | {"damping_rule": "label-free"},
@@ -371,13 +371,15 @@ def coverage() -> Lines:
         "exact, λ by share": exact | {"damping_rule": "effective"},
         "exact, λ cross-fitted": exact | {"damping_rule": "cross-fitted"},
     }
-    lines = [["images", "readout", "gradients", *columns]]
-    rows = read("digits_coverage_ablations")["rows"]
-    keys = sorted({(row["measurement"], row["draws"]) for row in rows})
-    for name, (measurement, draws) in itertools.product(SETS, keys):
-        key = {"queries": name, "measurement": measurement, "draws": draws}
-        cells = [interval(pick(rows, **key, **column)) for column in columns.values()]
-        lines.append([name, f"`{measurement}`", str(5 * draws), *cells])
+    lines = [["data", "images", "readout", "gradients", *columns]]
+    for data, name in itertools.product(DATA, SETS):
+        rows = read(f"{data}_coverage_ablations")["rows"]
+        for measurement, draws in sorted(
+            {(r["measurement"], r["draws"]) for r in rows}
+        ):
+            key = {"queries": name, "measurement": measurement, "draws": draws}
+            cells = [interval(pick(rows, **key, **c)) for c in columns.values()]
+            lines.append([data, name, f"`{measurement}`", str(5 * draws), *cells])
     return lines
 
 

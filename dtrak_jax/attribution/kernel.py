@@ -84,7 +84,7 @@ def effective(share: float) -> Damping:
     degrees of freedom). It is a function of the features alone, and every pair has its
     own, so that no timestep is damped more than others. Of a pooled kernel it is the
     geometric mean of its pairs' lambdas. A twentieth was best for coverage on digits,
-    see configs/results/README.md.
+    and a fiftieth on MNIST: see configs/results/README.md.
     """
     return Damping.of(Damping(share, share=True))
 

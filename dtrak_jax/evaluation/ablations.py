@@ -6,6 +6,7 @@ from dtrak_jax import feature_sets, files, parallel, results
 from dtrak_jax.attribution import (
     DEFAULT_DAMPING,
     GRID,
+    Damping,
     Kernels,
     coverage,
     damping_path,
@@ -125,19 +126,23 @@ def _coverage_rows(
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
     kernels apart also by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
-    rules = ("label-free", DEFAULT_DAMPING), ("effective", COVERAGE_SHARE)
-    dampings = DEFAULT_DAMPING, effective(COVERAGE_SHARE)
-    path = coverage_path(kernels, query, (*COVERAGE_GRID, dampings[1]), masks, pooled)
-    exact = path[COVERAGE_GRID.index(DEFAULT_DAMPING)], path[-1]
-    scores = () if pooled else [coverage(kernels, query, d) for d in dampings]
+    rules = {"label-free": DEFAULT_DAMPING, "effective": effective(COVERAGE_SHARE)}
+    dampings = *COVERAGE_GRID, rules["effective"]
+    path = coverage_path(kernels, query, dampings, masks, pooled, strict=False)
+    exact = [path[COVERAGE_GRID.index(DEFAULT_DAMPING)], path[-1]]
+    if not np.isfinite(path[-1]).all():
+        del rules["effective"]  # Rounding errors would decide it.
+    values = [Damping.of(damping).value for damping in rules.values()]
+    rules_of = list(zip(rules, values, strict=True))
+    scores = [] if pooled else [coverage(kernels, query, d) for d in rules.values()]
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
         described = arm.describe() | {"queries": name}
-        made = [("exact", *of) for of in zip(rules, (p[:, start:end] for p in exact))]
+        made = [("exact", r, p[:, start:end]) for r, p in zip(rules_of, exact)]
         made += [
             ("linear", rule, losses.predict(of_rule[start:end]))
-            for rule, of_rule in zip(rules, scores)
+            for rule, of_rule in zip(rules_of, scores)
         ]
         for transform, rule, predictions in made:
             estimate, _ = datamodeling.bootstrap(predictions, losses)

@@ -66,9 +66,11 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
             continue
         scores, rule = run.scores(name, queries), ()
         if scores.damping:
-            rule = ("label-free", scores.damping[0])
+            by = "effective" if scores.damping.share else "label-free"
+            rule = by, scores.damping.value
         compared[name], squared = scored_rows(name, scores.scores, truth, *rule)
-        rows += [compared[name][0], squared]
+        # The scores of a method without a sign are squares already.
+        rows += [compared[name][0], squared] if method.signed else [compared[name][0]]
         if method.objective == "coverage":
             exact = exact_row(run, name, queries, truth, *rule)
             compared[f"{name} exact"] = exact

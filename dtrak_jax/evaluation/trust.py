@@ -304,6 +304,12 @@ def predicted(scores: AnyScores | Predictions, truth: RetrainedLosses) -> np.nda
     if not isinstance(scores, Predictions):
         return truth.predict(fitting(scores, truth))
     queries, train = _orders(scores, truth)
+    shape = len(scores.subsets), len(scores.query_ids)
+    if np.shape(scores.values) != shape or not np.isfinite(scores.values).all():
+        raise ValueError(
+            f"predictions have shape {np.shape(scores.values)}; they must be finite, and "
+            f"{list(shape)}: a row for each subset and a column for each query."
+        )
     if not np.array_equal(scores.subsets[:, train], truth.masks):
         raise ValueError(
             "the predictions are of other subsets than the truth: give `predict` its masks."

@@ -74,7 +74,7 @@ class RetrainedLosses:
     """str [train]; "0", "1", ... if None."""
 
     def __post_init__(self):
-        outputs, masks = real_numbers("outputs", self.outputs), np.asarray(self.masks)
+        outputs, masks = real_numbers("outputs", self.outputs), np.array(self.masks)
         outputs = outputs[:, None] if outputs.ndim == 2 else outputs
         if masks.dtype != bool:
             raise ValueError(f"masks are {masks.dtype}; they must be bool.")

@@ -13,13 +13,14 @@ HONEST = Style("no λ, or λ chosen without retraining", "o", SUPPORT, SUPPORT)
 STYLES = {
     None: HONEST,
     "label-free": HONEST,
+    "effective": HONEST,
     "cross-fitted": Style("cross-fitted: λ chosen on other subsets", "s", INK),
     "halves": Style("learned from other subsets", "^", INK),
     "oracle": Style("oracle: λ chosen on the same subsets", "D", OPPOSE),
 }
 """The look of points by the rule that chose their λ."""
 
-HEADLINES = (None, "label-free", "halves")
+HEADLINES = (None, "label-free", "effective", "halves")
 """Rules of headlines: no subset that is scored on had a say."""
 
 

@@ -178,6 +178,11 @@ def _sets(
         if not several:
             raise ValueError(f"scores of {name} are empty; give those of a method.")
         by_method[name] = {given.method: given for given in several}
+        if len(by_method[name]) < len(several):
+            raise ValueError(
+                f"scores of {name} are of the methods {[s.method for s in several]}; give "
+                "those of each method once."
+            )
     return by_method, sets
 
 
