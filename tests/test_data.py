@@ -33,6 +33,7 @@ from dtrak_jax.data import (
     to_pixels,
 )
 from dtrak_jax.data import preprocess as prepare_picture
+from dtrak_jax.data.corrections import corrections
 from dtrak_jax.data.folder import pictures
 from dtrak_jax.data.hands import CONTRAST, GREY, HANDS, hands
 
@@ -1115,3 +1116,13 @@ def test_celeba(mocked):
     assert splits.validation.images.shape == (5, 64, 64, 3)
     assert splits.train.labels is None and splits.train.label_names == ()
     assert splits.validation.ids[0].startswith("validation-")
+
+
+def test_labels_that_are_gone_are_a_correction():
+    """A column of groups that is not asked for any more is none."""
+    ids, before = np.array(["a", "b"]), np.array(["x", "y"])
+    columns = {"label": before, "artist": before}
+    (gone,) = corrections(ids, columns, {})
+    assert (gone.column, gone.example) == ("label", "label of a: x -> none")
+    assert gone.rows.tolist() == [0, 1]
+    assert not corrections(ids, {}, columns)

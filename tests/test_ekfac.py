@@ -247,6 +247,10 @@ def test_gradients_are_of_the_loss_and_noise_is_of_the_role(matrix, both):
     close(dense(made.blocks[""]), dense(expected.blocks[""]))
     scores, same = (dtrak.ekfac_influence(c, *both).scores for c in (made, expected))
     close(scores, same)
+    # So it is with another task of the user's.
+    task = task_of(linear, measurement="square")
+    same = dtrak.ekfac_influence(dataclasses.replace(made, task=task), *both).scores
+    close(scores, same)
     other = dataclasses.replace(made, task=task_of(linear, noise="independent"))
     again = dtrak.ekfac_influence(other, both[0], both[0]).scores
     assert np.abs(again - again.T).max() > 0.01 * np.abs(again).max()
@@ -263,7 +267,7 @@ def test_what_is_stored_is_read(matrix, both, tmp_path, monkeypatch):
         ((task, matrix, both[0]), {"cotangents": 2}),
         ((task_of(linear, seed=1), matrix, both[0]), {}),
     ):
-        with pytest.raises(TypeError, match="not callable"):
+        with pytest.raises(ValueError, match="is no curvature of this network, task"):
             dtrak.ekfac(*arguments, store=path, **changes)
 
 
@@ -285,6 +289,10 @@ def test_what_is_refused(matrix, both):
         dtrak.ekfac_influence(made, *both, damping=0)
     with pytest.raises(ValueError, match="damping is by a share"):
         dtrak.ekfac_influence(made, *both, damping=dtrak.effective(0.1))
+    with pytest.raises(ValueError, match="query is {}"):
+        dtrak.ekfac_influence(made, both[0], {})
+    with pytest.raises(ValueError, match=r"query_ids must be a dict .* \['a'\]"):
+        dtrak.ekfac_influence(made, both[0], {"a": both[1]}, query_ids=["0"])
     with pytest.raises(ValueError, match="groups: 'g' has shape"):
         dtrak.ekfac_influence(made, *both, groups={"g": ["a"]})
 

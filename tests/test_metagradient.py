@@ -150,6 +150,12 @@ def test_what_cannot_be_differentiated_is_refused(images, monkeypatch):
         dtrak.metagradients(changed(eps_root=0.0), images, losses)
     with pytest.raises(ValueError, match="interval is 0"):
         dtrak.metagradients(RECIPE, images, losses, interval=0)
+    with pytest.raises(ValueError, match="per_device"):
+        dtrak.metagradients(RECIPE, images, losses, per_device=0)
+    with pytest.raises(ValueError, match="cond has 1 rows and images"):
+        dtrak.metagradients(RECIPE, images, losses, cond=np.zeros(1))
+    with pytest.raises(ValueError, match="uint8"):
+        dtrak.metagradients(RECIPE, np.zeros(images.shape, np.uint8), losses)
     with pytest.raises(TypeError, match="losses is"):
         dtrak.metagradients(RECIPE, images, images)
     methods = AttributionConfig(methods=("metagradient",))

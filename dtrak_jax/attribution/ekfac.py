@@ -107,6 +107,8 @@ def ekfac_influence(
     one_of_many = functools.partial(_examples, curvature, bounds)
     train_ids, train = one_of_many("train", train, ids, cond)
     several, many = isinstance(query, dict), []
+    if several:
+        _check_sets(query, query_ids=query_ids, query_cond=query_cond)
     for name, images in query.items() if several else [("", query)]:
         given = [c[name] if several and c else c for c in (query_ids, query_cond)]
         many.append((name, *one_of_many("query", images, *given)))
@@ -124,6 +126,18 @@ def ekfac_influence(
         results[name] = summed(total, rows, query_ids=np.array(names), **fields)
         start = rows.stop
     return results if several else results[""]
+
+
+def _check_sets(query: dict, **given) -> None:
+    """Raises a ValueError unless there are sets of queries, and what is given by set is of
+    the same."""
+    if not query:
+        raise ValueError("query is {}; it must have one set of queries or more.")
+    for name, by_set in given.items():
+        if by_set and (not isinstance(by_set, dict) or by_set.keys() != query.keys()):
+            raise ValueError(
+                f"{name} must be a dict with the sets of query, {sorted(query)}."
+            )
 
 
 def _examples(
@@ -170,10 +184,12 @@ def _pairs(
                     np.concatenate(part)[:count] for part in zip(*done, strict=True)
                 ]
                 divided, columns = parallel.put(parts, mesh), []
+                left = len(train[0])
                 for gradients in _gradients(programs, on_mesh, train, pair):
                     columns.append(product(gradients, divided))
                     jax.block_until_ready(columns[-2:][0])
-                    bar.update(layout.size)
+                    bar.update(min(layout.size, left))
+                    left = max(0, left - layout.size)
                 of_process = np.zeros((0, count), np.float32)
                 if columns:
                     of_process = np.concatenate(jax.device_get(columns))

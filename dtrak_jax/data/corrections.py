@@ -40,7 +40,10 @@ def corrections(
     before: Mapping[str, np.ndarray],
     texts: Mapping[str, np.ndarray],
 ) -> list[Correction]:
-    """Returns what differs of the columns that were there before and are there now."""
+    """Returns what differs of the columns that were there before and are there now; labels
+    and captions that are not there any more are "none"."""
+    gone = (before.keys() - texts.keys()) & {"label", "caption"}
+    texts = {**texts, **dict.fromkeys(gone, np.full(len(ids), "none"))}
     changed = []
     for column in texts.keys() & before.keys():
         old, new = before[column], texts[column]

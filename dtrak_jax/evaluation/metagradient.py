@@ -10,9 +10,10 @@ from etils import epath
 
 from dtrak_jax import attribution, files
 from dtrak_jax.attribution import Scores
-from dtrak_jax.checks import instance
+from dtrak_jax.checks import at_least, check_images, instance
 from dtrak_jax.evaluation.outputs import QueryLosses, measured_gradients
 from dtrak_jax.evaluation.truth import measured_from, named, query_inputs
+from dtrak_jax.features.arrays import as_arrays, check_rows
 from dtrak_jax.network import Params
 from dtrak_jax.switches import standard
 from dtrak_jax.training.metagradient import PER_DEVICE, metagradient
@@ -52,7 +53,7 @@ def metagradients(
     Args:
       recipe: `training.Recipe(init, train_apply, schedule, TrainConfig(...))`, as the model
         was trained by `training.train`; its `eps_root` must be above 0.
-      images: the training images, as `training.train` takes them.
+      images: the training images [n, H, W, C], as `training.train` takes them.
       losses: the queries, with the noise of their losses and the frozen parameters.
       ids: the names of the training images; "0", "1", ... if None.
       cond: conditions as `training.train` takes them.
@@ -62,12 +63,15 @@ def metagradients(
         where it was stopped; in the end it is empty.
 
     Raises:
-      ValueError: `eps_root` is 0: AdamW's root has an infinite derivative there.
+      ValueError: images or conditions do not fit; or `eps_root` is 0: AdamW's root has an infinite derivative there.
       MemoryError: there are too many queries, or too large a network, for this host.
       FloatingPointError: a derivative is not finite.
     """
     instance("recipe", recipe, Recipe)
     instance("losses", losses, QueryLosses)
+    at_least("per_device", per_device, 1)
+    images, cond = check_images(images, None), as_arrays("cond", cond)
+    check_rows(cond, len(images))
     network = losses.apply, losses.schedule
     queries = losses.images, losses.ids, losses, losses.cond, losses.frozen
 

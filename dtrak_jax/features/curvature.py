@@ -83,11 +83,23 @@ class Block(NamedTuple):
 class Curvature:
     """F of a network, with what it is of; made by `ekfac`."""
 
-    task: Task  # its measurement is the loss
+    task: Task
+    """Timesteps, noise and parameters; its measurement becomes the loss."""
     params: Params
     frozen: Params | None
     blocks: dict[str, Block]
     """The blocks by the path of the leaf, in order."""
+
+    def __post_init__(self):
+        task = dataclasses.replace(self.task, measurement="loss")
+        object.__setattr__(self, "task", task)
+        paths = list(named_leaves(self.params))
+        chosen = {paths[i] for i in chosen_leaves(task, self.params)}
+        if differing := chosen ^ self.blocks.keys():
+            raise ValueError(
+                f"the task's parameters are others than the curvature's, such as by "
+                f"{min(differing)!r}; make the curvature with this task."
+            )
 
     def __repr__(self) -> str:
         kept = sum(block.inputs is not None for block in self.blocks.values())
@@ -128,8 +140,8 @@ def ekfac(
         training set.
       cotangents: random ones for each image and pair, a function of the task's seed, the
         image's id, the pair and their number; 0 takes the D unit vectors, without chance.
-      store: an .npz that keeps F, and is read if it is of the same; None keeps it in
-        memory alone. A pass that is interrupted begins anew.
+      store: an .npz that keeps F, and is read if it is of the same, and else refused;
+        None keeps it in memory alone. A pass that is interrupted begins anew.
 
     Raises:
       ValueError: what `featurize` raises; or a weight of which only some uses are tagged.
@@ -156,6 +168,11 @@ def ekfac(
         made_from = digest(json.dumps(described, sort_keys=True))
         if parallel.agreed(files.holds(store, {"made_from": np.array(made_from)})):
             return Curvature(task, *network, _load(store))
+        if parallel.agreed(files.at(store).exists()):
+            raise ValueError(
+                f"{store} is no curvature of this network, task and images; name another "
+                "store, or delete it."
+            )
     draws = Draws.of(task, network, images, cond, cotangents)
     if not draws.outputs:
         warnings.warn(
