@@ -383,6 +383,21 @@ def coverage() -> Lines:
     return lines
 
 
+def damping_rules() -> Lines:
+    """The LDS of signed scores, kernels apart, by the rule that chooses lambda."""
+    rows = read("damping_rules")["rows"]
+    shares = list(rows[0]["shares"])
+    heads = ["best multiple", "a tenth", *(f"share {number(float(s))}" for s in shares)]
+    lines = [["data", "images", "readout", *heads]]
+    for row in rows:
+        multiples = [value for value in row["multiples"].values() if value is not None]
+        values = [max(multiples), row["multiples"]["0.1"], *row["shares"].values()]
+        cells = ["" if value is None else number(value) for value in values]
+        named = row["data"], row["queries"], f"`{row['measurement']}`"
+        lines.append([*named, *cells])
+    return lines
+
+
 def ekfac() -> Lines:
     """The LDS on digits of EK-FAC beside TRAK's."""
     lines = [["method", *SETS]]
@@ -443,6 +458,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "removal": removal,
     "removal differences": removal_differences,
     "coverage": coverage,
+    "damping rules": damping_rules,
     "ekfac": ekfac,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),
