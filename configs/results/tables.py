@@ -387,7 +387,11 @@ def damping_rules() -> Lines:
     """The LDS of signed scores, kernels apart, by the rule that chooses lambda."""
     rows = read("damping_rules")["rows"]
     shares = list(rows[0]["shares"])
-    heads = ["best multiple", "a tenth", *(f"share {number(float(s))}" for s in shares)]
+    heads = [
+        "best multiple",
+        "a tenth",
+        *(f"share {share.lstrip('0')}" for share in shares),
+    ]
     lines = [["data", "images", "readout", *heads]]
     for row in rows:
         multiples = [value for value in row["multiples"].values() if value is not None]
