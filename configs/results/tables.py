@@ -78,6 +78,12 @@ IN_SETS = {
 }
 """The removals beside sets."""
 
+COVERING = {
+    "coverage-set": "the set that covers most",
+    "coverage": "coverage, the highest scores",
+}
+"""The removals by coverage."""
+
 
 def main() -> None:
     """Rewrites every document."""
@@ -431,6 +437,26 @@ def set_differences(result: str) -> Lines:
     )
 
 
+def covering_removals() -> Lines:
+    """What removal by coverage did, and how much more than others on the same pictures."""
+    result = read("digits_coverage_counterfactual")
+    queries = result["settings"]["queries"]
+    lines = [["removed", "", *MEASURED.values()]]
+    for name, text in COVERING.items():
+        own = [pick(removed(result["summary"], name), metric=m) for m in MEASURED]
+        cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
+        lines.append([text, "", *cells])
+    others = read("digits_sets_counterfactual")["rows"]
+    others = [row for row in others if row.get("query") in queries]
+    pairs = [
+        (text, removed(result["rows"], name), IN_SETS[other], removed(others, other))
+        for name, text in COVERING.items()
+        for other in ("trak-set", "pixel-cosine", "dtrak")
+    ]
+    _, *compared = differences(pairs)
+    return lines + [[text, f"less {other}", *rest] for text, other, *rest in compared]
+
+
 def removed(rows: Sequence[dict], name: str) -> list[dict]:
     """Returns the rows of one removal, such as "trak-set"."""
     method, _, rule = name.rpartition("-")
@@ -464,6 +490,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "coverage": coverage,
     "damping rules": damping_rules,
     "ekfac": ekfac,
+    "covering removals": covering_removals,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),
     "small sets": lambda: sets("digits_small_sets_counterfactual"),
