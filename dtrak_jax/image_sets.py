@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
 MADE = ("report.html", "export")
-"""What holds the groups of its time until its command is run again."""
+"""The files that hold the groups of their time until their commands are run again."""
 
 
 def chosen(run: "Run") -> data.Splits:

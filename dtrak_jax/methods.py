@@ -69,7 +69,7 @@ class Method(NamedTuple):
 
     @property
     def objective(self) -> str | None:
-        """What a `removal_set` by its kernels raises, or lowers; None without any."""
+        """The objective of a `removal_set` by its kernels; None without any."""
         names = {influence: "influence", coverage: "coverage"}
         return names.get(self.function) if self.inputs is ONE_MODEL else None
 

@@ -22,13 +22,12 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import scipy.linalg
 
-from dtrak_jax.attribution import iterative
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.influence import (
     check_subsets,
     damping_path,
+    pair_scores,
     query_pairs,
-    solution,
 )
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels
@@ -58,19 +57,14 @@ def coverage(
     else is as in `influence`.
     """
     total = total or PairSum()
-    for phi, kernel, g in query_pairs(train, query):
-        value = kernel.lambda_of(Damping.of(damping))
-        if kernel.eigenvalues is None:
-            tau = iterative.solve(phi, g, value)
-        else:
-            tau = solution(kernel, phi, g).scores(value)
+    for tau in pair_scores(train, query, damping):
         total.add(tau**2)
     return total.total
 
 
 class Predictions(NamedTuple):
-    """What is predicted of models that are trained on subsets: minus the queries' losses,
-    up to a constant and a factor for each query."""
+    """Predictions of models that are trained on subsets: minus the queries' losses, up to
+    a constant and a factor for each query."""
 
     values: np.ndarray  # float64 [subsets, queries]
     subsets: np.ndarray  # bool [subsets, train]
@@ -153,15 +147,16 @@ def coverage_path(
         parts, count = [(*kernels.pooled, joined)], 1
     else:
         parts, count = query_pairs(kernels, query), math.prod(query.shape[:-2])
-    # Pair by pair, as the kernels of all together may not fit in memory.
-    each = ((part, subset) for part in parts for subset in enumerate(subsets))
-    number = count * len(subsets)
-    for part, (row, subset) in progress(each, "coverage", number, "kernel", delay=2):
-        phi, kernel, g = part
-        lambdas = [kernel.lambda_of(damping, strict) for damping in dampings]
-        kept = phi.reshape(-1, len(subset), phi.shape[-1])[:, subset]
-        found = variances(kept.reshape(-1, phi.shape[-1]), g, lambdas)
-        total[:, row] -= found.reshape(len(found), -1, total.shape[2]).sum(axis=1)
+    with progress(None, "coverage", count * len(subsets), "kernel", delay=2) as bar:
+        for phi, kernel, g in parts:
+            lambdas = [kernel.lambda_of(damping, strict) for damping in dampings]
+            by_pair_rows = phi.reshape(-1, subsets.shape[1], phi.shape[-1])
+            for row, subset in enumerate(subsets):
+                kept = by_pair_rows[:, subset].reshape(-1, phi.shape[-1])
+                found = variances(kept, g, lambdas)
+                by_query = found.reshape(len(found), -1, total.shape[2])
+                total[:, row] -= by_query.sum(axis=1)
+                bar.update()
     return total
 
 
@@ -177,6 +172,7 @@ def variances(phi: np.ndarray, g: np.ndarray, lambdas: Sequence[float]) -> np.nd
     rows = (phi if dual else phi.T).astype(np.float64)
     gram, right = rows @ rows.T, rows @ g.T if dual else g.T
     diagonal, found = np.diagonal(gram).copy(), []
+    whole = np.einsum("qk,qk->q", g, g)
     for value in lambdas:
         if math.isnan(value):
             found.append(np.full(len(g), math.nan))
@@ -185,7 +181,6 @@ def variances(phi: np.ndarray, g: np.ndarray, lambdas: Sequence[float]) -> np.nd
         lower = _cholesky(gram, value)
         solved = scipy.linalg.solve_triangular(lower, right, lower=True)
         squares = np.einsum("mq,mq->q", solved, solved)
-        whole = np.einsum("qk,qk->q", g, g)
         found.append((whole - squares) / value if dual else squares)
     return np.stack(found)
 

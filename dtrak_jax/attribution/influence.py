@@ -97,12 +97,8 @@ def influence(
       MemoryError: min(n, k) is too large to be decomposed on this host.
     """
     total = total or PairSum()
-    for phi, kernel, g in query_pairs(train, query):
-        value = kernel.lambda_of(Damping.of(damping))
-        if kernel.eigenvalues is None:
-            total.add(iterative.solve(phi, g, value))
-        else:
-            total.add(solution(kernel, phi, g).scores(value))
+    for tau in pair_scores(train, query, damping):
+        total.add(tau)
     return total.total
 
 
@@ -147,6 +143,19 @@ def renormalised_influence(
         sizes = np.linalg.norm(phi.astype(np.float64), axis=1)
         total.add(solution(kernel, phi, g).scores(value) * _inverses(sizes))
     return total.total
+
+
+def pair_scores(
+    train: Array | Kernels, query: Array, damping: float | Damping
+) -> Iterator[np.ndarray]:
+    """Yields the scores of each pair, g (Phi^T Phi + lambda I)^-1 Phi^T [q, n], by the
+    solver of the kernels."""
+    for phi, kernel, g in query_pairs(train, query):
+        value = kernel.lambda_of(Damping.of(damping))
+        if kernel.eigenvalues is None:
+            yield iterative.solve(phi, g, value)
+        else:
+            yield solution(kernel, phi, g).scores(value)
 
 
 def query_pairs(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 GROUP = "group_"
-"""What stands before the name of a grouping in splits.npz."""
+"""The prefix of a grouping's name in splits.npz."""
 
 
 class Correction(NamedTuple):

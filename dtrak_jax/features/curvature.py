@@ -65,7 +65,7 @@ class Block(NamedTuple):
     inputs: np.ndarray | None = None
     """The eigenvectors of A in columns; None of a diagonal."""
     outputs: np.ndarray | None = None
-    """Those of B."""
+    """The eigenvectors of B in columns; None of a diagonal."""
 
     def divide(self, gradients: jax.Array, damping: jax.Array) -> jax.Array:
         """Returns (F + lambda I)^-1 g of the leaf's gradients [S, size]."""

@@ -22,7 +22,7 @@ class TrainConfig:
     b2: float = 0.999
     """AdamW's decay of the mean of squared gradients."""
     eps_root: float = 0.0
-    """What AdamW adds under its square root; metagradients need more than 0."""
+    """A number that AdamW adds under its square root; metagradients need more than 0."""
     weight_decay: float = 1e-6
     """AdamW's weight decay."""
     clip_norm: float = 1.0
