@@ -219,7 +219,8 @@ def test_an_ensembles_error_is_no_smaller_than_with_noise_of_its_own():
     members = [
         dtrak.attribute(*pairs(seed=s), groups=groups[s], **how) for s in range(3)
     ]
-    mean = dtrak.ensemble_mean(members)
+    with pytest.warns(UserWarning, match="copies, 'of', 'by', than scores"):
+        mean = dtrak.ensemble_mean(members)
     # Groupings are the same by their names, whatever they are called.
     by_name = [member.group(COLUMN).errors for member in members]
     np.testing.assert_allclose(mean.group(COLUMN).errors, np.mean(by_name, axis=0))

@@ -156,6 +156,22 @@ def test_what_cannot_be_differentiated_is_refused(images, monkeypatch):
         dtrak.metagradients(RECIPE, images, losses, cond=np.zeros(1))
     with pytest.raises(ValueError, match="uint8"):
         dtrak.metagradients(RECIPE, np.zeros(images.shape, np.uint8), losses)
+
+    def other(params, x, t, cond):
+        return 1.5 * apply(params, x, t, cond)
+
+    def lacking(params, x, t, cond):
+        return x * params["gain"]
+
+    steep = diffusion.linear_schedule(beta_end=0.03)
+    for changes, words in (
+        ({"apply": other}, "predicts otherwise than recipe.apply .* mean square"),
+        ({"apply": lacking}, "does not take the parameters of recipe.init: 'gain'"),
+        ({"schedule": steep}, r"losses.schedule is .* and recipe.schedule"),
+    ):
+        wrong = dataclasses.replace(losses, **changes)
+        with pytest.raises(ValueError, match=words):
+            dtrak.metagradients(RECIPE, images, wrong)
     with pytest.raises(TypeError, match="losses is"):
         dtrak.metagradients(RECIPE, images, images)
     methods = AttributionConfig(methods=("metagradient",))

@@ -1,5 +1,6 @@
 """Every attribution method against its closed form or an independent implementation."""
 
+import dataclasses
 import zlib
 from types import SimpleNamespace
 from typing import get_args
@@ -628,8 +629,6 @@ def test_an_ensembles_scores_are_the_mean_of_its_models():
     assert mean.scores.dtype == np.float32
     assert mean.damping == Damping(0.2)
     assert mean.eigenvalues is None
-    other = dtrak.attribute(*models[0], damping=0.3)
-    assert ensemble_mean([members[0], other]).damping is None
     assert ensemble_mean([plain_scores()]).method == "trak"
 
 
@@ -640,7 +639,14 @@ def test_ensembles_of_what_does_not_belong_together():
     for name, value, words in (
         ("train_ids", reordered, "training images"),
         ("query_ids", np.array(["q", "p"]), "queries"),
-        ("method", "dtrak", "method"),
+        ("method", "dtrak", r"method \('dtrak' and 'trak'\)"),
+        ("damping", dtrak.effective(0.2), r"damping \(share 0.2 and damping 0.2\)"),
+        ("damping", None, r"damping \(None and damping 0.2\)"),
     ):
+        first = plain_scores(damping=Damping(0.2))
+        other = dataclasses.replace(first, **{name: value})
         with pytest.raises(ValueError, match=rf"scores\[0\] differ in {words}"):
-            ensemble_mean([plain_scores(), plain_scores(**{name: value})])
+            ensemble_mean([first, other])
+    copied = plain_scores(copies=np.array(["a", "a", "c"]))
+    with pytest.warns(UserWarning, match="other groups or copies, 'copies', than"):
+        assert ensemble_mean([plain_scores(), copied]).copies is None

@@ -311,6 +311,23 @@ def test_the_ablation_of_the_default_is_the_default(finished):
             assert ablated == pytest.approx(expected, abs=1e-6)
 
 
+def test_results_say_that_models_are_not_remade(workdir, recwarn):
+    """In the words of the page, which looks at the same file."""
+    path, words = workdir / "counterfactual.json", "does not make this model again."
+    result = files.read_json(path)
+    for moved in (0.0, 9.0):
+        for row in result["summary"]:
+            row["median"] = moved if row["method"] == "everything" else 1.0
+        files.write_json(path, result)
+        for stage in ("lds", "ablate", "report"):
+            type_in(stage, workdir)
+            noted = any(words in str(warning.message) for warning in recwarn)
+            recwarn.clear()
+            assert noted == bool(moved and stage != "report")
+        page = (workdir / "report.html").read_text()
+        assert (words in page) == bool(moved)
+
+
 def test_a_report_shows_all_of_it(finished):
     page = (finished / "report.html").read_text()
     for words in ("ceiling", "cross-fitted", "oracle", "other seed"):

@@ -17,6 +17,7 @@ from dtrak_jax.attribution.coverage import COVERAGE_SHARE, coverage_path
 from dtrak_jax.digests import digest
 from dtrak_jax.evaluation import datamodeling, lds
 from dtrak_jax.evaluation.arms import Arm, FeatureSpec, arms
+from dtrak_jax.evaluation.changes import warn_if_not_remade
 from dtrak_jax.evaluation.truth import RetrainedLosses
 from dtrak_jax.feature_sets import FeatureSet, featurize, noise_of
 from dtrak_jax.features import Projection
@@ -40,6 +41,7 @@ def ablate(run: Run) -> None:
     described = {name: best and best._asdict() for name, best in ceilings.items()}
     result = {"rows": rows, "ceiling": described}
     results.save(run, "ablations", result, ["retrained models", "model"])
+    warn_if_not_remade(run.json("counterfactual"))
 
 
 def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict]:

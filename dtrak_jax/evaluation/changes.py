@@ -9,6 +9,11 @@ import numpy as np
 from dtrak_jax.evaluation.removals import CONTROLS, EVERYTHING, RANDOM, Choice
 from dtrak_jax.evaluation.statistics import summarize
 
+NOT_REMADE = (
+    "Retraining does not make this model again. What retraining measures, LDS and removal, "
+    "says nothing of it."
+)
+
 
 def flattened(images: np.ndarray) -> np.ndarray:
     """Returns the pixels [Q, d] of images [Q, H, W, C]."""
@@ -98,6 +103,12 @@ def remade(summary: Sequence[Mapping]) -> Remade:
     }
     same, random = (medians[Choice(name)] for name in (EVERYTHING, RANDOM))
     return Remade(same, random, max(medians.values()), metric)
+
+
+def warn_if_not_remade(removal: Mapping | None) -> None:
+    """Warns where counterfactual.json, if there is one, says that models are not remade."""
+    if removal and not remade(removal["summary"]).is_remade:
+        warnings.warn(NOT_REMADE, stacklevel=3)
 
 
 def tables(

@@ -8,6 +8,7 @@ import numpy as np
 
 from dtrak_jax import attribution, parallel, results
 from dtrak_jax.attribution import predict
+from dtrak_jax.evaluation.changes import warn_if_not_remade
 from dtrak_jax.evaluation.datamodeling import (
     bootstrap,
     ceiling,
@@ -46,6 +47,7 @@ def evaluate(run: "Run") -> None:
     results.save(run, "lds", result, parts)
     if parallel.is_main_process():
         print(table(result))
+    warn_if_not_remade(run.json("counterfactual"))
 
 
 def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:

@@ -11,10 +11,12 @@ from etils import epath
 from dtrak_jax import attribution, files
 from dtrak_jax.attribution import Scores
 from dtrak_jax.checks import at_least, check_images, instance
+from dtrak_jax.digests import settings_text
 from dtrak_jax.evaluation.outputs import QueryLosses, measured_gradients
 from dtrak_jax.evaluation.truth import measured_from, named, query_inputs
 from dtrak_jax.features.arrays import as_arrays, check_rows
-from dtrak_jax.network import Params
+from dtrak_jax.network import Params, network_params
+from dtrak_jax.rng import split, stream
 from dtrak_jax.switches import standard
 from dtrak_jax.training.metagradient import PER_DEVICE, metagradient
 from dtrak_jax.training.step import Recipe
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from dtrak_jax.run import Run
 
 APART = 0.01
-"""The relative distance of parameters from which two models are said to differ."""
+"""The relative distance of parameters from which two models are said to differ, and that of
+predictions from which two networks are."""
 
 
 @standard()
@@ -63,7 +66,9 @@ def metagradients(
         where it was stopped; in the end it is empty.
 
     Raises:
-      ValueError: images or conditions do not fit; or `eps_root` is 0: AdamW's root has an infinite derivative there.
+      ValueError: images or conditions do not fit; `losses` are of another network or
+        schedule than the recipe; or `eps_root` is 0: AdamW's root has an infinite
+        derivative there.
       MemoryError: there are too many queries, or too large a network, for this host.
       FloatingPointError: a derivative is not finite.
     """
@@ -72,6 +77,7 @@ def metagradients(
     at_least("per_device", per_device, 1)
     images, cond = check_images(images, None), as_arrays("cond", cond)
     check_rows(cond, len(images))
+    _check_network(recipe, losses)
     network = losses.apply, losses.schedule
     queries = losses.images, losses.ids, losses, losses.cond, losses.frozen
 
@@ -90,6 +96,44 @@ def metagradients(
     scores = attribution.metagradient(derivatives).astype(np.float32)
     train_ids = named(ids, course.count)
     return Scores(scores, train_ids, losses.ids, "metagradient")
+
+
+def _check_network(recipe: Recipe, losses: QueryLosses) -> None:
+    """Raises a ValueError unless losses are of the recipe's schedule and, as far as a
+    prediction tells, of its network: of one with dropout its shape alone does."""
+    if settings_text(recipe.schedule) != settings_text(losses.schedule):
+        raise ValueError(
+            f"losses.schedule is {losses.schedule!r} and recipe.schedule "
+            f"{recipe.schedule!r}; they must be the same."
+        )
+    rng, keys = np.random.default_rng(0), split(stream(0, "network"), 2)
+    # What initialisation sets to 0 would hide what follows it.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(leaf.dtype),
+        recipe.init(stream(0, "init")),
+    )
+    whole = network_params(params, losses.frozen)
+    x, cond = jax.tree.map(lambda leaf: leaf[[0, 0]], (losses.images, losses.cond))
+    given = whole, x, np.full(2, recipe.schedule.steps // 2, np.int32), cond
+    first, second = np.asarray(jax.jit(recipe.apply)(*given, keys), np.float64)
+    try:
+        found = np.asarray(jax.jit(losses.apply)(*given), np.float64)[0]
+    except Exception as error:
+        raise ValueError(
+            "losses.apply must be the recipe's network, and does not take the parameters "
+            f"of recipe.init: {error}"
+        ) from error
+    drops = not np.allclose(first, second)
+    same = found.shape == first.shape
+    if same and not drops:
+        same = np.linalg.norm(found - first) <= APART * np.linalg.norm(first)
+    if not same:
+        raise ValueError(
+            "losses.apply must be the recipe's network, and predicts otherwise than "
+            f"recipe.apply from the same parameters: {found.shape} with a mean square of "
+            f"{np.square(found).mean():.3g}, not {first.shape} with "
+            f"{np.square(first).mean():.3g}."
+        )
 
 
 def of_run(run: "Run") -> dict[str, np.ndarray]:

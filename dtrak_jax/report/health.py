@@ -9,7 +9,7 @@ import scipy.stats
 
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.data import trained_on
-from dtrak_jax.evaluation.changes import Remade, remade
+from dtrak_jax.evaluation.changes import NOT_REMADE, Remade, remade
 from dtrak_jax.report.record import Record
 from dtrak_jax.report.standing import Standing
 from dtrak_jax.report.text import between, grouped, method_name, number
@@ -50,10 +50,7 @@ def alarm(record: Record) -> str:
         )
     made = remaking(record)
     if made and not made.is_remade:
-        return (
-            "Retraining does not make this model again. What retraining measures, LDS and "
-            "removal, says nothing of it."
-        )
+        return NOT_REMADE
     verdicts = {finding.verdict for finding in _lds(record)}
     if verdicts == {"bad"}:
         return (
