@@ -501,7 +501,7 @@ def test_a_csv_gives_labels_and_captions(gallery):
     [
         ("", r"has the columns \(none\); it must have file, and label or caption, ea"),
         ("file,artist\nb.png,x\n", "has the columns file, artist; it must have"),
-        ("file,lable\nb.png,x\n", "each once. Did you mean lable"),
+        ("file,lable\nb.png,x\n", r"each once. Should the column lable be called label\?$"),
         ("name,label\nb.png,x\n", "has the columns name, label; it must have"),
         ("file,label\n", "lists no files"),
         ("file,label\nb.png,x\nno.png,x\n", "line 3: there is no file .*no.png"),
@@ -775,7 +775,7 @@ def test_captions_by_a_template(tmp_path):
         from_artbench(path, **style)
     with pytest.raises(ValueError, match=r"'artits' \(did you mean artist\?\); it"):
         from_artbench(path, groups=("artist",), caption="{label} {artits}")
-    with pytest.raises(ValueError, match="each once. Did you mean artist"):
+    with pytest.raises(ValueError, match="each once. Did you mean artist by"):
         from_artbench(path, groups=("artits",))
     with pytest.raises(ValueError, match=r"'ukioye' \(did you mean ukiyo_e\?\); it"):
         from_artbench(path, labels=("ukioye",))

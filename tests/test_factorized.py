@@ -318,6 +318,46 @@ def test_wrong_tags(bare, images, options):
         )
 
 
+def circular(params, x, t, cond):
+    """Pads with the other side, and says with zeros."""
+    w = params["conv"]
+    wide = jnp.pad(x, [(0, 0), (1, 1), (0, 1), (0, 0)], mode="wrap")
+    h = jax.lax.conv_general_dilated(
+        wide, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    h = dtrak.layer(w, x, h, padding=[(1, 1), (0, 1)])
+    return x * jnp.tanh(h).mean(axis=-1, keepdims=True)
+
+
+def scaled(params, x, t, cond):
+    """Tags what was made of the product, not the product."""
+    h = x.reshape(len(x), -1)[:, :5] @ params["dense"]
+    h = dtrak.layer(params["dense"], x.reshape(len(x), -1)[:, :5], jnp.tanh(h))
+    return x * h.mean(axis=1).reshape(-1, 1, 1, 1)
+
+
+def hidden(params, x, t, cond):
+    """Tags other inputs, in front of a layer that is right and 0, which hides it."""
+    h = x.reshape(len(x), -1)[:, :5]
+    h = dtrak.layer(params["dense"], h, jnp.sin(h) @ params["dense"])
+    out = dtrak.layer(params["last"], h, h @ params["last"])
+    return x * out.mean(axis=1).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "leaf"), [(circular, "conv"), (scaled, "dense"), (hidden, "dense")]
+)
+def test_wrong_tags_of_the_right_shape(bare, images, network, leaf, tmp_path):
+    """They are refused by the gradient of one image, before anything is written."""
+    params = bare[1] | {"last": np.zeros((5, 5), np.float32)}
+    given, store = (task_of((network,)), params, images), tmp_path / "store"
+    factorized = dtrak.Projection("factorized")
+    for function, how in ((dtrak.ekfac, ()), (dtrak.featurize, (factorized,))):
+        with pytest.raises(ValueError, match=f"^{leaf} is tagged by .* differ by"):
+            function(*given, *how, store=store)
+        assert not store.exists()
+
+
 def test_every_use_of_a_weight_is_tagged(bare, images):
     """Or that part of the gradient would be missing."""
 

@@ -91,14 +91,23 @@ def _columns(
         needed = [*required, *(f"{name} (data.groups)" for name in groups)]
         either = f", and {' or '.join(optional)}" if optional else ""
         missing = [*columns, *(() if chosen else optional)]
-        near = [alike(name, header) for name in missing if name not in header]
-        meant = " and ".join(filter(None, near))
-        hint = f" Did you mean {meant}?" if meant else ""
+        hints = [_hint(name, header, groups) for name in missing if name not in header]
         raise ValueError(
             f"{path} has the columns {', '.join(header) or '(none)'}; it must have "
-            f"{', '.join(needed)}{either}, each once.{hint}"
+            f"{', '.join(needed)}{either}, each once.{''.join(hints)}"
         )
     return columns
+
+
+def _hint(name: str, header: Sequence[str], groups: Sequence[str]) -> str:
+    """Returns a question about a column that a header lacks, if it has one like it: a name
+    of groups is the user's own in both places, of others the header's is the wrong one."""
+    near = alike(name, header)
+    if not near:
+        return ""
+    if name in groups:
+        return f" Did you mean {near} by {name} (data.groups)?"
+    return f" Should the column {near} be called {name}?"
 
 
 def _unread(

@@ -40,6 +40,7 @@ from dtrak_jax.features.featurize import checked, example_mesh
 from dtrak_jax.features.fingerprint import example_hashes, fingerprint, noise_words
 from dtrak_jax.features.gradients import (
     addition_function,
+    check_tags,
     chosen_leaves,
     network_inputs,
 )
@@ -144,7 +145,8 @@ def ekfac(
         None keeps it in memory alone. A pass that is interrupted begins anew.
 
     Raises:
-      ValueError: what `featurize` raises; or a weight of which only some uses are tagged.
+      ValueError: what `featurize` raises; or a weight of which only some uses are tagged,
+        or otherwise than the network uses it.
       FloatingPointError: F is not finite.
     """
     instance("task", task, Task)
@@ -174,6 +176,7 @@ def ekfac(
                 "store, or delete it."
             )
     draws = Draws.of(task, network, images, cond, cotangents)
+    check_tags(task, network, images, cond)
     if not draws.outputs:
         warnings.warn(
             "no layer of the network is tagged among the parameters chosen, so that "

@@ -79,8 +79,8 @@ def featurize(
       The features; or {measurement: features} if the task has a tuple of them.
 
     Raises:
-      ValueError: wrong images, ids, conditions, parameters or network; or a store that
-        holds other features.
+      ValueError: wrong images, ids, conditions, parameters, network or tags of layers;
+        or a store that holds other features.
       MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
@@ -97,6 +97,8 @@ def featurize(
     programs = step_programs(
         task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
     )
+    if programs.sketches:
+        gradients.check_tags(task, (params, frozen), images, cond)
     layout, network = programs.layout, (params, frozen, programs.sketches)
     hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
     made_from = fingerprint(task, network, projection, inputs, hashes, role)

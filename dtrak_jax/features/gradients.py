@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features.convolutions import weight_gradients_as_products
@@ -16,6 +17,9 @@ from dtrak_jax.features.task import Task
 from dtrak_jax.models.tags import ChannelSketch, Tags, WeightSketch, collecting
 from dtrak_jax.network import Params, network_params
 from dtrak_jax.parallel import P, sharded
+
+MISMATCH = 0.03
+"""The part of a gradient by which it may differ from what a tag says, by rounding."""
 
 Sketches = dict[int, tuple[ChannelSketch, ChannelSketch]]
 """{leaf: (P_in, P_out)} of the weights whose gradient G [window, C_in, C_out] is not
@@ -93,6 +97,75 @@ def tagged_layers(
             )
     sizes = dict(sorted(tags.sizes.items()))
     return dataclasses.replace(tags, sizes=sizes)
+
+
+def check_tags(task: Task, network: tuple, images, cond) -> None:
+    """Raises a ValueError unless the weights that a network tags by `layer` have the
+    gradients that the tags say, sum_positions a delta^T.
+
+    They are compared for one image of noise, a random cotangent, and parameters
+    (params, frozen) that are moved a little, so that none of them is 0.
+    """
+    params, frozen = network
+    tags = tagged_layers(task, params, frozen, network_inputs(images, cond, 1))
+    if not tags.by_hand:
+        return
+    rng = np.random.default_rng(0)
+
+    def moved(leaf):
+        size = 0.1 * max(np.abs(np.asarray(leaf, np.float32)).mean(), 0.1)
+        return leaf + (size * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    params = jax.tree.map(
+        lambda leaf: moved(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        params,
+    )
+    x, cotangent = rng.normal(size=(2, 1, *images.shape[-3:])).astype(np.float32)
+    t = np.full(1, task.grid[len(task.grid) // 2], np.int32)
+    given = x, t, jax.tree.map(lambda column: column[:1], cond)
+    outputs = {i: [use.outputs for use in tags.uses[i]] for i in sorted(tags.by_hand)}
+    shapes = jax.tree.map(lambda use: (use.shape, use.dtype), outputs)
+    made = _tagged_gradients(task, shapes, params, frozen, given, cotangent)
+    for i, (told, true) in jax.device_get(made).items():
+        apart, size = np.linalg.norm(told - true), np.linalg.norm(true)
+        if not apart <= MISMATCH * size:
+            raise ValueError(
+                f"{list(named_leaves(params))[i]} is tagged by `dtrak_jax.layer`, but its "
+                f"gradient is not the one that the tag says: they differ by "
+                f"{apart / max(size, 1e-30):.0%}. Tag what the weight makes of exactly "
+                "these inputs, before anything else is done with it, with its padding, "
+                "strides and dilation."
+            )
+
+
+def _tagged_gradients(task: Task, shapes, params, frozen, inputs, cotangent) -> dict:
+    """Returns {weight: its gradient as its tag says, and the true one} of those whose uses
+    have outputs of these shapes."""
+
+    @jax.jit
+    def gradients(params, frozen, inputs, cotangent):
+        indices, values = chosen_leaves(task, params), variables(task, params, {})
+        taps = {i: [jnp.zeros(*use) for use in uses] for i, uses in shapes.items()}
+
+        def predict(values, taps):
+            tags = Tags({}, {}, {i: list(arrays) for i, arrays in taps.items()})
+            prediction = predict_with(task, params, frozen, tags, inputs, values)
+            return prediction, {
+                i: [use.patches() for use in tags.uses[i]] for i in taps
+            }
+
+        _, pull_back, patches = jax.vjp(predict, values, taps, has_aux=True)
+        true, deltas = pull_back(cotangent)
+        true = dict(zip(indices, true, strict=True))
+
+        def told(i):
+            flat = (delta.reshape(-1, delta.shape[-1]) for delta in deltas[i])
+            pairs = zip(patches[i], flat, strict=True)
+            return sum(jnp.einsum("pi,po->io", *p, precision="highest") for p in pairs)
+
+        return {i: (told(i).reshape(true[i].shape), true[i]) for i in taps}
+
+    return gradients(params, frozen, inputs, cotangent)
 
 
 @functools.cache

@@ -71,6 +71,8 @@ class Tags:
     uses: dict[int, list["Use"]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
     )
+    by_hand: set[int] = dataclasses.field(default_factory=set)
+    """The weights that the network tagged itself, which may be wrong."""
 
 
 _current = contextvars.ContextVar("tags", default=None)
@@ -123,8 +125,25 @@ def layer(
       input_dilation: of the inputs.
 
     Raises:
-      ValueError: the shapes do not belong together.
+      ValueError: the shapes do not belong together; or, from what takes the tags, the
+        outputs are no product of these inputs and the weight.
     """
+    if tags := _current.get():
+        tags.by_hand.update({tags.weights.get(id(weight))} - {None})
+    windows = padding, strides, dilation, input_dilation
+    return _tagged(weight, inputs, outputs, *windows)
+
+
+def _tagged(
+    weight,
+    inputs,
+    outputs,
+    padding=None,
+    strides=1,
+    dilation=1,
+    input_dilation=1,
+) -> jax.Array:
+    """Returns the outputs of a layer, tagged; see `layer`."""
     tags = _current.get()
     index = tags.weights.get(id(weight)) if tags else None
     if index is None:
@@ -253,7 +272,7 @@ def _dense(module, weight, inputs, outputs):
     if module.dot_general or module.dot_general_cls or batched or not in_order:
         return outputs
     flat = (array.reshape(*inputs.shape[:first], -1) for array in (inputs, outputs))
-    return layer(weight, *flat).reshape(outputs.shape)
+    return _tagged(weight, *flat).reshape(outputs.shape)
 
 
 def _conv(module, weight, inputs, outputs):
@@ -263,15 +282,8 @@ def _conv(module, weight, inputs, outputs):
     product = module.conv_general_dilated or module.conv_general_dilated_cls
     if product or grouped or not zeros:
         return outputs
-    return layer(
-        weight,
-        inputs,
-        outputs,
-        padding=padding,
-        strides=module.strides or 1,
-        dilation=module.kernel_dilation or 1,
-        input_dilation=module.input_dilation or 1,
-    )
+    steps = module.strides, module.kernel_dilation, module.input_dilation
+    return _tagged(weight, inputs, outputs, padding, *(step or 1 for step in steps))
 
 
 FLAX_LAYERS = {nn.Dense: _dense, nn.DenseGeneral: _dense, nn.Conv: _conv}
