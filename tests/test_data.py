@@ -501,7 +501,10 @@ def test_a_csv_gives_labels_and_captions(gallery):
     [
         ("", r"has the columns \(none\); it must have file, and label or caption, ea"),
         ("file,artist\nb.png,x\n", "has the columns file, artist; it must have"),
-        ("file,lable\nb.png,x\n", r"each once. Should the column lable be called label\?$"),
+        (
+            "file,lable\nb.png,x\n",
+            r"each once. Should the column lable be called label\?$",
+        ),
         ("name,label\nb.png,x\n", "has the columns name, label; it must have"),
         ("file,label\n", "lists no files"),
         ("file,label\nb.png,x\nno.png,x\n", "line 3: there is no file .*no.png"),

@@ -179,6 +179,26 @@ def test_a_folder_in_one_line_of_python(folder):
         dtrak.load_images(folder, 32)
 
 
+def test_a_renamed_picture_is_said_to_be_the_same():
+    images = from_pixels(RGB[:16].reshape(4, 8, 16, 3))
+    plain, others = Dataset.of(images, list("abcd")), images[:, ::-1]
+    saved = {"train_ids": plain.ids, "train_digests": plain.digests}
+    for pixels, words in (
+        (images, "; z is the same picture as d was, under another id, .*"),
+        (np.concatenate([images[:3], others[3:]]), ""),
+    ):
+        renamed = Dataset.of(pixels, list("abcz"))
+        message = f"other ids than .* their order has changed{words}. Restore them"
+        with pytest.raises(ValueError, match=message):
+            renamed.recorded_in(saved, "train")
+
+    def damaged(row):
+        raise ValueError("it is damaged")
+
+    with pytest.raises(ValueError, match="their order has changed. Restore them"):
+        dataclasses.replace(renamed, read=damaged).recorded_in(saved, "train")
+
+
 def test_pictures_are_decoded_once_and_may_be_too_many_to_keep(monkeypatch):
     reads, images = Counter(), from_pixels(RGB[:16].reshape(4, 8, 16, 3))
     plain = Dataset.of(images, list("abcd"))

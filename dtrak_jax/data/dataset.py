@@ -18,6 +18,9 @@ from dtrak_jax.progress import progress
 RESTORE = "Restore them, or name another --workdir."
 """The remedy where images are not those of the run."""
 
+LOOKED_AT = 100
+"""The new pictures that are compared with those that are gone."""
+
 KEPT = 2**30
 """The bytes of pixels up to which those that were decoded for their digests are kept."""
 
@@ -220,12 +223,13 @@ class Dataset:
         if not np.array_equal(ids, self.ids):
             changed = set(ids.tolist()) ^ set(self.ids.tolist())
             such_as = f", such as {min(changed)}," if changed else ""
+            renamed = self._renamed(ids, saved.get(f"{role}_digests"))
             shares = (
                 "" if self.labels is None else " (every label has its share of them)"
             )
             raise ValueError(
                 f"the {role} images have other ids than the first stage of this run saw"
-                f"{such_as} or their order has changed{shares}. {RESTORE}"
+                f"{such_as} or their order has changed{shares}{renamed}. {RESTORE}"
             )
         before = recorded_texts(saved, role)
         for name in deciding:
@@ -250,6 +254,25 @@ class Dataset:
             if len(rows) and recorded.recorded is not None:
                 recorded._compare(self.take(rows).decoded.digests, rows)
         return recorded
+
+    def _renamed(self, ids: np.ndarray, digests: np.ndarray | None) -> str:
+        """Returns words on the first picture that was recorded with another id, if a look at
+        the first `LOOKED_AT` new ones finds it; "" if not."""
+        if digests is None:
+            return ""
+        gone = ~np.isin(ids, self.ids)
+        before = dict(zip(digests[gone].tolist(), ids[gone].tolist(), strict=True))
+        new = self.take(np.flatnonzero(~np.isin(self.ids, ids))[:LOOKED_AT])
+        try:
+            now = dict(zip(new.decoded.digests.tolist(), new.ids.tolist(), strict=True))
+        except ValueError:  # They say so when they are needed.
+            return ""
+        for picture in before.keys() & now.keys():
+            return (
+                f"; {now[picture]} is the same picture as {before[picture]} was, under "
+                "another id, which noise and subsets follow"
+            )
+        return ""
 
     def stratified_as(self, saved: dict[str, np.ndarray], role: str) -> "Dataset":
         """Returns the data set with the `strata` that were recorded of these ids."""
