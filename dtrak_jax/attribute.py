@@ -89,9 +89,12 @@ def _choose(train: Array, method: str | None) -> Method:
         return METHODS["trak"]._replace(name=name)
     instance("method", method, str)
     if method in METHODS and method not in rows:
+        row = METHODS[method]
+        own = f"dtrak_jax.attribution.{row.function.__name__}"
         raise ValueError(
-            f"method is {method!r}, which is made from {METHODS[method].inputs.words}; "
-            f"from one model's features are made: {', '.join(map(repr, rows))}."
+            f"method is {method!r}, which is made from {row.inputs.words}, by "
+            f"{row.inputs.python or own}; from one model's features are made: "
+            f"{', '.join(map(repr, rows))}."
         )
     one_of("method", method, rows)
     row = rows[method]

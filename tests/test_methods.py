@@ -1,6 +1,7 @@
 """Every attribution method against its closed form or an independent implementation."""
 
 import dataclasses
+import operator
 import zlib
 from types import SimpleNamespace
 from typing import get_args
@@ -218,16 +219,20 @@ def test_attribute_takes_every_method_of_one_models_features():
 
 
 def test_attribute_says_what_a_method_needs(stored):
-    for name, words in (
-        ("tracin", "made from features at several checkpoints"),
-        ("datamodels", "made from models retrained on subsets"),
-        ("journey-trak", "made from features along sampling trajectories"),
-        ("trak-ensemble", "made from features of further models"),
-        ("pixel-dot", "made from images"),
-        ("clip-dot", "made from CLIP's embeddings"),
+    for name, words, way in (
+        ("tracin", "features at several checkpoints", "dtrak_jax.attribution.tracin"),
+        ("datamodels", "models retrained on subse", "dtrak_jax.attribution.datamodels"),
+        ("journey-trak", "features along sampling trajectories", "`attribute`, meth"),
+        ("trak-ensemble", "features of further models", "dtrak_jax.ensemble_mean, of"),
+        ("pixel-dot", "images", "dtrak_jax.attribution.pixel_dot"),
+        ("clip-dot", "CLIP's embeddings", "dtrak_jax.attribution.embedding_dot"),
+        ("ekfac", "the curvature, and images", "dtrak_jax.attribution.ekfac_influence"),
+        ("metagradient", "training again", "dtrak_jax.metagradients"),
     ):
-        with pytest.raises(ValueError, match=words) as error:
+        with pytest.raises(ValueError, match=f"made from {words}.*, by {way}") as error:
             dtrak.attribute(*stored, method=name)
+        if way.startswith("dtrak_jax"):
+            assert callable(operator.attrgetter(way.split(",")[0][10:])(dtrak))
         assert "'relative-influence'" in str(error.value)
         assert "'gas'" not in str(error.value)
     with pytest.raises(ValueError, match="measurement 'loss'; these are of 'mean'"):

@@ -36,6 +36,8 @@ class Inputs(NamedTuple):
     """The stages that make them, beyond training images and queries."""
     folders: Callable[["Config"], Sequence[str]] = lambda config: ()
     """Returns the folders in features/ that they are read from; "" is the main one."""
+    python: str = ""
+    """The way to such scores from Python; "" if it is to call the method's function."""
 
 
 def score(
@@ -202,7 +204,11 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
-MODELS = Inputs("features of further models", _models, folders=model_folders)
+MODELS = Inputs(
+    *("features of further models", _models),
+    folders=model_folders,
+    python="dtrak_jax.ensemble_mean, of `attribute` for each model",
+)
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
@@ -211,6 +217,7 @@ JOURNEY = Inputs(
     "features along sampling trajectories",
     _journey,
     folders=lambda config: ["", "journey"],
+    python="`attribute`, method 'trak', with these features as the query's",
 )
 OUTPUTS = Inputs(
     "models retrained on subsets", partial(_each, _outputs), needs=("retrain",)
@@ -219,6 +226,7 @@ REPLAY = Inputs(
     "training again, with its derivative",
     partial(_each, lambda run, _, q: (run.metagradients()[q],)),
     needs=("train",),
+    python="dtrak_jax.metagradients",
 )
 IMAGES = Inputs(
     "images, or their latents",
