@@ -135,7 +135,26 @@ def is_empty(folder: epath.PathLike, besides: str = "") -> bool:
 
 def write_json(path: epath.PathLike, value: object) -> None:
     """Writes a value as indented JSON, atomically as `write_bytes`."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_bytes(path, f"{_indented(value, 1)}\n".encode())
+
+
+def _indented(value: object, depth: int) -> str:
+    """Returns JSON with a line for each entry of a dict or list; a list of nothing but
+    strings and numbers, which may be long, is one line."""
+    if isinstance(value, dict):
+        ends = "{}"
+        parts = [
+            f"{json.dumps(str(k))}: {_indented(v, depth + 1)}" for k, v in value.items()
+        ]
+    elif isinstance(value, list | tuple) and any(
+        isinstance(item, dict | list | tuple) for item in value
+    ):
+        ends, parts = "[]", [_indented(item, depth + 1) for item in value]
+    else:
+        return json.dumps(value)
+    break_ = "\n" + " " * depth
+    inside = f",{break_}".join(parts)
+    return f"{ends[0]}{break_}{inside}{break_[:-1]}{ends[1]}" if parts else ends
 
 
 def read_json(path: epath.PathLike) -> dict:

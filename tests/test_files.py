@@ -1,6 +1,7 @@
 """Files and checkpoints on a local disk and in a bucket."""
 
 import importlib.util
+import json
 
 import jax
 import numpy as np
@@ -37,6 +38,17 @@ def test_what_is_written_is_read(folder):
         assert not files.holds(folder / "c.npz", {"array": -array})
     assert not files.holds(folder / "d.npz", {})
     assert {path.name for path in folder.iterdir()} == {"a.json", "b.jsonl", "c.npz"}
+
+
+def test_a_list_of_texts_is_a_line_of_json(tmp_path):
+    """However long; what holds more has a line for each entry."""
+    removed = {"dtrak-set": {"a": ["1.png"] * 99, "b": []}, "é": {}}
+    value = {"removed": removed, "rows": [{"x": 1.5, "y": (1, 2)}, None], "n": [[1], 2]}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert text.count("\n") == 20
+    assert f'"a": {json.dumps(["1.png"] * 99)},\n' in text
+    assert files.read_json(tmp_path / "a.json") == json.loads(json.dumps(value))
 
 
 def test_a_large_file_in_a_bucket(bucket):
