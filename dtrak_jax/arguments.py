@@ -65,6 +65,7 @@ def parse(
         print(help_page(command, commands, asked[0], words, config))
         sys.exit(0)
     flags.check_flags(words)
+    flags.check_switches(words)
     options = flags.parser().parse_args([flags.dashed(word) for word in words])
     if command == "methods":
         if words or path:

@@ -24,6 +24,11 @@ SHORT = {
 OF_EXPORT = {"--format": "--export.format", "--top": "--export.top"}
 """Short flags of `dtrak-jax export`, and the settings that they stand for."""
 
+NUMBERS = dict.fromkeys(
+    ("--attribution.share", "--attribution.absolute"), "--attribution.damping"
+)
+"""Switches that say what a number means, and the flag of that number."""
+
 OPTIONS = ("--workdir", "--profile", "--topology", "--stages", "--output")
 """Flags of no setting."""
 
@@ -149,6 +154,26 @@ def check_flags(words: Sequence[str]) -> None:
         for long in SHORT.get(flag, ()):
             if long in given:
                 raise ValueError(f"{flag} decides {long}; leave one of them out.")
+
+
+def check_switches(words: Sequence[str]) -> None:
+    """Raises a ValueError if a switch is given a value."""
+    for word, following in zip(words, [*words[1:], "--"]):
+        flag, equals, value = dashed(word).partition("=")
+        section, _, name = flag.strip("-").replace("-", "_").partition(".")
+        name = name.removeprefix("no_")
+        fields = getattr(help.SECTIONS.get(section), "__dataclass_fields__", {})
+        if name not in fields or fields[name].type is not bool:
+            continue
+        if equals or not following.startswith("-"):
+            number = (
+                f"; the number goes behind {NUMBERS[flag]}" if flag in NUMBERS else ""
+            )
+            raise ValueError(
+                f"{flag} is a switch and takes no value, but is given "
+                f"{(value if equals else following)!r}; --{section}."
+                f"no-{name.replace('_', '-')} turns it off{number}."
+            )
 
 
 def known(name: str, names: Collection[str], what: str) -> None:

@@ -91,7 +91,7 @@ def _corrected(run: "Run", saved: Mapping[str, np.ndarray]) -> list[str]:
         line += ". This is taken over, and nothing is trained again"
         made = [name for name in MADE if (run.workdir / name).exists()]
         if made:
-            line += f"; still as before: {', '.join(made)}"
+            line += f"; until written anew, as before: {', '.join(made)}"
     return [
         *([f"{line}."] if line else []),
         *data.remarks_on_groups(run.recorded.train),

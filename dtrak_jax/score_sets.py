@@ -35,16 +35,19 @@ def load(run: "Run", method: str, queries: str) -> Scores:
     Where only groups or near-duplicates are others than in the file, the scores are kept.
     """
     path, copies = _path(run, method, queries), run.copies().copies
-    if not parallel.agreed(_is_scored(run, method, path)):
-        for name, scores in METHODS[method].scores(run).items():
+    scores = Scores.load(path) if path.exists() else None
+    if not parallel.agreed(scores is not None and _is_scored(run, method, scores)):
+        for name, made in METHODS[method].scores(run).items():
             if parallel.is_main_process():
-                made = made_from(run, method)
-                scores = dataclasses.replace(scores, made_from=made, copies=copies)
-                scores.save(_path(run, method, name))
+                hashed = {"made_from": made_from(run, method), "copies": copies}
+                dataclasses.replace(made, **hashed).save(_path(run, method, name))
         parallel.barrier(f"scores of {method}")
-    if not parallel.agreed(_is_grouped(run, path)):
+        scores = None
+    # Where the main process has seen the file, another one may have been too early.
+    scores = scores or Scores.load(path)
+    if not parallel.agreed(_is_grouped(run, scores)):
         if parallel.is_main_process():
-            columns, scores = run.splits.train.groupings, Scores.load(path)
+            columns = run.splits.train.groupings
             used = set(map(names_hash, columns.values()))
             fields = {"columns": columns, "copies": copies}
             for name in ("group_errors", "group_freedom"):
@@ -52,7 +55,8 @@ def load(run: "Run", method: str, queries: str) -> Scores:
                 fields[name] = {k: v for k, v in by_group if k in used}
             dataclasses.replace(scores, **fields).save(path)
         parallel.barrier(f"groups of {method}")
-    return Scores.load(path)
+        scores = Scores.load(path)
+    return scores
 
 
 def copies(run: "Run") -> duplicates.Found:
@@ -78,12 +82,10 @@ def is_made(run: "Run", method: str, queries: str) -> bool:
     """Returns whether scores are there, and what they are made from is the same, as are
     groups and near-duplicates."""
     path = _path(run, method, queries)
-    return (
-        path.exists()
-        and files.holds(_copies_path(run), _copies_made_from(run))
-        and _is_scored(run, method, path)
-        and _is_grouped(run, path)
-    )
+    if not path.exists() or not files.holds(_copies_path(run), _copies_made_from(run)):
+        return False
+    scores = Scores.load(path)
+    return _is_scored(run, method, scores) and _is_grouped(run, scores)
 
 
 def made_from(run: "Run", method: str) -> str:
@@ -112,11 +114,10 @@ def made_from(run: "Run", method: str) -> str:
     return digest(*parts)
 
 
-def _is_scored(run: "Run", method: str, path: epath.Path) -> bool:
-    """Returns whether a file has the scores, and the errors of all groups if it has any."""
-    if not path.exists():
-        return False
-    scores, columns = Scores.load(path), run.splits.train.groupings
+def _is_scored(run: "Run", method: str, scores: Scores) -> bool:
+    """Returns whether a file's scores are the present ones, with the errors of all groups
+    if it has any."""
+    columns = run.splits.train.groupings
     # Errors of groups are made within each draw.
     missing = set(map(names_hash, columns.values())) - scores.group_freedom.keys()
     return scores.made_from == made_from(run, method) and not (
@@ -124,9 +125,9 @@ def _is_scored(run: "Run", method: str, path: epath.Path) -> bool:
     )
 
 
-def _is_grouped(run: "Run", path: epath.Path) -> bool:
+def _is_grouped(run: "Run", scores: Scores) -> bool:
     """Returns whether the groups and near-duplicates of a file are those of now."""
-    scores, columns = Scores.load(path), run.splits.train.groupings
+    columns = run.splits.train.groupings
     return (
         files.holds(_copies_path(run), {"copies": scores.copies})
         and scores.columns.keys() == columns.keys()

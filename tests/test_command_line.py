@@ -171,6 +171,14 @@ def test_the_short_help_fits_on_a_screen(monkeypatch):
             "no Stable Diffusion",
         ),
         (
+            ["run", str(DIGITS), "--attribution.share", "0.05"],
+            "'0.05'; --attribution.no-share turns it off; the number goes behind --attr",
+        ),
+        (
+            ["run", "--data.no_flip=true", str(DIGITS)],
+            "but is given 'true'; --data.no-flip turns it off.",
+        ),
+        (
             ["run", str(DIGITS), "--attribution.methods", "trak", "dtrk"],
             "attribution.methods is 'dtrk' (did you mean dtrak?); it must be one of: 'dtr",
         ),

@@ -15,6 +15,7 @@ from test_clip_similarity import write_clip
 import dtrak_jax as dtrak
 from dtrak_jax import data, diffusion, files, models, pipeline, training
 from dtrak_jax.attribution import Scores
+from dtrak_jax.attribution import scores as scoring
 from dtrak_jax.attribution.duplicates import Found
 from dtrak_jax.config import (
     AttributionConfig,
@@ -458,15 +459,24 @@ def test_removals_take_exactly_the_top_or_the_largest_squares():
     ("count", "expected"),
     [(1, [3]), (2, [4, 5]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 4, 5])],
 )
-def test_copies_are_removed_together(count, expected):
+def test_copies_are_removed_together(count, expected, monkeypatch):
     """A picture whose copies do not fit is passed over, as one of them alone changes
     nothing; only where nothing else is left it is cut."""
-    rows = np.array([[3.0, 3, 3, 8, 5, 4]])
+    rows = np.array([[3.0, 3, 3, 8, 5, 4], [0, 0, 0, 0, 0, 1]])
     ids = TRAIN_IDS[:6]
     copies = ids[[0, 0, 0, 3, 4, 4]]
-    scores = Scores(rows, ids, IDS[:1], "dtrak", copies=copies)
+    scores = Scores(rows, ids, IDS[:2], "dtrak", copies=copies)
+    merge, merged = scoring.merge, []
+
+    def counting(array, *how):
+        merged.append(len(array))
+        return merge(array, *how)
+
+    monkeypatch.setattr(scoring, "merge", counting)
     for squared in (False, True):
         assert sorted(removals.strongest(scores, 0, count, squared)) == expected
+    # The query's own pictures alone, of its scores and errors.
+    assert merged == 4 * [1]
     gone = removed_rows({Choice("dtrak"): scores}, IDS[:1], ids, count, 0)
     assert sorted(gone[Choice("dtrak"), IDS[0]]) == expected
     pairs = dataclasses.replace(scores, copies=ids[[0, 0, 0, 0, 4, 4]])

@@ -207,6 +207,11 @@ def test_errors_go_with_their_scores(tmp_path):
     assert 0 < groups.freedom != scores.freedom
     assert dtrak.ensemble_mean([scores, scores]).group("of").freedom == groups.freedom
     assert scores.group(COLUMN[::-1]).freedom == 0
+    some = scores.take([1, 0])
+    for ours, theirs in zip(some.group("of")[1:3], groups[1:3], strict=True):
+        np.testing.assert_array_equal(ours, theirs[[1, 0]])
+    np.testing.assert_array_equal(some.errors, scores.errors[[1, 0]])
+    assert some.query_ids.tolist() == scores.query_ids[[1, 0]].tolist()
     low, high = dataclasses.replace(scores, freedom=4).interval(0.9)
     # The 95% quantile of Student's distribution with 4 degrees of freedom.
     np.testing.assert_allclose(high - low, 2 * 2.131847 * scores.errors, rtol=1e-5)

@@ -206,10 +206,15 @@ def test_a_finished_stage_computes_nothing(workdir, counted):
     assert {p: p.read_bytes() for p in workdir.glob("*.json")} == before
 
 
-def test_attribute_and_lds_need_no_pixels(workdir, counted):
+def test_attribute_and_lds_need_no_pixels(workdir, counted, monkeypatch):
+    """Nor does a file of scores need to be read twice."""
     for stage in ("attribute", "lds"):
         type_in(stage, workdir)
     assert not counted
+    load, read, run = Scores.load, [], open_run(command("lds", workdir))
+    monkeypatch.setattr(Scores, "load", lambda path: read.append(path) or load(path))
+    assert run.scores("dtrak", "validation").method == "dtrak"
+    assert len(read) == 1
 
 
 def test_each_kernel_is_decomposed_once(workdir, counted):
@@ -326,6 +331,23 @@ def test_results_say_that_models_are_not_remade(workdir, recwarn):
             assert noted == bool(moved and stage != "report")
         page = (workdir / "report.html").read_text()
         assert ("Neither removal nor an LDS of models" in page) == bool(moved)
+
+
+def test_an_ablation_makes_the_rows_that_it_has_gained(workdir):
+    """Files of before are kept where nothing is missing."""
+    studies = {"ablation__studies": "checkpoint coverage"}
+    type_in("ablate", workdir, **studies)
+    before, stamps = files.read_json(workdir / "ablations.json"), {}
+    for path in (workdir / "ablations" / "rows").iterdir():
+        saved = files.read_json(path)
+        rows = [row for row in saved["rows"] if row["damping_rule"] != "effective"]
+        files.write_json(path, {"truth": saved["truth"], "rows": rows})
+        stamps[path] = path.stat().st_mtime_ns, len(rows) == len(saved["rows"])
+    type_in("ablate", workdir, **studies)
+    assert files.read_json(workdir / "ablations.json") == before
+    assert {complete for _, complete in stamps.values()} == {True, False}
+    for path, (stamp, complete) in stamps.items():
+        assert (path.stat().st_mtime_ns == stamp) == complete
 
 
 def test_a_report_shows_all_of_it(finished):
@@ -454,7 +476,9 @@ def test_a_corrected_label_is_taken_and_nothing_is_made_again(workdir, counted, 
     example = f"(label of {made.train_ids[7]}: {changed})"
     assert f"1 of 60 training images have another label than before {example}" in said
     assert "of 5 validation images have another label" in said
-    assert "nothing is trained again; still as before: report.html" in said
+    assert (
+        "nothing is trained again; until written anew, as before: report.html" in said
+    )
     again = Scores.load(place)
     assert again.made_from == made.made_from
     for name in ("scores", "copies"):

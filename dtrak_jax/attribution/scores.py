@@ -160,14 +160,20 @@ class Scores:
             known = ", ".join(map(repr, map(str, self.query_ids[:5])))
             more = ", ..." if len(self.query_ids) > 5 else ""
             raise KeyError(f"{shown(query)} is no query's id; they are {known}{more}")
-        alone = dataclasses.replace(
+        top = self.take(rows).top(len(self.train_ids))
+        return Top(*(column[0] for column in top))
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Scores":
+        """Returns the scores of the queries at these positions."""
+        by_group = self.group_errors.items()
+        return dataclasses.replace(
             self,
             scores=self.scores[rows],
             query_ids=self.query_ids[rows],
             errors=self.errors[rows],
-            spread=None,
+            spread=None if self.spread is None else self.spread[rows],
+            group_errors={key: errors[rows] for key, errors in by_group},
         )
-        return Top(*(column[0] for column in alone.top(len(self.train_ids))))
 
     def to_pandas(self, values: str = "scores"):
         """Returns a `pandas.DataFrame` with a row for each query and a column for each

@@ -51,7 +51,12 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
     stores = (store(run, arm.spec, name) for name in ("train", *truth))
     made_from = (feature_sets.path(run, features).name for features in stores)
     against = digest(*truth, *(array.tobytes() for array in arrays), *made_from)
-    if parallel.agreed(path.exists() and files.read_json(path)["truth"] == against):
+    rules = {name: Damping.of(damping).words for name, damping in rules_of(arm).items()}
+    described = {"truth": against, "rules": rules}
+    saved = files.read_json(path) if path.exists() else {}
+    # Files of earlier versions have the first rule alone, and do not say so.
+    saved = {"rules": {"label-free": rules["label-free"]}} | saved
+    if parallel.agreed({name: saved.get(name) for name in described} == described):
         return files.read_json(path)["rows"]
     train, *queries = (
         featurize(run, store(run, arm.spec, name))[arm.measurement][arm.pairs]
@@ -59,7 +64,7 @@ def _rows_of(run: Run, arm: Arm, truth: dict[str, RetrainedLosses]) -> list[dict
     )
     rows = arm_rows(arm, train, np.concatenate(queries, axis=1), truth)
     if parallel.is_main_process():
-        files.write_json(path, {"truth": against, "rows": rows})
+        files.write_json(path, described | {"rows": rows})
     return rows
 
 
@@ -78,6 +83,14 @@ def store(run: Run, spec: FeatureSpec, name: str) -> FeatureSet:
     last = spec.checkpoint == run.config.train.steps
     model = "" if last else f"checkpoints/{spec.checkpoint}"
     return FeatureSet(folder, name, task, projection, model)
+
+
+def rules_of(arm: Arm) -> dict[str, float | Damping]:
+    """Returns the rules by which an arm chooses lambda without labels, by name."""
+    rules = {"label-free": DEFAULT_DAMPING}
+    if arm.study == "coverage":
+        rules["effective"] = effective(COVERAGE_SHARE)
+    return rules
 
 
 def arm_rows(
@@ -128,23 +141,23 @@ def _coverage_rows(
     """Returns the rows of an arm that predicts by the coverage of each subset, and of
     kernels apart also by its first-order scores."""
     masks, pooled = next(iter(truth.values())).masks, arm.kernel == "pooled"
-    rules = {"label-free": DEFAULT_DAMPING, "effective": effective(COVERAGE_SHARE)}
+    rules = rules_of(arm)
     dampings = *COVERAGE_GRID, rules["effective"]
     path = coverage_path(kernels, query, dampings, masks, pooled, strict=False)
     exact = [path[COVERAGE_GRID.index(DEFAULT_DAMPING)], path[-1]]
     if not np.isfinite(path[-1]).all():
         del rules["effective"]  # Rounding errors would decide it.
     values = [Damping.of(damping).value for damping in rules.values()]
-    rules_of = list(zip(rules, values, strict=True))
+    named = list(zip(rules, values, strict=True))
     scores = [] if pooled else [coverage(kernels, query, d) for d in rules.values()]
     rows, end = [], 0
     for name, losses in truth.items():
         start, end = end, end + len(losses.query_ids)
         described = arm.describe() | {"queries": name}
-        made = [("exact", r, p[:, start:end]) for r, p in zip(rules_of, exact)]
+        made = [("exact", r, p[:, start:end]) for r, p in zip(named, exact)]
         made += [
             ("linear", rule, losses.predict(of_rule[start:end]))
-            for rule, of_rule in zip(rules_of, scores)
+            for rule, of_rule in zip(named, scores)
         ]
         for transform, rule, predictions in made:
             estimate, _ = datamodeling.bootstrap(predictions, losses)

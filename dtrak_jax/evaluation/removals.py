@@ -135,7 +135,7 @@ def strongest(
     of its copies; one that has more copies than may still be removed is passed over.
     Where nothing fits any more, copies of the strongest of these fill the rest.
     """
-    pictures = scores.merged().scores[row]
+    (pictures,) = scores.take([row]).merged().scores
     values = np.square(pictures) if squared else pictures
     # Stable, so that equal scores come in the order of the training set.
     order = np.argsort(-values, kind="stable")
