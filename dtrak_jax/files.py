@@ -1,6 +1,7 @@
 """Files that are either complete or missing, on a local disk or on gs://."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -135,26 +136,29 @@ def is_empty(folder: epath.PathLike, besides: str = "") -> bool:
 
 def write_json(path: epath.PathLike, value: object) -> None:
     """Writes a value as indented JSON, atomically as `write_bytes`."""
-    write_bytes(path, f"{_indented(value, 1)}\n".encode())
+    write_bytes(path, f"{json_text(value)}\n".encode())
 
 
-def _indented(value: object, depth: int) -> str:
-    """Returns JSON with a line for each entry of a dict or list; a list of nothing but
-    strings and numbers, which may be long, is one line."""
-    if isinstance(value, dict):
-        ends = "{}"
-        parts = [
-            f"{json.dumps(str(k))}: {_indented(v, depth + 1)}" for k, v in value.items()
-        ]
-    elif isinstance(value, list | tuple) and any(
+def json_text(value: object, depth: int = 1, **options) -> str:
+    """Returns JSON with a line for each entry of a dict or list, indented by the depth; a
+    list of nothing but strings and numbers, which may be long, is one line.
+
+    Further options are those of `json.dumps`.
+    """
+    nested = isinstance(value, list | tuple) and any(
         isinstance(item, dict | list | tuple) for item in value
-    ):
-        ends, parts = "[]", [_indented(item, depth + 1) for item in value]
+    )
+    if not nested and not isinstance(value, dict):
+        return json.dumps(value, **options)
+    text = functools.partial(json_text, depth=depth + 1, **options)
+    if nested:
+        ends, parts = "[]", list(map(text, value))
     else:
-        return json.dumps(value)
-    break_ = "\n" + " " * depth
-    inside = f",{break_}".join(parts)
-    return f"{ends[0]}{break_}{inside}{break_[:-1]}{ends[1]}" if parts else ends
+        ends = "{}"
+        parts = [f"{json.dumps(str(key))}: {text(v)}" for key, v in value.items()]
+    start = "\n" + " " * depth
+    inside = f",{start}".join(parts)
+    return f"{ends[0]}{start}{inside}{start[:-1]}{ends[1]}" if parts else ends
 
 
 def read_json(path: epath.PathLike) -> dict:

@@ -36,8 +36,8 @@ from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
 
 COVERAGE_SHARE = 0.05
-"""The share of min(n, k) for `effective` that was best for coverage on digits; on MNIST a
-fiftieth was."""
+"""The share of min(n, k) for `effective` that coverage takes where none is given: the best
+on digits; on MNIST a fiftieth was."""
 
 By = Literal["influence", "coverage"]
 

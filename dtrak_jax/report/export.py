@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dtrak_jax import data, score_sets
+from dtrak_jax import data, files, score_sets
 from dtrak_jax.attribution.duplicates import COUNTED_ONCE, THRESHOLD, members
 from dtrak_jax.attribution.scores import NO_ERRORS, SIGN, Scores
 from dtrak_jax.methods import METHODS
@@ -65,7 +65,7 @@ def exports(run: "Run") -> Iterator[tuple[str, bytes]]:
             whole["copies"]["why"] = run.copies().why or None
             place = f"{method}-{name}"
             if settings.format != "csv":
-                text = json.dumps(whole, indent=1, allow_nan=False)
+                text = files.json_text(whole, allow_nan=False)
                 yield f"{place}.json", f"{text}\n".encode()
             if settings.format != "json":
                 yield f"{place}.csv", image_table(whole)
