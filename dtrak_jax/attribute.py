@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 
-from dtrak_jax.attribution import DEFAULT_DAMPING, Damping, Kernels, Scores
+from dtrak_jax.attribution import Damping, Kernels, Scores
 from dtrak_jax.attribution.inputs import Array
 from dtrak_jax.attribution.scoring import ONE_MODEL, score
 from dtrak_jax.checks import instance, one_of
@@ -19,7 +19,7 @@ def attribute(
     query: Array | dict[str, Array],
     *,
     method: str | None = None,
-    damping: float | Damping = DEFAULT_DAMPING,
+    damping: float | Damping | None = None,
     solver: str = "eigh",
     groups: Mapping[str, Sequence[str]] | None = None,
     draws: int | None = None,
@@ -42,7 +42,8 @@ def attribute(
         parameters and projection; or several sets of them by name.
       method: its name; None takes the kernel method of the features' measurement.
       damping: lambda_j in units of that kernel's mean eigenvalue,
-        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)` or `effective(share)`.
+        trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)` or `effective(share)`;
+        None is the method's own: 0.1, and `effective(0.05)` of "coverage".
       solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
         min(n, k) is too large for that: conjugate gradients on all devices, right to
         1e-5, at a price for every query (see `attribution.iterative.solve`).
@@ -63,8 +64,9 @@ def attribute(
         errors.
       MemoryError: min(n, k) is too large for solver "eigh" on this host.
     """
-    kernels, damping = Kernels.of(train, solver), Damping.of(damping)
+    kernels = Kernels.of(train, solver)
     row = _choose(kernels.train, method)
+    damping = row.damping if damping is None else Damping.of(damping)
     queries = query if isinstance(query, dict) else {"": query}
     scores = score(row, kernels, queries, damping, groups, draws)
     for name, column in next(iter(scores.values())).columns.items():

@@ -233,6 +233,12 @@ class Config:
     def _check_methods(self):
         """Raises a ValueError unless everything is there that the methods need."""
         measured = {MEASUREMENTS[name] for name in self.features.measurements}
+        iterated = self.attribution.solver == "cg"
+        if iterated and self.counterfactual.sets:
+            raise ValueError(
+                "counterfactual.sets needs kernels decomposed: attribution.solver is "
+                "'cg'; it must be 'eigh'."
+            )
         for name, setting in self.methods.items():
             method, folders = METHODS[name], METHODS[name].folders(self)
             of_checkpoints = any(f.startswith("checkpoints/") for f in folders)
@@ -258,14 +264,15 @@ class Config:
                 missing = "the training: model.folder and lora.file must be empty"
             elif method.replays and not self.train.eps_root:
                 missing = "train.eps_root above 0, such as 1e-8; it is 0"
+            elif iterated and method.decomposed:
+                missing = "kernels decomposed: attribution.solver 'eigh', not 'cg'"
+            elif iterated and self.attribution.damping_of(method).share:
+                missing = (
+                    "kernels decomposed for its share: attribution.solver 'eigh', not "
+                    "'cg', or attribution.coverage_share 0"
+                )
             if missing:
                 raise ValueError(f"{setting} has {name!r}, which needs {missing}.")
-
-        if self.attribution.solver == "cg" and self.counterfactual.sets:
-            raise ValueError(
-                "counterfactual.sets needs kernels decomposed: attribution.solver is "
-                "'cg'; it must be 'eigh'."
-            )
 
     @property
     def methods(self) -> dict[str, str]:

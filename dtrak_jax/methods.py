@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution import (
+    Damping,
     Scores,
     coverage,
     datamodels,
@@ -28,6 +29,8 @@ from dtrak_jax.attribution import (
     renormalised_influence,
     tracin,
 )
+from dtrak_jax.attribution.coverage import DAMPINGS
+from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
     CURVATURE,
@@ -58,7 +61,7 @@ class Method(NamedTuple):
     source: str = ""  # the paper
     inputs: Inputs = ONE_MODEL  # the function's arguments, as artefacts of a run
     measurement: str | None = None  # whose features it is given, if any
-    damped: bool = False  # whether the function has a damping
+    damping: Damping | None = None  # where none is given; None of one without lambda
     decomposed: bool = False  # whether it needs kernels decomposed: by solver "eigh"
     signed: bool = True  # whether positive means that the example lowered the loss
 
@@ -120,9 +123,10 @@ def _kernel(
     name, label, measurement, note, source=DTRAK, inputs=ONE_MODEL, function=influence
 ) -> Method:
     """Returns the row of a method with a kernel, decomposed but for influence and coverage."""
-    row = Method(name, label, function, note, source, inputs, measurement, damped=True)
-    decomposed = function not in (influence, coverage)
-    return row._replace(decomposed=decomposed, signed=function is not coverage)
+    row = Method(name, label, function, note, source, inputs, measurement)
+    decomposed, signed = function not in (influence, coverage), function is not coverage
+    damping = DAMPINGS["influence" if signed else "coverage"]
+    return row._replace(decomposed=decomposed, signed=signed, damping=damping)
 
 
 def _loss(name, label, function, note, source, inputs=ONE_MODEL) -> Method:
@@ -181,7 +185,7 @@ ROWS = (
         "influence of whole gradients of the loss, with the Gauss-Newton matrix by EK-FAC",
         EKFAC,
         CURVATURE,
-        damped=True,
+        damping=Damping(EKFAC_DAMPING),
     ),
     _kernel(
         "journey-trak",

@@ -20,7 +20,7 @@ from dtrak_jax import (
     score_sets,
     training,
 )
-from dtrak_jax.attribution import Damping, Kernels, Scores
+from dtrak_jax.attribution import Kernels, Scores
 from dtrak_jax.attribution.duplicates import Found
 from dtrak_jax.config import Config, flatten
 from dtrak_jax.digests import digest_tree
@@ -274,12 +274,6 @@ class Run:
         return feature_sets.curvature(self)
 
     # Scores
-
-    @property
-    def damping(self) -> Damping:
-        """The config's lambda."""
-        settings = self.config.attribution
-        return Damping(settings.damping, settings.absolute, settings.share)
 
     @once
     def kernels(self, measurement: str, folder: str = "") -> Kernels:

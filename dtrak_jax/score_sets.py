@@ -92,11 +92,12 @@ def made_from(run: "Run", method: str) -> str:
     row, settings = METHODS[method], run.config.attribution
     examples = [run.splits.train, *run.queries.values()]
     parts = [method, *(images.digest for images in examples)]
+    damping = settings.damping_of(row)
     if row.measurement:
-        parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
-        parts += ["share"] * settings.share
+        parts.append(f"{damping.value} {damping.absolute} {settings.solver}")
+        parts += ["share"] * damping.share
     if row.curved:
-        parts += [f"{settings.ekfac_damping}", feature_sets.curvature_path(run).name]
+        parts += [f"{damping.value}", feature_sets.curvature_path(run).name]
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dtrak_jax as dtrak
-from dtrak_jax.attribution import Scores, coverage
+from dtrak_jax.attribution import Damping, Scores, coverage
 from dtrak_jax.config import AttributionConfig, Config
 from dtrak_jax.report.standing import standing
 from dtrak_jax.report.summary import summary
@@ -77,6 +77,36 @@ def test_predictions_by_influence_are_sums_of_scores(subsets):
     found = dtrak.predict(train, query, subsets, by="influence")
     scores = dtrak.attribute(train, query, method="trak").scores
     np.testing.assert_allclose(found.values, subsets @ scores.T, rtol=1e-4)
+
+
+def test_lambda_is_by_a_share_unless_it_is_given(subsets):
+    """Coverage has its own default, wherever it is asked for; signed scores keep theirs."""
+    train, query = features(40)
+    own, signed = dtrak.effective(0.05), Damping(0.1)
+    ways = (
+        lambda **how: dtrak.attribute(train, query, method="coverage", **how).scores,
+        lambda **how: coverage(train, query, **how),
+        lambda **how: dtrak.predict(train, query, subsets, **how).values,
+        lambda **how: (
+            dtrak.removal_set(*(train, query, 3), objective="coverage", **how).predicted
+        ),
+    )
+    for way in ways:
+        np.testing.assert_array_equal(way(), way(damping=own))
+        assert not np.allclose(way(), way(damping=signed), rtol=1e-2)
+    for by, damping in (("influence", signed), ("coverage", own)):
+        found = dtrak.predict(train, query, subsets, by=by).values
+        same = dtrak.predict(train, query, subsets, by=by, damping=damping).values
+        np.testing.assert_array_equal(found, same)
+    for name, damping in (("trak", signed), ("coverage", own), ("gradient-dot", None)):
+        assert dtrak.attribute(train, query, method=name).damping == damping
+    chosen = dtrak.removal_set(train, query, 3)
+    same = dtrak.removal_set(train, query, 3, damping=signed)
+    np.testing.assert_array_equal(chosen.predicted, same.predicted)
+    iterated = {"method": "coverage", "solver": "cg"}
+    with pytest.raises(ValueError, match="solver must be 'eigh', or damping a number"):
+        dtrak.attribute(train, query, **iterated)
+    assert dtrak.attribute(train, query, damping=0.1, **iterated).damping == signed
 
 
 @pytest.mark.parametrize("pooled", [False, True])

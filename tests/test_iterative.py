@@ -14,7 +14,7 @@ from test_attribution import features, ridge
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
 from dtrak_jax.attribution import Scores, iterative, linalg
-from dtrak_jax.config import AttributionConfig
+from dtrak_jax.config import AttributionConfig, Config
 
 
 def errors(ours, theirs):
@@ -94,8 +94,10 @@ def test_wrong_arguments():
             dtrak.attribute(phi, query, solver="cg", damping=damping)
     with pytest.raises(ValueError, match="all features of the training set are 0"):
         dtrak.attribute(0 * phi, query, solver="cg")
-    with pytest.raises(ValueError, match="'relative-influence', which needs kernels"):
-        AttributionConfig(methods=("relative-influence",), solver="cg")
+    for name in ("relative-influence", "coverage"):
+        settings = AttributionConfig(methods=("trak", name), solver="cg")
+        with pytest.raises(ValueError, match=f"'{name}', which needs kernels decomp"):
+            Config(attribution=settings)
 
 
 def test_devices_add_up_once_for_a_block_or_an_iteration():

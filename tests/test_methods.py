@@ -13,7 +13,7 @@ from sklearn.linear_model import RidgeCV
 import dtrak_jax as dtrak
 from dtrak_jax import attribution
 from dtrak_jax.attribution import GRID, Damping, Kernels, Scores, ensemble_mean
-from dtrak_jax.config import Config, EnsembleConfig, TrainConfig
+from dtrak_jax.config import AttributionConfig, Config, EnsembleConfig, TrainConfig
 from dtrak_jax.features.measurements import FUNCTIONS
 from dtrak_jax.methods import METHODS, Method, MethodName, table
 
@@ -203,7 +203,7 @@ def test_attribute_takes_every_method_of_one_models_features():
         "renormalised-influence": attribution.renormalised_influence,
     }
     for name, function in functions.items():
-        damped = METHODS[name].damped
+        damped = bool(METHODS[name].damping)
         expected = function(train, query, *[0.3] * damped)
         scores = dtrak.attribute(train, queries, method=name, damping=0.3)
         assert scores["a"].method == name
@@ -245,8 +245,9 @@ class SmallRun:
         self.config = Config(
             train=TrainConfig(steps=30, checkpoints=(0.1, 0.5, 1.0)),
             ensemble=EnsembleConfig(models=2),
+            attribution=AttributionConfig(damping=0.2, coverage_share=0.3),
         )
-        self.damping, self.solver, self.asked = Damping(0.2), solver, []
+        self.solver, self.asked = solver, []
         images = rng.uniform(-1, 1, (15, 2, 2, 1)).astype(np.float32)
         ids = np.array([f"i{i}" for i in range(15)])
         groupings = {"label": np.where(np.arange(15) < 4, "few", "rest")}
@@ -320,6 +321,12 @@ FOLDERS = {
 }
 
 
+def damping_of(run, row):
+    """Returns the lambda of a method: curvature and coverage have their own."""
+    by_name = {"ekfac": Damping(0.001), "coverage": dtrak.effective(0.3)}
+    return by_name.get(row.name, Damping(0.2))
+
+
 def expected_scores(run, name, queries):
     """Returns what the method's function alone makes of a run's artefacts."""
     row = METHODS[name]
@@ -346,7 +353,10 @@ def expected_scores(run, name, queries):
         return row.function(run.curvature(), *images, damping=0.001).scores
     if name == "random":
         return row.function(run.splits.train.ids, run.queries[queries].ids)
-    return row.function(*run.arrays(queries, row.measurement), *[0.2] * row.damped)
+    return row.function(
+        *run.arrays(queries, row.measurement),
+        *[damping_of(run, row)] * bool(row.damping),
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -367,8 +377,7 @@ def test_every_method_scores_a_run(name):
         assert_close(scores.scores, expected_scores(run, name, queries), 1e-6)
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
-        damping = 0.001 if row.curved else 0.2
-        assert scores.damping == (Damping(damping) if row.damped else None)
+        assert scores.damping == (damping_of(run, row) if row.damping else None)
         with_kernels = row.objective or name == "journey-trak"
         assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.

@@ -435,7 +435,26 @@ def run(line, capsys):
         # They would remove the same images as its scores, by as many models.
         ({"counterfactual__squared": "coverage"}, "counterfactual.squared is 'cov"),
         (
-            {"counterfactual__sets": "trak", "attribution__solver": "cg"},
+            {"counterfactual__methods": "coverage", "attribution__solver": "cg"},
+            "'eigh', not 'cg', or attribution.coverage_share 0",
+        ),
+        (
+            {
+                "attribution__methods": "coverage dtrak",
+                "attribution__coverage-share": "1",
+            },
+            "attribution.coverage_share is 1.0; it must be",
+        ),
+        (
+            {
+                "counterfactual__methods": "gas",
+                "counterfactual__squared": "relative-influence",
+                "attribution__solver": "cg",
+            },
+            "counterfactual.squared has 'relative-influence', which needs kernels decomp",
+        ),
+        (
+            {"counterfactual__sets": "coverage", "attribution__solver": "cg"},
             "counterfactual.sets needs kernels decomposed",
         ),
         ({"sample__steps": "2000"}, "at most diffusion.steps=1000"),

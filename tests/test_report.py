@@ -1175,6 +1175,12 @@ def test_the_figure_of_coverage_is_of_each_subset_itself():
     ((_, chart),) = study["figures"]
     assert "pooled" in chart and "label-free" not in chart
     assert "cross-fitted: λ chosen on other subsets" in chart
+    # Of too few subsets for that, those with coverage's own default.
+    few = [row for row in rows if row["damping_rule"] == "label-free"]
+    own = few[1] | {"damping_rule": "effective"}
+    few += [own | {"kernel": kernel} for kernel in ("averaged", "pooled")]
+    ((_, chart),) = ablations({"rows": few})[0]["figures"]
+    assert "averaged" in chart and "apart" not in chart
 
 
 def test_charts_take_any_name(tmp_path):

@@ -13,7 +13,7 @@ from conftest import digits_command, open_run, use_simple_network, use_two_devic
 import dtrak_jax as dtrak
 from dtrak_jax import attribution, cli, data, diffusion, features, files, training
 from dtrak_jax.attribution import Damping, Scores
-from dtrak_jax.evaluation import counterfactual, retrain
+from dtrak_jax.evaluation import counterfactual, datamodeling, retrain
 from dtrak_jax.methods import METHODS
 
 NAMES = [
@@ -133,6 +133,15 @@ def test_every_method_has_scores_and_an_lds(finished):
             assert -1 <= row["low"] <= row["lds"] <= row["high"] <= 1
         rules = {row["damping_rule"] for row in rows if row["method"] == "dtrak"}
         assert rules == {"label-free", "cross-fitted", "oracle"}
+        # Its lambda is its own, also where it predicts subset by subset.
+        of_coverage = [row for row in rows if row["method"] == "coverage"]
+        chosen = {(row["damping_rule"], row["damping"]) for row in of_coverage}
+        assert len(of_coverage) == 2 and chosen == {("effective", 0.05)}
+        run = open_run(command("lds", finished))
+        both = run.kernels("square"), run.features(queries, "square")
+        found = dtrak.predict(*both, run.truth()[queries].masks)
+        expected = datamodeling.lds(found.values, run.truth()[queries])
+        assert of_coverage[1]["lds"] == expected
         (constant,) = (row for row in rows if row["method"] == "constant")
         assert constant["lds"] == 0
 
@@ -216,13 +225,27 @@ def test_each_kernel_is_decomposed_once(workdir, counted):
 
 
 def test_another_damping_makes_other_scores(workdir):
-    """In the same run directory; the file says which one made them."""
-    path = workdir / "scores" / "trak-generated.npz"
-    first = Scores.load(path)
-    type_in("attribute", workdir, attribution__damping="0.5")
-    second = Scores.load(path)
-    assert (first.damping, second.damping) == (Damping(0.1), Damping(0.5))
-    assert not np.allclose(first.scores, second.scores)
+    """In the same run directory; the file says which one made them. Coverage and curvature
+    have their own."""
+
+    def load():
+        names = "trak", "coverage", "ekfac"
+        folder = workdir / "scores"
+        return [Scores.load(folder / f"{name}-generated.npz") for name in names]
+
+    first, share = load(), dtrak.effective(0.05)
+    changes = {"attribution__damping": "0.5"}
+    type_in("attribute", workdir, **changes)
+    second = load()
+    assert [s.damping for s in first] == [Damping(0.1), share, Damping(0.001)]
+    assert [s.damping for s in second] == [Damping(0.5), share, Damping(0.001)]
+    assert not np.allclose(first[0].scores, second[0].scores)
+    for share, expected in (("0.2", dtrak.effective(0.2)), ("0", Damping(0.5))):
+        changes["attribution__coverage-share"] = share
+        type_in("attribute", workdir, **changes)
+        third = load()
+        assert [s.damping for s in third] == [Damping(0.5), expected, Damping(0.001)]
+        assert not np.allclose(first[1].scores, third[1].scores)
 
 
 def test_a_command_says_and_makes_what_it_needs_first(tmp_path, capsys):

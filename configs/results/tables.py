@@ -152,7 +152,7 @@ def methods() -> Lines:
         ["*noise ceiling*", "what the true mean losses would have", f"*{ceiling}*"],
     ]
     covering = {"queries": "validation", "measurement": "square", "draws": 1}
-    covering |= {"transform": "linear", "damping_rule": "label-free"}
+    covering |= {"transform": "linear", "damping_rule": "effective"}
     elsewhere = [pick(read("digits_coverage_ablations")["rows"], **covering)]
     elsewhere += read("digits_ekfac_lds")["queries"]["validation"]["rows"]
     rows = validation["rows"] + [

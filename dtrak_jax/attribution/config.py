@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dtrak_jax.attribution.coverage import COVERAGE_SHARE
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
-from dtrak_jax.checks import at_least, check_choices, distinct, free, positive
-from dtrak_jax.methods import METHODS, MethodName
+from dtrak_jax.attribution.kernel import Damping, effective
+from dtrak_jax.checks import at_least, between, check_choices, distinct, free, positive
+from dtrak_jax.methods import METHODS, Method, MethodName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class AttributionConfig:
     """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
     """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
-    `share`."""
+    `share`; `ekfac` and `coverage` have one of their own."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     share: bool = free(False)
@@ -30,6 +32,9 @@ class AttributionConfig:
     `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
     ekfac_damping: float = free(EKFAC_DAMPING)
     """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
+    coverage_share: float = free(COVERAGE_SHARE)
+    """The damping of `coverage`: the share of min(n, k) that a kernel's effective dimension
+    is (dtrak.effective). 0 takes that of the other methods, `damping`."""
 
     def __post_init__(self):
         if not self.methods:
@@ -48,10 +53,13 @@ class AttributionConfig:
                 f"{self.damping:g}), attribution.absolute off and solver 'eigh'."
             )
         positive("attribution.ekfac_damping", self.ekfac_damping)
+        between("attribution.coverage_share", self.coverage_share, 0, 0.99)
         at_least("attribution.cotangents", self.cotangents, 0)
-        for name in self.methods:
-            if self.solver == "cg" and METHODS[name].decomposed:
-                raise ValueError(
-                    f"attribution.methods has {name!r}, which needs kernels decomposed: "
-                    "attribution.solver is 'cg'; it must be 'eigh'."
-                )
+
+    def damping_of(self, method: Method) -> Damping:
+        """Returns the lambda of a method by these settings, if it has one."""
+        if method.curved:
+            return Damping(self.ekfac_damping)
+        if method.objective == "coverage" and self.coverage_share:
+            return effective(self.coverage_share)
+        return Damping(self.damping, self.absolute, self.share)

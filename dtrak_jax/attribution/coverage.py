@@ -30,7 +30,7 @@ from dtrak_jax.attribution.influence import (
     query_pairs,
 )
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels
+from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels, effective
 from dtrak_jax.checks import instance, one_of
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -41,20 +41,26 @@ fiftieth was."""
 
 By = Literal["influence", "coverage"]
 
+DAMPINGS = {
+    "influence": Damping(DEFAULT_DAMPING),
+    "coverage": effective(COVERAGE_SHARE),
+}
+"""The damping by each of these, where none is given."""
+
 
 @standard()
 def coverage(
     train: Array | Kernels,
     query: Array,
-    damping: float | Damping = DEFAULT_DAMPING,
+    damping: float | Damping = DAMPINGS["coverage"],
     total: PairSum | None = None,
 ) -> np.ndarray:
     """Returns sum_j (g_j(q)^T (Phi_j^T Phi_j + lambda_j I)^-1 phi_j(n))^2, float64 [q, n].
 
     It is the derivative of coverage, -v(q) of the whole training set, with respect to the
     weight of example n, by which phi_j(n) phi_j(n)^T counts in Phi_j^T Phi_j. It has no
-    sign. Squared scores of this kind are those of DAS (Lin et al., arXiv 2410.18639). All
-    else is as in `influence`.
+    sign. Squared scores of this kind are those of DAS (Lin et al., arXiv 2410.18639). Its
+    lambda is by a share unless told otherwise; all else is as in `influence`.
     """
     total = total or PairSum()
     for tau in pair_scores(train, query, damping):
@@ -79,7 +85,7 @@ def predict(
     subsets: np.ndarray,
     *,
     by: By = "coverage",
-    damping: float | Damping = DEFAULT_DAMPING,
+    damping: float | Damping | None = None,
     pooled: bool = False,
 ) -> Predictions:
     """Predicts minus the loss of every query after training on each subset.
@@ -98,15 +104,15 @@ def predict(
       subsets: of the training set, bool [M, n]; none of them empty.
       by: "influence" or "coverage".
       damping: lambda_j in units of the mean eigenvalue of the kernel of the whole training
-        set, for all subsets; or `absolute(lambda)`, or `effective(share)` of that kernel.
+        set, for all subsets; or `absolute(lambda)`, or `effective(share)` of that kernel;
+        None is `effective(COVERAGE_SHARE)` by coverage, and DEFAULT_DAMPING by influence.
       pooled: take one kernel, that of all pairs, instead of one for each pair.
 
     Raises:
       ValueError: the features do not belong together; subsets of another shape or an empty
         one; an unknown `by`; or a damping that is not above rounding errors.
     """
-    kernels, damping = Kernels.of(train), Damping.of(damping)
-    one_of("by", by, get_args(By))
+    kernels, damping = Kernels.of(train), damping_by("by", by, damping)
     instance("pooled", pooled, bool, np.bool_)
     _, query = check_features(kernels.train, query)
     subsets = check_subsets(subsets, kernels.train.shape[-2]).copy()
@@ -125,6 +131,15 @@ def predict(
     else:
         (values,) = coverage_path(kernels, query, [damping], subsets, pooled)
     return Predictions(values, subsets, example_ids(kernels.train), example_ids(query))
+
+
+def damping_by(name: str, by: By, damping: float | Damping | None) -> Damping:
+    """Returns a damping that is given, or the one of `DAMPINGS` where it is None.
+
+    Raises a ValueError of an unknown `by`, which it calls by its name.
+    """
+    one_of(name, by, get_args(By))
+    return DAMPINGS[by] if damping is None else Damping.of(damping)
 
 
 def coverage_path(

@@ -84,8 +84,8 @@ def effective(share: float) -> Damping:
     (Hastie and Tibshirani 1990, "Generalized Additive Models", section 3.5, call it the
     degrees of freedom). It is a function of the features alone, and every pair has its
     own, so that no timestep is damped more than others. Of a pooled kernel it is the
-    geometric mean of its pairs' lambdas. A twentieth was best for coverage on digits,
-    and a fiftieth on MNIST: see configs/results/README.md.
+    geometric mean of its pairs' lambdas. A twentieth, coverage's default, was best for it
+    on digits, and a fiftieth on MNIST: see configs/results/README.md.
     """
     return Damping.of(Damping(share, share=True))
 
@@ -126,8 +126,9 @@ class Kernel(NamedTuple):
         """Returns the lambda of `effective`; see `lambda_of`."""
         if self.eigenvalues is None:
             raise ValueError(
-                "a damping by a share of min(n, k) needs kernels decomposed: "
-                "solver must be 'eigh'."
+                f"damping is by a share of min(n, k), {share:g}, which needs kernels "
+                "decomposed: solver must be 'eigh', or damping a number of mean "
+                "eigenvalues, or absolute(lambda)."
             )
         values, goal = self.eigenvalues, share * len(self.eigenvalues)
         floor = np.finfo(np.float32).eps * values[-1]
@@ -141,7 +142,8 @@ class Kernel(NamedTuple):
             most = np.sum(values / (values + floor)) / len(values)
             raise ValueError(
                 f"the share is {share}; above rounding errors of float32 features this "
-                f"kernel's effective dimension is at most {most:.2g} of min(n, k)."
+                f"kernel's effective dimension is at most {most:.2g} of min(n, k). Take a "
+                "smaller share, or damping as a number of mean eigenvalues."
             )
         # At the largest eigenvalue over the share, every term is below the share.
         ends = np.log(floor), np.log(values[-1] / share)

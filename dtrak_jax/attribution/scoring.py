@@ -42,14 +42,14 @@ def score(
     method: "Method",
     kernels: Kernels,
     queries: dict[str, Array],
-    damping: Damping,
+    damping: Damping | None,
     groups: Mapping[str, Sequence[str]] | None = None,
     draws: int | None = None,
 ) -> dict[str, Scores]:
     """Returns the scores for each set of queries, by a method of one model's features.
 
     All sets are scored at once, so that no kernel is decomposed twice. `groups` and
-    `draws` are those of `attribute`.
+    `draws` are those of `attribute`; a method without a damping needs none.
     """
     if not queries:
         raise ValueError("query is {}; it must have one set of queries or more.")
@@ -63,7 +63,7 @@ def score(
     query = joined(list(queries.values()))
     fields = {"train_ids": train_ids, "method": method.name, "columns": columns}
     fields["signed"] = method.signed
-    if method.damped:
+    if method.damping:
         method.function(kernels, query, damping, total)
         fields["damping"] = damping
     else:
@@ -114,7 +114,8 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     measurement = method.measurement
     queries = {q: run.features(q, measurement, folder) for q in run.queries}
     kernels, groups = run.kernels(measurement, folder), run.splits.train.groupings
-    return score(method, kernels, queries, run.damping, groups)
+    damping = run.config.attribution.damping_of(method)
+    return score(method, kernels, queries, damping, groups)
 
 
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -124,7 +125,7 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
         run.curvature(),
         space.x("train"),
         {name: space.x(name) for name in run.queries},
-        damping=run.config.attribution.ekfac_damping,
+        damping=run.config.attribution.damping_of(method),
         ids=train.ids,
         cond=space.cond("train"),
         query_ids={name: queries.ids for name, queries in run.queries.items()},
@@ -149,7 +150,8 @@ def _journey(run: "Run", method: "Method") -> dict[str, Scores]:
     # As an array, since a trajectory may have other timesteps than the training images.
     queries = {"generated": np.asarray(journey)}
     kernels, groups = run.kernels(method.measurement), run.splits.train.groupings
-    scores = score(method, kernels, queries, run.damping, groups)["generated"]
+    damping = run.config.attribution.damping_of(method)
+    scores = score(method, kernels, queries, damping, groups)["generated"]
     return {"generated": dataclasses.replace(scores, query_ids=np.array(journey.ids))}
 
 

@@ -19,21 +19,20 @@ it is the coverage of the query that S alone has, see `attribution.coverage`.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 
 from dtrak_jax import host
+from dtrak_jax.attribution.coverage import By, damping_by
 from dtrak_jax.attribution.groups import check_column
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernel, Kernels
-from dtrak_jax.checks import at_least, one_of, real_numbers
+from dtrak_jax.attribution.kernel import Damping, Kernel, Kernels
+from dtrak_jax.checks import at_least, real_numbers
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
-
-Objective = Literal["influence", "coverage"]
 
 LEAST = float(np.finfo(np.float32).eps)
 """The least 1 - M_ii that is more than the rounding errors of float32 features."""
@@ -145,8 +144,8 @@ def removal_set(
     query: Array,
     count: int,
     *,
-    objective: Objective = "influence",
-    damping: float | Damping = DEFAULT_DAMPING,
+    objective: By = "influence",
+    damping: float | Damping | None = None,
     pooled: bool = False,
     groups: Sequence[str] | np.ndarray | None = None,
     weights: np.ndarray | None = None,
@@ -177,7 +176,7 @@ def removal_set(
       query: of one query or several, [T, q, k] or [q, k], over which s is added up.
       count: how many images, or groups, to choose; at least one is left.
       objective: "influence", s; or "coverage", c.
-      damping: as of `attribute`.
+      damping: as of `predict` by the objective.
       pooled: take one kernel, that of all pairs, instead of one for each pair; an image
         is then J rows; by influence a query's pair meets its own row alone, as in
         `damping_path`, and by coverage all rows.
@@ -191,7 +190,7 @@ def removal_set(
         1 - M_ii is below them.
       MemoryError: what is kept does not fit this host.
     """
-    kernels = Kernels.of(train)
+    kernels, damping = Kernels.of(train), damping_by("objective", objective, damping)
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a removal set")
     names, members = _members(example_ids(kernels.train), groups)
@@ -209,8 +208,7 @@ def removal_set(
         "timesteps, draws, dim)",
         _bytes(math.prod(pairs), k, list(map(len, members)), count, rows_of_m, pooled),
     )
-    of_query = kernels, query, Damping.of(damping)
-    removables = list(_removables(*of_query, ones, members, pooled))
+    removables = list(_removables(kernels, query, damping, ones, members, pooled))
     chosen, predicted = [], []
     for _ in progress(range(count), "removal set", unit=what[:-1], delay=2):
         gains = sum(removable.gains(len(names)) for removable in removables)
@@ -245,11 +243,10 @@ def _members(ids: np.ndarray, groups) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _weights(
-    objective: Objective, weights: np.ndarray | None, pairs: list[int], n: int
+    objective: By, weights: np.ndarray | None, pairs: list[int], n: int
 ) -> np.ndarray | None:
     """Returns the weights of each pair's images, ones if None are given, [T, n]; None by
     coverage."""
-    one_of("objective", objective, get_args(Objective))
     if objective == "coverage":
         if weights is not None:
             raise ValueError("weights are of objective 'influence'; leave them out.")

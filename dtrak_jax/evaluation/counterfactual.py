@@ -116,14 +116,14 @@ def check(run: Run) -> None:
 def chosen_set(run: Run, method: str, row: int) -> np.ndarray:
     """Returns the training images of one query's `removal_set`, by a method's kernels and
     its objective."""
-    measurement = METHODS[method].measurement
-    query = np.asarray(run.features("generated", measurement)[..., [row], :])
-    kernels, copies = run.kernels(measurement), run.copies().copies
+    by = METHODS[method]
+    query = np.asarray(run.features("generated", by.measurement)[..., [row], :])
+    kernels, copies = run.kernels(by.measurement), run.copies().copies
     count = run.config.counterfactual.removed_of(len(run.splits.train))
     # Near-duplicates go together; at most as many pictures as images are removed.
     chosen = min(count, len(np.unique(copies)) - 1)
-    options = {"damping": run.damping, "groups": copies}
-    options["objective"] = METHODS[method].objective
+    options = {"damping": run.config.attribution.damping_of(by), "groups": copies}
+    options["objective"] = by.objective
     rows = removal_set(kernels, query, chosen, **options).rows[:count]
     return parallel.of_main_process(rows)
 

@@ -135,9 +135,11 @@ def exact_row(
     run: "Run", method: str, queries: str, truth: RetrainedLosses, *rule
 ) -> tuple[dict, np.ndarray]:
     """Returns the `predicted_row` of the coverage of each subset, which is no sum of scores."""
-    measurement = METHODS[method].measurement
+    of_method = METHODS[method]
+    measurement = of_method.measurement
     kernels, query = run.kernels(measurement), run.features(queries, measurement)
-    predictions = predict(kernels, query, truth.masks, damping=run.damping).values
+    damping = run.config.attribution.damping_of(of_method)
+    predictions = predict(kernels, query, truth.masks, damping=damping).values
     exact, samples = predicted_row(method, predictions, truth, *rule)
     return exact | {"transform": "exact"}, samples
 

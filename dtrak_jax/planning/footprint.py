@@ -63,7 +63,7 @@ def kernels(run: Run) -> Footprint:
     and min(n, k)^2 8 bytes for each matrix of a decomposition."""
     settings, n, total = run.config.attribution, len(run.chosen.train), Footprint()
     chosen = [METHODS[name] for name in settings.methods]
-    measured = {row.measurement for row in chosen if row.damped and not row.curved}
+    measured = {row.measurement for row in chosen if row.damping and not row.curved}
     for _ in measured:
         layout = layout_of(run, next(feature_sets.sets(run, "")))
         features, side = 4 * n * layout.dim, min(n, layout.dim)

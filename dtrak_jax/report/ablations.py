@@ -99,11 +99,12 @@ def _figures(name: str, rows: Sequence[Mapping], ceilings: Mapping) -> list[tupl
 
 def _fair(rows: Sequence[Mapping]) -> list[Mapping]:
     """Returns linear rows, or exact ones of coverage, with a cross-fitted λ or none; without
-    these, label-free ones."""
+    these, those with their default λ."""
     kind = "exact" if any(r["transform"] == "exact" for r in rows) else "linear"
     rows = [row for row in rows if row["transform"] == kind]
+    default = "effective" if kind == "exact" else "label-free"
     fair = [row for row in rows if row["damping_rule"] in (None, "cross-fitted")]
-    return fair or [row for row in rows if row["damping_rule"] == "label-free"]
+    return fair or [row for row in rows if row["damping_rule"] == default]
 
 
 def _lines(axis: str, keys: list[str], rows: list[Mapping], alt: str) -> Markup:
