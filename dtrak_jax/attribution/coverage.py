@@ -62,8 +62,10 @@ def coverage(
     sign. Squared scores of this kind are those of DAS (Lin et al., arXiv 2410.18639). Its
     lambda is by a share unless told otherwise; all else is as in `influence`.
     """
+    kernels = Kernels.of(train)
+    kernels.require_own("coverage")
     total = total or PairSum()
-    for tau in pair_scores(train, query, damping):
+    for tau in pair_scores(kernels, query, damping):
         total.add(tau**2)
     return total.total
 

@@ -118,6 +118,14 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     return score(method, kernels, queries, damping, groups)
 
 
+def _output_kernels(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with (kernels, query, damping), these being of the output."""
+    queries = {name: run.features(name, method.measurement) for name in run.queries}
+    damping = run.config.attribution.damping_of(method)
+    groups = run.splits.train.groupings
+    return score(method, run.output_kernels(), queries, damping, groups)
+
+
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with the curvature, training images and all queries."""
     space, train = run.space, run.splits.train
@@ -203,6 +211,11 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
+GAUSS_NEWTON = Inputs(
+    "features, and the Gauss-Newton matrix",
+    _output_kernels,
+    folders=lambda config: [""],
+)
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
