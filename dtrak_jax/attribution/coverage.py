@@ -116,6 +116,8 @@ def predict(
     """
     kernels, damping = Kernels.of(train), damping_by("by", by, damping)
     instance("pooled", pooled, bool, np.bool_)
+    if by == "coverage":
+        kernels.require_own("coverage")
     _, query = check_features(kernels.train, query)
     subsets = check_subsets(subsets, kernels.train.shape[-2]).copy()
     if not subsets.any(axis=1).all():

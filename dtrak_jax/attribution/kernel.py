@@ -25,7 +25,7 @@ from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
 from dtrak_jax.checks import instance, one_of, positive
 from dtrak_jax.digests import digest
-from dtrak_jax.features.gauss_newton import GaussNewton
+from dtrak_jax.features.output_curvature import GaussNewton
 from dtrak_jax.features.store import Features
 from dtrak_jax.progress import progress
 

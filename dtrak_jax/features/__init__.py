@@ -8,8 +8,8 @@ from dtrak_jax.features.featurize import (
     featurize,
     step_programs,
 )
-from dtrak_jax.features.gauss_newton import GaussNewton, gauss_newton
 from dtrak_jax.features.merge import merge
+from dtrak_jax.features.output_curvature import GaussNewton, gauss_newton
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task

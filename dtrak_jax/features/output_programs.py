@@ -1,4 +1,4 @@
-"""The programs that make Gauss-Newton matrices of the output, see `gauss_newton`."""
+"""The programs that make Gauss-Newton matrices of the output, see `output_curvature`."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dtrak_jax.features import gradients
 from dtrak_jax.features.convolutions import weight_gradients_as_products
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.gradients import (
@@ -18,7 +19,6 @@ from dtrak_jax.features.gradients import (
     network_inputs,
     noised,
     predict_with,
-    projection_function,
     variables,
 )
 from dtrak_jax.features.microbatches import Layout, Microbatch
@@ -88,15 +88,15 @@ def output_programs(
     sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = {"output": [shape((rows, size), np.float32) for size in sizes]}
     features = shape((rows, k), np.float32)
-    gradients = gradients_function(task, count, not cotangents, mesh)
+    pulled = gradients_function(task, count, not cotangents, mesh)
     numbers = shape((width,), np.int32)
     return OutputPrograms(
         layout,
         sketches,
         count,
         width,
-        Program(gradients, (*network, numbers, microbatch), mesh),
-        Program(projection_function(projection, mesh), (parts,), mesh),
+        Program(pulled, (*network, numbers, microbatch), mesh),
+        Program(gradients.projection_function(projection, mesh), (parts,), mesh),
         Program(
             add_function(mesh), (shape((mesh.size, k, k), np.float32), features), mesh
         ),
