@@ -20,6 +20,7 @@ import dtrak_jax as dtrak
 from dtrak_jax import files
 from dtrak_jax.attribution import GRID, Damping, Kernels, Predictions, damping_path
 from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
+from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.trust import LDS
 from dtrak_jax.run import Run
 
@@ -120,12 +121,12 @@ def best_of(
     path = damping_path(kernels, query, dampings, pooled=pooled, subsets=truth.masks)
     ids = np.array(kernels.train.ids), np.array(query.ids)
     found = [
-        (dtrak.lds(Predictions(values.T, truth.masks, *ids), truth), damping.value)
+        (datamodeling.lds(values.T, truth), damping.value, values.T)
         for damping, values in zip(dampings, path, strict=True)
         if np.isfinite(values).all()
     ]
-    best, damping = max(found, key=lambda pair: pair[0].value)
-    return damping, best
+    _, damping, values = max(found, key=lambda one: one[0])
+    return damping, dtrak.lds(Predictions(values, truth.masks, *ids), truth)
 
 
 def row(method: str, queries: str, lds) -> dict:
