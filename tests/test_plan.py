@@ -419,7 +419,7 @@ def test_work_is_counted_in_passes():
     assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
     assert passes["attribute"] == 0
     matrices = Run(tiny_config(attribution__methods="gauss-newton"), None)
-    assert work.passes(matrices)["attribute"] == (4 + 2 * 8) * 3 * 30
+    assert work.passes(matrices)["attribute"] == (8 + 2 * 16) * 3 * 30
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
     assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
     assert work.describe("train", run) == "12 steps of 64 images"

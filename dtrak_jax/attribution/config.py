@@ -33,7 +33,7 @@ class AttributionConfig:
     `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
     ekfac_damping: float = free(EKFAC_DAMPING)
     """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
-    gauss_newton_cotangents: int = free(8)
+    gauss_newton_cotangents: int = free(16)
     """Those that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
     gauss_newton_damping: float = free(GAUSS_NEWTON_DAMPING)
     """The damping of `gauss-newton`, in units of the matrix's mean eigenvalue."""

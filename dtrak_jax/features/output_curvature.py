@@ -92,7 +92,7 @@ def gauss_newton(
     ids: Sequence[str] | None = None,
     cond: object = None,
     bounds: tuple[float, float] | None = None,
-    cotangents: int = 8,
+    cotangents: int = 16,
     store: epath.PathLike | None = None,
     batch_size: int = 64,
 ) -> GaussNewton:
