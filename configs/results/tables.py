@@ -42,10 +42,10 @@ METHODS = {
         "`trak` over the size of its influence, or of the training gradient; or along the "
         "path that generated the query"
     ),
-    (
-        "gauss-newton",
-    ): "`trak` with the Gauss-Newton matrix of the output as the kernel",
-    ("ekfac",): "influence by the curvature of each layer, of the loss's mean gradient",
+    ("gauss-newton", "ekfac"): (
+        "`trak` with the curvature of the whole output as its kernel; or with that of "
+        "each layer, and mean gradients"
+    ),
     ("coverage",): "how much of what the query needs the image holds; without a sign",
     ("gradient-dot", "gradient-cosine", "tracin", "gas"): (
         "dot products or cosines of gradients; the last two a mean over checkpoints"
