@@ -36,6 +36,7 @@ from dtrak_jax.features import (
     distortion,
     ekfac,
     featurize,
+    gauss_newton,
     merge,
 )
 from dtrak_jax.models.tags import layer
@@ -65,6 +66,7 @@ __all__ = [
     "ensemble_mean",
     "featurize",
     "flow_schedule",
+    "gauss_newton",
     "layer",
     "lds",
     "linear_schedule",

@@ -278,6 +278,7 @@ def fits(run: Run, stages: Sequence[str]) -> Footprint:
         taken = taken.beside(footprint.features(run, stores, besides_made))
     if "attribute" in stages:
         taken = taken.beside(footprint.kernels(run)).beside(footprint.curvature(run))
+        taken = taken.beside(footprint.gauss_newton(run))
     if "ablate" in stages:
         specs = {arm.spec for arm in arms(config)}
         names = ("train", *config.query_sets)

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from dtrak_jax.attribution import Damping, Kernels, Scores
 from dtrak_jax.attribution.inputs import Array
-from dtrak_jax.attribution.scoring import ONE_MODEL, score
+from dtrak_jax.attribution.scoring import GAUSS_NEWTON, ONE_MODEL, score
 from dtrak_jax.checks import instance, one_of
 from dtrak_jax.data import look_alikes
-from dtrak_jax.features import Features
+from dtrak_jax.features import Features, GaussNewton
 from dtrak_jax.methods import METHODS, Method
 from dtrak_jax.switches import standard
 
@@ -21,6 +21,7 @@ def attribute(
     method: str | None = None,
     damping: float | Damping | None = None,
     solver: str = "eigh",
+    curvature: GaussNewton | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     draws: int | None = None,
 ) -> Scores | dict[str, Scores]:
@@ -47,6 +48,9 @@ def attribute(
       solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
         min(n, k) is too large for that: conjugate gradients on all devices, right to
         1e-5, at a price for every query (see `attribution.iterative.solve`).
+      curvature: H_j of `gauss_newton`, made with the same task, parameters, projection and
+        training images: it stands in place of Phi_j^T Phi_j, and the method is
+        "gauss-newton". Features are those of the loss.
       groups: {grouping: the name of each training example's group [n]}, such as
         {"contributor": [...]}; `scores.group("contributor")` adds up their scores.
       draws: the noise draws of each timestep, which arrays do not say: their pairs are
@@ -64,8 +68,8 @@ def attribute(
         errors.
       MemoryError: min(n, k) is too large for solver "eigh" on this host.
     """
-    kernels = Kernels.of(train, solver)
-    row = _choose(kernels.train, method)
+    kernels = Kernels.of(train, solver, curvature)
+    row = _choose(kernels, method)
     damping = row.damping if damping is None else Damping.of(damping)
     queries = query if isinstance(query, dict) else {"": query}
     scores = score(row, kernels, queries, damping, groups, draws)
@@ -75,10 +79,13 @@ def attribute(
     return scores if isinstance(query, dict) else scores[""]
 
 
-def _choose(train: Array, method: str | None) -> Method:
+def _choose(kernels: Kernels, method: str | None) -> Method:
     """Returns the row of a method, once the features are sure to fit it."""
+    train, inputs = kernels.train, GAUSS_NEWTON if kernels.curvature else ONE_MODEL
     measurement = train.measurement if isinstance(train, Features) else None
-    rows = {name: row for name, row in METHODS.items() if row.inputs is ONE_MODEL}
+    rows = {name: row for name, row in METHODS.items() if row.inputs is inputs}
+    if kernels.curvature and method is None:
+        (method,) = rows
     if method is None:
         for row in rows.values():
             if row.kernel and row.measurement == measurement:

@@ -169,6 +169,35 @@ def curvature(run: "Run") -> features.Curvature:
     )
 
 
+def gauss_newton(run: "Run") -> features.GaussNewton:
+    """Returns the main model's Gauss-Newton matrices, computed unless they are there."""
+    space, examples = run.space, run.splits.train
+    return features.gauss_newton(
+        run.task(
+            measurement="loss", noise=noise_of(run.config.features.noise, "train")
+        ),
+        run.params(),
+        space.x("train"),
+        run.projection,
+        frozen=space.frozen,
+        ids=examples.ids,
+        cond=space.cond("train"),
+        bounds=space.bounds or (-math.inf, math.inf),
+        cotangents=run.config.attribution.gauss_newton_cotangents,
+        store=gauss_newton_path(run),
+        batch_size=run.config.features.batch_size,
+    )
+
+
+def gauss_newton_path(run: "Run") -> epath.Path:
+    """Returns the folder of the Gauss-Newton matrices, named by what decides them."""
+    cotangents = run.config.attribution.gauss_newton_cotangents or "all"
+    noise = noise_of(run.config.features.noise, "train")
+    task = run.task(measurement="loss", noise=noise)
+    name = place(run).replace("features", "gauss-newton", 1)
+    return path(run, FeatureSet(f"{name}-{cotangents}", "train", task, run.projection))
+
+
 def curvature_path(run: "Run") -> epath.Path:
     """Returns the file of the curvature, named by what decides it."""
     settings, pairs = run.config.features, len(run.task().grid)

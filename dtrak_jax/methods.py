@@ -10,6 +10,7 @@ import numpy as np
 
 from dtrak_jax.attribution import (
     Damping,
+    Kernels,
     Scores,
     coverage,
     datamodels,
@@ -31,10 +32,12 @@ from dtrak_jax.attribution import (
 )
 from dtrak_jax.attribution.coverage import DAMPINGS
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
+from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
     CURVATURE,
     EMBEDDINGS,
+    GAUSS_NEWTON,
     IDS,
     IMAGES,
     JOURNEY,
@@ -68,7 +71,7 @@ class Method(NamedTuple):
     @property
     def kernel(self) -> bool:
         """True if the scores are those of one model's kernels, at any damping."""
-        return self.inputs is ONE_MODEL and self.function is influence
+        return self.inputs in (ONE_MODEL, GAUSS_NEWTON) and self.function is influence
 
     @property
     def objective(self) -> str | None:
@@ -90,6 +93,15 @@ class Method(NamedTuple):
     def curved(self) -> bool:
         """True if the scores are made from EK-FAC's curvature."""
         return self.inputs is CURVATURE
+
+    @property
+    def of_output(self) -> bool:
+        """True if its kernels are Gauss-Newton matrices of the network's output."""
+        return self.inputs is GAUSS_NEWTON
+
+    def kernels(self, run: "Run") -> Kernels:
+        """Returns the kernels of one model, of a method that has them."""
+        return run.output_kernels() if self.of_output else run.kernels(self.measurement)
 
     @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
@@ -186,6 +198,17 @@ ROWS = (
         EKFAC,
         CURVATURE,
         damping=Damping(EKFAC_DAMPING),
+    ),
+    Method(
+        "gauss-newton",
+        "Gauss-Newton",
+        influence,
+        "trak with the Gauss-Newton matrix of the output in place of the kernel",
+        EKFAC,
+        GAUSS_NEWTON,
+        "loss",
+        damping=Damping(GAUSS_NEWTON_DAMPING),
+        decomposed=True,
     ),
     _kernel(
         "journey-trak",

@@ -286,6 +286,17 @@ class Run:
             solver=self.config.attribution.solver,
         )
 
+    @once
+    def output_kernels(self) -> Kernels:
+        """The same of the loss with Gauss-Newton matrices of the output in their place,
+        which are made if they are not there yet."""
+        matrices = feature_sets.gauss_newton_path(self)
+        return Kernels(
+            Features.load(feature_sets.find(self, "train"), "loss"),
+            store=self.workdir / "kernels" / matrices.relative_to(self.workdir),
+            curvature=feature_sets.gauss_newton(self),
+        )
+
     def scores(self, method: str, queries: str) -> Scores:
         """The scores of a method for a set of queries, made if they are not there yet.
 

@@ -296,6 +296,14 @@ class SmallRun:
         task = dtrak.Task(apply, dtrak.linear_schedule(), "loss", timesteps=(50, 400))
         return dtrak.ekfac(task, params, self.splits.train.images)
 
+    def output_kernels(self):
+        h = np.random.default_rng(1).normal(size=(2, 9, 9)).astype(np.float32)
+        h = h @ h.swapaxes(1, 2)
+        made = dtrak.features.GaussNewton(
+            h.shape, {"noise": "common", "draws": 2}, 1, h.__getitem__
+        )
+        return Kernels(self.features("train", "loss"), curvature=made)
+
     def clip(self, examples):
         seed = zlib.crc32(examples.encode())
         size = {"train": 15, "validation": 4, "generated": 3}[examples]
@@ -329,7 +337,8 @@ FOLDERS = {
 
 def damping_of(run, row):
     """Returns the lambda of a method: curvature and coverage have their own."""
-    by_name = {"ekfac": Damping(0.001), "coverage": dtrak.effective(0.3)}
+    by_name = {"ekfac": Damping(0.001), "gauss-newton": Damping(0.001)}
+    by_name["coverage"] = dtrak.effective(0.3)
     return by_name.get(row.name, Damping(0.2))
 
 
@@ -357,6 +366,9 @@ def expected_scores(run, name, queries):
     if name == "ekfac":
         images = run.splits.train.images, run.queries[queries].images
         return row.function(run.curvature(), *images, damping=0.001).scores
+    if name == "gauss-newton":
+        query = run.features(queries, "loss")
+        return row.function(run.output_kernels(), query, 0.001)
     if name == "random":
         return row.function(run.splits.train.ids, run.queries[queries].ids)
     return row.function(
@@ -384,7 +396,7 @@ def test_every_method_scores_a_run(name):
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
         assert scores.damping == (damping_of(run, row) if row.damping else None)
-        with_kernels = row.objective or name == "journey-trak"
+        with_kernels = row.objective or name in ("journey-trak", "gauss-newton")
         assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.
         has_errors = bool(row.measurement)

@@ -23,7 +23,7 @@ from dtrak_jax.attribution import ekfac, linalg
 from dtrak_jax.config import ModelConfig, QueriesConfig
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.evaluation import outputs
-from dtrak_jax.features import gradients, passes
+from dtrak_jax.features import gradients, output_programs, passes
 from dtrak_jax.features.microbatches import Microbatch
 from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.planning import table, work
@@ -333,6 +333,8 @@ MAKERS = (
     (gradients, "gradient_function"),
     (gradients, "projection_function"),
     (linalg, "gram_function"),
+    (output_programs, "gradients_function"),
+    (output_programs, "add_function"),
     (passes, "factors_function"),
     (passes, "eigenvalues_function"),
     (ekfac, "divide_function"),
@@ -353,7 +355,10 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, counted)
     monkeypatch.setattr(pipeline, "measure_distortion", lambda run: None)
     # Two devices train them together.
-    changes = {"ensemble__models": "2", "attribution__methods": "dtrak trak ekfac"}
+    changes = {
+        "ensemble__models": "2",
+        "attribution__methods": "dtrak trak ekfac gauss-newton",
+    }
     line = digits_command("run", tmp_path / "run", FLAGS, changes)
     _, config, _ = cli.parse(line)
     expected = collections.defaultdict(collections.Counter)
@@ -363,7 +368,7 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     for stage in ("retrain", "attribute"):
         pipeline.run(stage, config, tmp_path / "run")
     assert {function: function.calls for function in expected} == expected
-    assert len(expected) == 13
+    assert len(expected) == 15
 
 
 def test_processes_share_the_steps_of_all_stages_but_training(monkeypatch):
@@ -413,6 +418,8 @@ def test_work_is_counted_in_passes():
     assert passes["featurize"] == 5 * 3 * images
     assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
     assert passes["attribute"] == 0
+    matrices = Run(tiny_config(attribution__methods="gauss-newton"), None)
+    assert work.passes(matrices)["attribute"] == (8 + 2 * 16) * 3 * 30
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
     assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
     assert work.describe("train", run) == "12 steps of 64 images"

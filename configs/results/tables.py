@@ -42,7 +42,10 @@ METHODS = {
         "`trak` over the size of its influence, or of the training gradient; or along the "
         "path that generated the query"
     ),
-    ("ekfac",): "influence by the curvature of each layer, of the loss's mean gradient",
+    ("gauss-newton", "ekfac"): (
+        "`trak` with the curvature of the whole output as its kernel; or with that of "
+        "each layer, and mean gradients"
+    ),
     ("coverage",): "how much of what the query needs the image holds; without a sign",
     ("gradient-dot", "gradient-cosine", "tracin", "gas"): (
         "dot products or cosines of gradients; the last two a mean over checkpoints"
@@ -155,9 +158,13 @@ def methods() -> Lines:
     covering |= {"transform": "linear", "damping_rule": "effective"}
     elsewhere = [pick(read("digits_coverage_ablations")["rows"], **covering)]
     elsewhere += read("digits_ekfac_lds")["queries"]["validation"]["rows"]
+    key = {"data": "digits", "queries": "validation", "dim": 2048, "cotangents": 16}
+    elsewhere.append(pick(read("gauss_newton")["rows"], **key))
     rows = validation["rows"] + [
         row | {"method": name, "damping_rule": None}
-        for name, row in zip(("coverage", "ekfac"), elsewhere, strict=True)
+        for name, row in zip(
+            ("coverage", "ekfac", "gauss-newton"), elsewhere, strict=True
+        )
     ]
     for names, said in METHODS.items():
         found = [lds_row(rows, name) for name in names]
@@ -408,6 +415,21 @@ def damping_rules() -> Lines:
     return lines
 
 
+def gauss_newton() -> Lines:
+    """The LDS with Gauss-Newton matrices, beside TRAK's of the same features."""
+    heads = ["less TRAK", "less TRAK, pooled"]
+    lines = [["data", "images", "columns", "kernel", "gradients", "LDS", *heads]]
+    for row in read("gauss_newton")["rows"]:
+        said = f"TRAK, {row['kernel']}"
+        if row["method"] == "gauss-newton":
+            said = f"of {row['cotangents'] or 'all'} cotangents"
+        own = [row.get(f"less_{kernel}") for kernel in ("apart", "pooled")]
+        compared = [interval(one, "value") if one else "" for one in own]
+        named = row["data"], row["queries"], str(row["dim"]), said
+        lines.append([*named, str(row["gradients"]), interval(row), *compared])
+    return lines
+
+
 def ekfac() -> Lines:
     """The LDS on digits of EK-FAC beside TRAK's."""
     lines = [["method", *SETS]]
@@ -489,6 +511,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "removal differences": removal_differences,
     "coverage": coverage,
     "damping rules": damping_rules,
+    "gauss-newton": gauss_newton,
     "ekfac": ekfac,
     "covering removals": covering_removals,
     "sets": lambda: sets("digits_sets_counterfactual"),

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dtrak_jax.attribution.coverage import COVERAGE_SHARE
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
-from dtrak_jax.attribution.kernel import Damping, effective
+from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING, Damping, effective
 from dtrak_jax.checks import at_least, between, check_choices, distinct, free, positive
 from dtrak_jax.methods import METHODS, Method, MethodName
 
@@ -18,7 +18,8 @@ class AttributionConfig:
     """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
     """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
-    `share`; `ekfac` and `coverage` have one of their own."""
+    `share`; `ekfac`, `gauss-newton` and `coverage` have one of
+    their own."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     share: bool = free(False)
@@ -32,6 +33,10 @@ class AttributionConfig:
     `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
     ekfac_damping: float = free(EKFAC_DAMPING)
     """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
+    gauss_newton_cotangents: int = free(16)
+    """Those that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
+    gauss_newton_damping: float = free(GAUSS_NEWTON_DAMPING)
+    """The damping of `gauss-newton`, in units of the matrix's mean eigenvalue."""
     coverage_share: float = free(COVERAGE_SHARE)
     """The damping of `coverage`: the share of min(n, k) that a kernel's effective dimension
     is (dtrak.effective). 0 takes that of the other methods, `damping`."""
@@ -55,11 +60,16 @@ class AttributionConfig:
         positive("attribution.ekfac_damping", self.ekfac_damping)
         between("attribution.coverage_share", self.coverage_share, 0, 0.99)
         at_least("attribution.cotangents", self.cotangents, 0)
+        positive("attribution.gauss_newton_damping", self.gauss_newton_damping)
+        cotangents = "attribution.gauss_newton_cotangents"
+        at_least(cotangents, self.gauss_newton_cotangents, 0)
 
     def damping_of(self, method: Method) -> Damping:
         """Returns the lambda of a method by these settings, if it has one."""
         if method.curved:
             return Damping(self.ekfac_damping)
+        if method.of_output:
+            return Damping(self.gauss_newton_damping)
         if method.objective == "coverage" and self.coverage_share:
             return effective(self.coverage_share)
         return Damping(self.damping, self.absolute, self.share)

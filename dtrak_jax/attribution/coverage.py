@@ -62,8 +62,10 @@ def coverage(
     sign. Squared scores of this kind are those of DAS (Lin et al., arXiv 2410.18639). Its
     lambda is by a share unless told otherwise; all else is as in `influence`.
     """
+    kernels = Kernels.of(train)
+    kernels.require_own("coverage")
     total = total or PairSum()
-    for tau in pair_scores(train, query, damping):
+    for tau in pair_scores(kernels, query, damping):
         total.add(tau**2)
     return total.total
 
@@ -114,6 +116,8 @@ def predict(
     """
     kernels, damping = Kernels.of(train), damping_by("by", by, damping)
     instance("pooled", pooled, bool, np.bool_)
+    if by == "coverage":
+        kernels.require_own("coverage")
     _, query = check_features(kernels.train, query)
     subsets = check_subsets(subsets, kernels.train.shape[-2]).copy()
     if not subsets.any(axis=1).all():

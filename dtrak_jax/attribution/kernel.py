@@ -23,8 +23,9 @@ from etils import epath
 from dtrak_jax import files, host, parallel
 from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
-from dtrak_jax.checks import one_of, positive
+from dtrak_jax.checks import instance, one_of, positive
 from dtrak_jax.digests import digest
+from dtrak_jax.features.output_curvature import GaussNewton
 from dtrak_jax.features.store import Features
 from dtrak_jax.progress import progress
 
@@ -34,6 +35,10 @@ GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
 DEFAULT_DAMPING = 0.1
 """lambda in these units. It was chosen without labels of any kind: on digits the linear
 datamodeling score is within 8% of its best for anything from .01 to .3."""
+
+GAUSS_NEWTON_DAMPING = 0.001
+"""lambda in these units where a Gauss-Newton matrix is the kernel. On digits the linear
+datamodeling score rises as lambda falls, and changes little below this."""
 
 MATRICES = {"evd": 4, "evr": 3}
 """The m x m float64 matrices in memory while a driver works, with one to spare."""
@@ -153,10 +158,16 @@ def factorize(phi: np.ndarray) -> Kernel:
     """Decomposes the kernel of features phi [n, k], unless it is too large or all 0."""
     m, dual = min(phi.shape), len(phi) <= phi.shape[1]
     check_memory(m)
+    return decompose(gram_matrix(phi if dual else phi.T), dual)
+
+
+def decompose(matrix: np.ndarray, dual: bool) -> Kernel:
+    """Decomposes a kernel [m, m], unless it is too large or all 0."""
+    check_memory(len(matrix))
     eigenvalues, columns = scipy.linalg.eigh(
-        gram_matrix(phi if dual else phi.T).astype(np.float64, order="F"),
+        matrix.astype(np.float64, order="F"),
         overwrite_a=True,
-        driver=driver_for(m),
+        driver=driver_for(len(matrix)),
     )
     if not eigenvalues[-1] > 0:
         raise ValueError(
@@ -209,23 +220,42 @@ class Kernels:
     store: epath.PathLike | None = None
     """The folder of PAIR.npz, made anew if they are of other features; None keeps none."""
     solver: str = "eigh"
+    curvature: GaussNewton | None = None
+    """Matrices in place of these features' own Phi^T Phi."""
     seen: dict[int, Kernel] = dataclasses.field(default_factory=dict, repr=False)
     """{pair: kernel} of all that were asked for, some without their eigenvectors."""
 
     def __post_init__(self):
         object.__setattr__(self, "train", as_features(self.train))
         one_of("solver", self.solver, ("eigh", "cg"))
+        if self.curvature is not None:
+            instance("curvature", self.curvature, GaussNewton)
+            self.require_decomposed("a Gauss-Newton matrix")
+            self.curvature.check(self.train)
 
     @classmethod
-    def of(cls, train: "Array | Kernels", solver: str = "eigh") -> "Kernels":
+    def of(
+        cls,
+        train: "Array | Kernels",
+        solver: str = "eigh",
+        curvature: GaussNewton | None = None,
+    ) -> "Kernels":
         """Returns the kernels of features; those that are given if they are kernels."""
-        return train if isinstance(train, Kernels) else cls(train, solver=solver)
+        if not isinstance(train, Kernels):
+            return cls(train, solver=solver, curvature=curvature)
+        if curvature is not None and curvature is not train.curvature:
+            raise ValueError(
+                "train is Kernels and has its curvature, or none; give the curvature to "
+                "these, or features as train."
+            )
+        return train
 
     def __repr__(self) -> str:
         train = self.train
         if not isinstance(train, Features):
             train = f"array of {' × '.join(map(str, train.shape))}"
-        return f"Kernels({train}, {self.solver})"
+        curved = ", Gauss-Newton" if self.curvature else ""
+        return f"Kernels({train}{curved}, {self.solver})"
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Kernel]]:
         """Yields each pair's features [n, k] and their kernel."""
@@ -239,6 +269,9 @@ class Kernels:
     def pooled(self) -> tuple[np.ndarray, Kernel]:
         """The features of all pairs, one pair after the other [T n, k]; their kernel."""
         phi = np.concatenate(list(by_pair(self.train)))
+        if self.curvature:
+            pairs = range(math.prod(self.train.shape[:-2]))
+            return phi, decompose(sum(map(self.curvature.matrix, pairs)), dual=False)
         return phi, factorize(phi)
 
     def of_pooled(self, damping: float | Damping, strict: bool = True) -> Damping:
@@ -258,6 +291,14 @@ class Kernels:
                 "must be 'eigh'."
             )
 
+    def require_own(self, what: str) -> None:
+        """Raises a ValueError if the kernels are not those of the features themselves."""
+        if self.curvature is not None:
+            raise ValueError(
+                f"{what} takes kernels of the training features themselves; these have a "
+                "Gauss-Newton matrix in their place."
+            )
+
     def _kernel(self, pair: int, phi: np.ndarray) -> Kernel:
         kernel = self.seen.get(pair)
         if kernel and (self.solver == "cg" or kernel.eigenvectors is not None):
@@ -272,9 +313,21 @@ class Kernels:
             kernel = Kernel(len(phi) <= phi.shape[1], float(trace) / min(phi.shape))
         else:
             kernel = self._stored(pair, phi)
-        fits = (pair + 1) * 8 * min(phi.shape) ** 2 <= KEPT_IN_MEMORY
+        fits = (pair + 1) * 8 * self._side**2 <= KEPT_IN_MEMORY
         self.seen[pair] = kernel if fits else kernel._replace(eigenvectors=None)
         return kernel
+
+    @property
+    def _side(self) -> int:
+        """The number of a kernel's eigenvalues."""
+        *_, n, k = self.train.shape
+        return k if self.curvature else min(n, k)
+
+    def _made(self, pair: int, phi: np.ndarray) -> Kernel:
+        """Returns a decomposed kernel, made anew."""
+        if self.curvature:
+            return decompose(self.curvature.matrix(pair), dual=False)
+        return factorize(phi)
 
     def _describe(self, pair: int) -> str:
         """Returns which pair this is, in words; "" if it is the only one."""
@@ -287,18 +340,19 @@ class Kernels:
 
     def _stored(self, pair: int, phi: np.ndarray) -> Kernel:
         """Returns a decomposed kernel, read from the disk if it is there."""
-        *pairs, n, k = self.train.shape
-        too_large = 8 * math.prod(pairs) * min(n, k) ** 2 > KEPT_ON_DISK
+        too_large = 8 * math.prod(self.train.shape[:-2]) * self._side**2 > KEPT_ON_DISK
         # Arrays have no fingerprint, by which to know them again.
         if self.store is None or too_large or not isinstance(self.train, Features):
-            return factorize(phi)
+            return self._made(pair, phi)
         path = files.at(self.store) / f"{pair}.npz"
         saved = files.read_npz(path) if path.exists() else {}
         made_from = digest(json.dumps(self.train.fingerprint, sort_keys=True))
+        if self.curvature:
+            made_from = self.curvature.digest
         if parallel.agreed(str(saved.get("features")) == made_from):
             values, vectors = saved["eigenvalues"], saved["eigenvectors"]
             return Kernel(bool(saved["dual"]), float(values.mean()), values, vectors)
-        kernel = factorize(phi)
+        kernel = self._made(pair, phi)
         if parallel.is_main_process():
             # Not compressed, as eigenvectors do not become smaller.
             archive = io.BytesIO()

@@ -120,6 +120,14 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
     return score(method, kernels, queries, damping, groups)
 
 
+def _output_kernels(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with (kernels, query, damping), these being of the output."""
+    queries = {name: run.features(name, method.measurement) for name in run.queries}
+    damping = run.config.attribution.damping_of(method)
+    groups = run.splits.train.groupings
+    return score(method, run.output_kernels(), queries, damping, groups)
+
+
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with the curvature, training images and all queries."""
     space, train = run.space, run.splits.train
@@ -208,6 +216,12 @@ MODELS = Inputs(
     *("features of further models", _models),
     folders=model_folders,
     python="dtrak_jax.ensemble_mean, of `attribute` for each model",
+)
+GAUSS_NEWTON = Inputs(
+    "features, and the Gauss-Newton matrix",
+    _output_kernels,
+    folders=lambda config: [""],
+    python="attribute with curvature=dtrak_jax.gauss_newton(...)",
 )
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(

@@ -193,6 +193,7 @@ def removal_set(
     kernels, damping = Kernels.of(train), damping_by("objective", objective, damping)
     _, query = check_features(kernels.train, query)
     kernels.require_decomposed("a removal set")
+    kernels.require_own("a removal set")
     names, members = _members(example_ids(kernels.train), groups)
     what = "images" if groups is None else "groups"
     if not 1 <= at_least("count", count, 1) < len(names):

@@ -78,7 +78,7 @@ def evaluate_queries(run: "Run", queries: str, truth: RetrainedLosses) -> dict:
             compared[f"{name} exact"] = exact
             rows.append(exact[0])
         if method.kernel and settings.solver == "eigh":
-            kernels = run.kernels(method.measurement)
+            kernels = method.kernels(run)
             query = run.features(queries, method.measurement)
             grid, path = damping_path(kernels, query, truth.masks)
             *fitted, oracle, values = damping_rows(grid, path, truth)

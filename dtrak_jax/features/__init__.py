@@ -9,6 +9,7 @@ from dtrak_jax.features.featurize import (
     step_programs,
 )
 from dtrak_jax.features.merge import merge
+from dtrak_jax.features.output_curvature import GaussNewton, gauss_newton
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
@@ -17,6 +18,7 @@ __all__ = [
     "Curvature",
     "Distortion",
     "Features",
+    "GaussNewton",
     "Projection",
     "StepPrograms",
     "Store",
@@ -25,6 +27,7 @@ __all__ = [
     "ekfac",
     "example_mesh",
     "featurize",
+    "gauss_newton",
     "merge",
     "step_programs",
 ]

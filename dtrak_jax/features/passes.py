@@ -184,19 +184,36 @@ def _draw(draws: Draws, params, frozen, item: Microbatch) -> tuple[dict, dict]:
         return prediction, {i: [use.patches() for use in tags.uses[i]] for i in taps}
 
     prediction, pull_back, patches = jax.vjp(predict, others, taps, has_aux=True)
-    size = prediction.size
-    if draws.exact:
-        cotangent = math.sqrt(2) * jax.nn.one_hot(number, size)
-    else:
-        t, draw = jnp.asarray(task.pairs, jnp.int32)[pair]
-        key = fold_in(stream(task.seed, "cotangent"), t, draw, *item.words, number)
-        cotangent = math.sqrt(2 / size) * normal(key, (size,))
+    c = cotangent(task, pair, item.words, number, prediction, draws.exact)
     # A gradient of a layer that is not tagged may be a convolution.
     pull_back = weight_gradients_as_products(pull_back)
-    others, deltas = pull_back(cotangent.reshape(prediction.shape))
+    others, deltas = pull_back(c)
 
     def flat(delta: jax.Array) -> jax.Array:
         return delta.reshape(-1, delta.shape[-1]).astype(jnp.float32)
 
     layers = {i: list(zip(patches[i], map(flat, deltas[i]))) for i in taps}
     return layers, {i: g.reshape(-1).astype(jnp.float32) for i, g in others.items()}
+
+
+def cotangent(
+    task: Task,
+    pair: jax.Array,
+    words: jax.Array,
+    number: jax.Array,
+    prediction: jax.Array,
+    exact: bool,
+) -> jax.Array:
+    """Returns cotangent c of a prediction of D entries, such that E c c^T = (2/D) I.
+
+    It is eta sqrt(2/D), eta ~ N(0, I) by the task's seed, the pair, the image's words and
+    the number; or, exactly, sqrt(2) times the unit vector of the number.
+    """
+    size = prediction.size
+    if exact:
+        c = math.sqrt(2) * jax.nn.one_hot(number, size)
+    else:
+        t, draw = jnp.asarray(task.pairs, jnp.int32)[pair]
+        key = fold_in(stream(task.seed, "cotangent"), t, draw, *words, number)
+        c = math.sqrt(2 / size) * normal(key, (size,))
+    return c.reshape(prediction.shape)

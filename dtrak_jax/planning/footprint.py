@@ -63,7 +63,8 @@ def kernels(run: Run) -> Footprint:
     and min(n, k)^2 8 bytes for each matrix of a decomposition."""
     settings, n, total = run.config.attribution, len(run.chosen.train), Footprint()
     chosen = [METHODS[name] for name in settings.methods]
-    measured = {row.measurement for row in chosen if row.damping and not row.curved}
+    own = [row for row in chosen if not (row.curved or row.of_output)]
+    measured = {row.measurement for row in own if row.damping}
     for _ in measured:
         layout = layout_of(run, next(feature_sets.sets(run, "")))
         features, side = 4 * n * layout.dim, min(n, layout.dim)
@@ -74,6 +75,17 @@ def kernels(run: Run) -> Footprint:
             disk = size if size <= KEPT_ON_DISK else 0
         total = total.beside(Footprint(disk, memory))
     return total
+
+
+def gauss_newton(run: Run) -> Footprint:
+    """Returns the footprint of Gauss-Newton matrices, which no method has if none needs
+    them: k^2 4 bytes for each, and as of kernels for their decompositions."""
+    if not any(METHODS[name].of_output for name in run.config.attribution.methods):
+        return Footprint()
+    layout = layout_of(run, next(feature_sets.sets(run, "")))
+    matrix, count = 4 * layout.dim**2, layout.per_example
+    kept = 2 * count * matrix if 2 * count * matrix <= KEPT_ON_DISK else 0
+    return Footprint(count * matrix + kept, eigh_bytes(layout.dim))
 
 
 def curvature(run: Run) -> Footprint:

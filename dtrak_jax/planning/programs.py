@@ -25,6 +25,7 @@ from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_programs
 from dtrak_jax.features.curvature import block_shapes
+from dtrak_jax.features.output_programs import output_programs
 from dtrak_jax.features.passes import Draws, pass_programs
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
@@ -163,9 +164,42 @@ def _features(run: Run, topology: Topology) -> StepPrograms:
 
 
 def attribute(run: Run, topology: Topology) -> list[Planned]:
-    """Returns the sum of a kernel's Gram matrix, if a method has one, and what the
-    curvature takes, if a method is made from it."""
-    return _kernels(run, topology) + _curvature(run, topology)
+    """Returns the sum of a kernel's Gram matrix, if a method has one, and what
+    Gauss-Newton matrices and the curvature take, if a method is made from them."""
+    return [
+        *_kernels(run, topology),
+        *_gauss_newton(run, topology),
+        *_curvature(run, topology),
+    ]
+
+
+def _gauss_newton(run: Run, topology: Topology) -> list[Planned]:
+    """Returns the gradients of cotangents, their projection, and the sum of a matrix."""
+    if not any(METHODS[name].of_output for name in run.config.attribution.methods):
+        return []
+    settings, given = run.config.features, run.space.shapes
+    programs = output_programs(
+        run.task(measurement="loss"),
+        run.param_shapes,
+        given.frozen,
+        given.x,
+        run.projection,
+        example_mesh(topology.local, 1),
+        settings.batch_size,
+        cond=given.cond,
+        cotangents=run.config.attribution.gauss_newton_cotangents,
+    )
+    layout, share = programs.layout, math.ceil(run.counts["train"] / topology.processes)
+    calls = layout.pairs * programs.blocks * math.ceil(share / layout.size)
+    parts = (programs.gradients, programs.project, programs.add)
+    step = (
+        f"{layout.size * programs.width // len(topology.local)} cotangents on a device"
+    )
+    matrices = layout.pairs if settings.per_timestep else 1
+    kept = 4 * matrices * layout.dim**2
+    return [
+        Planned("gauss-newton", step, [(part, calls) for part in parts], kept, kept)
+    ]
 
 
 def _curvature(run: Run, topology: Topology) -> list[Planned]:
@@ -206,7 +240,8 @@ def _curvature(run: Run, topology: Topology) -> list[Planned]:
 
 def _kernels(run: Run, topology: Topology) -> list[Planned]:
     """Returns the sum of a kernel's Gram matrix; nothing without a kernel method."""
-    methods = [m for m in run.config.attribution.methods if METHODS[m].kernel]
+    chosen = {name: METHODS[name] for name in run.config.attribution.methods}
+    methods = [m for m, row in chosen.items() if row.kernel and not row.of_output]
     if not methods:
         return []
     n, layout = run.counts["train"], _features(run, topology).layout

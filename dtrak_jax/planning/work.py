@@ -44,10 +44,17 @@ def passes(run: Run) -> dict[str, float]:
     removals *= 1 - removal.removed_of(train) / train
 
     replays = any(METHODS[name].replays for name in config.attribution.methods)
+    of_output = any(METHODS[name].of_output for name in config.attribution.methods)
     curved = any(METHODS[name].curved for name in config.attribution.methods)
     # Two passes over all cotangents make the curvature.
     made = 6 * pairs * run.counts["train"]
     made *= config.attribution.cotangents or math.prod(run.network.shape)
+
+    # Cotangents of an image share a forward pass, as far as they fit a batch.
+    cotangents = config.attribution.gauss_newton_cotangents
+    cotangents = cotangents or math.prod(run.network.shape)
+    forward = -(-cotangents // settings.batch_size)
+    matrices = (forward + 2 * cotangents) * pairs * run.counts["train"]
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
@@ -63,7 +70,8 @@ def passes(run: Run) -> dict[str, float]:
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # A step back of a replay is about four steps for each query.
         "attribute": replays * training * (2 + 4 * queries)
-        + curved * (made + gradients(pairs, 1)),
+        + curved * (made + gradients(pairs, 1))
+        + of_output * matrices,
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(

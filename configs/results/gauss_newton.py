@@ -1,0 +1,142 @@
+"""Holds Gauss-Newton matrices of the output against kernels of the loss's own gradients.
+
+    python configs/results/gauss_newton.py digits RUN
+    python configs/results/gauss_newton.py mnist RUN
+
+RUN is a run of `configs/digits_benchmark.py` or `configs/mnist.py` that has a trained
+model and queries. It keeps features and matrices, so that the same command continues;
+gauss_newton.json has the LDS of both kinds of scores from the same features.
+"""
+
+import dataclasses
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import dtrak_jax as dtrak
+from dtrak_jax import files
+from dtrak_jax.attribution import GRID, Damping, Kernels, Predictions, damping_path
+from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
+from dtrak_jax.evaluation import datamodeling
+from dtrak_jax.evaluation.trust import LDS
+from dtrak_jax.run import Run
+
+HERE = Path(__file__).parent
+FILE = HERE / "gauss_newton.json"
+STUDIES = {
+    "digits": {(2048, 1): (1, 4, 16, 0), (4096, 2): (16,)},
+    "mnist": {(2048, 1): (1, 8), (4096, 1): (16,)},
+}
+"""For columns and draws of noise, the cotangents of each noised image; 0 are all."""
+
+
+def main(data: str, folder: str) -> None:
+    """Computes what is missing, and writes the rows of a data set."""
+    name = {"digits": "digits_benchmark"}.get(data, data)
+    config = runpy.run_path(str(HERE.parent / f"{name}.py"))["get_config"]()
+    # MNIST's subsets have a model each.
+    ensemble = dataclasses.replace(config.ensemble, seeds=1)
+    run = Run.at(dataclasses.replace(config, ensemble=ensemble), folder)
+    truth = digits_truth() if data == "digits" else run.truth()
+    result = (
+        json.loads(FILE.read_text()) if FILE.exists() else {"revision": "", "rows": []}
+    )
+    for (dim, draws), counts in STUDIES[data].items():
+        settings = {"data": data, "dim": dim, "draws": draws}
+        done = [row for row in result["rows"] if settings.items() <= row.items()]
+        if {row["cotangents"] for row in done} >= {*counts}:
+            continue
+        rows = list(compared(run, dim, draws, counts, truth))
+        others = [row for row in result["rows"] if row not in done]
+        result["rows"] = others + [settings | row for row in rows]
+        files.write_json(FILE, result)
+
+
+def digits_truth() -> dict[str, dtrak.RetrainedLosses]:
+    """Returns the losses of 128 models, by set of queries."""
+    saved, truth = files.read_npz(HERE / "digits_outputs.npz"), {}
+    for name in ("validation", "generated"):
+        of_set = saved["query_set"] == name
+        losses, ids = saved["outputs"][:, :, of_set], saved["query_ids"][of_set]
+        truth[name] = dtrak.RetrainedLosses(
+            losses, saved["masks"], ids, saved["train_ids"]
+        )
+    return truth
+
+
+def compared(
+    run: Run, dim: int, draws: int, counts: tuple, truth: dict
+) -> Iterator[dict]:
+    """Yields the LDS of TRAK, and of each number of cotangents."""
+    task = run.task(measurement="loss", draws=draws)
+    projection = dtrak.Projection("sketch", dim, run.config.features.seed)
+    folder = run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
+    sets = {"train": run.splits.train, **run.queries}
+    params = run.params()
+    features = {
+        name: dtrak.featurize(
+            *(task, params, images.images, projection),
+            ids=images.ids,
+            store=folder / name,
+            batch_size=32,
+        )
+        for name, images in sets.items()
+    }
+    train, pairs = features.pop("train"), len(task.pairs)
+    best = [*map(Damping.of, GRID)]
+    own = Kernels(train)
+    baseline = {
+        (kernel, name): best_of(own, query, best, kernel == "pooled", truth[name])
+        for name, query in features.items()
+        for kernel in ("apart", "pooled")
+    }
+    for (kernel, name), (damping, lds) in baseline.items():
+        made = {"cotangents": None, "kernel": kernel, "damping": damping}
+        yield row("trak", name, lds) | made | {"gradients": pairs}
+    for count in counts:
+        made = dtrak.gauss_newton(
+            *(task, params, sets["train"].images, projection),
+            ids=sets["train"].ids,
+            cotangents=count,
+            store=folder / f"cotangents-{count}",
+            batch_size=64,
+        )
+        kernels, default = Kernels(train, curvature=made), Damping(GAUSS_NEWTON_DAMPING)
+        for name, query in features.items():
+            _, lds = best_of(kernels, query, [default], False, truth[name])
+            cotangents = count or sets["train"].images[0].size
+            found = row("gauss-newton", name, lds)
+            found |= {"cotangents": count, "kernel": "apart", "damping": default.value}
+            for kernel in ("apart", "pooled"):
+                _, other = baseline[kernel, name]
+                found[f"less_{kernel}"] = lds.less(other)._asdict()
+            yield found | {"gradients": pairs * (1 + cotangents)}
+
+
+def best_of(
+    kernels: Kernels, query, dampings: list[Damping], pooled: bool, truth
+) -> tuple[float, LDS]:
+    """Returns the damping with the highest LDS, which labels choose, and this LDS."""
+    path = damping_path(kernels, query, dampings, pooled=pooled, subsets=truth.masks)
+    ids = np.array(kernels.train.ids), np.array(query.ids)
+    found = [
+        (datamodeling.lds(values.T, truth), damping.value, values.T)
+        for damping, values in zip(dampings, path, strict=True)
+        if np.isfinite(values).all()
+    ]
+    _, damping, values = max(found, key=lambda one: one[0])
+    return damping, dtrak.lds(Predictions(values, truth.masks, *ids), truth)
+
+
+def row(method: str, queries: str, lds) -> dict:
+    """Returns what a row says of an LDS."""
+    named = {"method": method, "queries": queries}
+    return named | {"lds": lds.value, "low": lds.low, "high": lds.high}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

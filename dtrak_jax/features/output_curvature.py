@@ -1,0 +1,260 @@
+"""The Gauss-Newton matrix of the network's output, among projected gradients.
+
+At pair j it is
+
+  H_j = P (sum_n J_nj^T (2/D) J_nj) P^T,
+
+n over training images, J_nj the derivative by the parameters of the prediction of D
+entries for noised image j of n, and P the projection of the features: what the kernel
+Phi_j^T Phi_j of the loss's own gradients stands for. Of the loss it is the Hessian where
+the network is linear in its parameters; it does not depend on the target.
+
+A random cotangent c = eta sqrt(2/D), eta ~ N(0, I), gives P J_nj^T c, whose outer product
+has the expectation of n's term. Each image has cotangents of its own: were they the same
+for all, one or a few would show the same few directions of the output every time.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from dtrak_jax import files, host, parallel
+from dtrak_jax.checks import at_least, instance
+from dtrak_jax.data.dataset import Dataset
+from dtrak_jax.digests import digest
+from dtrak_jax.features.featurize import checked, example_mesh
+from dtrak_jax.features.fingerprint import example_hashes, fingerprint, noise_words
+from dtrak_jax.features.gradients import EXAMPLES, network_inputs
+from dtrak_jax.features.microbatches import microbatches
+from dtrak_jax.features.output_programs import OutputPrograms, output_programs
+from dtrak_jax.features.projection import Projection
+from dtrak_jax.features.store import Features, chunks_of
+from dtrak_jax.features.task import Task
+from dtrak_jax.network import Params
+from dtrak_jax.progress import progress
+from dtrak_jax.switches import standard
+
+GATHERED_ROWS = 512
+"""Rows of a matrix that processes exchange at one time."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussNewton:
+    """H_j of every pair, made by `gauss_newton`; of averaged gradients their mean."""
+
+    shape: tuple[int, ...]
+    """[J, k, k]; or [k, k] of a task that averages."""
+    fingerprint: dict
+    """All that decides the values, as of features of the loss."""
+    cotangents: int
+    matrix: Callable[[int], np.ndarray] = dataclasses.field(repr=False)
+    """Returns H_j, float32 [k, k]."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides the values."""
+        made_from = self.fingerprint | {"cotangents": self.cotangents}
+        return digest(json.dumps(made_from, sort_keys=True))
+
+    def check(self, train: Features | np.ndarray) -> None:
+        """Raises a ValueError unless features of a training set belong to it."""
+        *pairs, _, k = train.shape
+        if self.shape != (*pairs, k, k):
+            raise ValueError(
+                f"train features have shape {tuple(train.shape)}, and the curvature "
+                f"{self.shape}; it must be {(*pairs, k, k)}."
+            )
+        if not isinstance(train, Features):
+            return
+        # Examples without a role have the noise of their own content.
+        free = dict.fromkeys(("measurements", "noise_of"))
+        differing = files.differences(self.fingerprint | free, train.fingerprint | free)
+        if differing:
+            raise ValueError(
+                "the curvature (there) and the training features (here) do not belong "
+                f"together: {differing[0]}."
+            )
+
+
+@standard()
+def gauss_newton(
+    task: Task,
+    params: Params,
+    images: np.ndarray | Dataset,
+    projection: Projection,
+    *,
+    frozen: Params | None = None,
+    ids: Sequence[str] | None = None,
+    cond: object = None,
+    bounds: tuple[float, float] | None = None,
+    cotangents: int = 16,
+    store: epath.PathLike | None = None,
+    batch_size: int = 64,
+) -> GaussNewton:
+    """Returns H_j of every pair of a task, see the module.
+
+    `attribute(train, query, curvature=...)` takes it in place of the kernels of `train`.
+    It takes a forward pass and a pass back with its projection for each image, pair and
+    cotangent; some cotangents share a forward pass. Each device holds one matrix [k, k].
+    Batch size and devices change it by rounding only. All processes must call this
+    together.
+
+    Args:
+      task, params, images, projection, frozen, ids, cond, bounds: those of `featurize`, of
+        the training set; the measurement does not matter.
+      cotangents: random ones for each image and pair, a function of the task's seed, the
+        image's id, the pair and their number; 0 takes the D unit vectors, without chance.
+        With n of them in all, H has rank n: below k what it misses counts as 0.
+      store: a folder that keeps the matrices, and is continued; in memory if None.
+      batch_size: cotangents at once on each device; limits memory.
+
+    Raises:
+      ValueError: what `featurize` raises; or a store of other matrices.
+      MemoryError, OSError: the matrices do not fit this host's memory or disk.
+      FloatingPointError: a matrix is not finite.
+    """
+    instance("task", task, Task)
+    instance("projection", projection, Projection)
+    count = at_least("cotangents", cotangents, 0)
+    batch_size = at_least("batch_size", batch_size, 1)
+    task = dataclasses.replace(task, measurement="loss")
+    network, ids, images, cond = checked(
+        task, (params, frozen), images, ids, cond, bounds
+    )
+    if images.ndim != 4:
+        raise ValueError(
+            f"images have shape {images.shape}; they must be [n, H, W, C]."
+        )
+    mesh = example_mesh(jax.local_devices(), 1)
+    programs = output_programs(
+        task,
+        *network,
+        images,
+        projection,
+        mesh,
+        batch_size,
+        cond=cond,
+        cotangents=count,
+    )
+    hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
+    network = *network, programs.sketches
+    made_from = fingerprint(task, network, projection, inputs, hashes, "train")
+    k, pairs = programs.layout.dim, len(task.pairs) if task.per_timestep else 1
+    shape = (pairs, k, k) if task.per_timestep else (k, k)
+    _check_size(shape, store)
+    made = GaussNewton(shape, made_from, count, lambda pair: kept[pair])
+    folder = None if store is None else files.check_folder("store", store)
+    if folder is not None:
+        made = dataclasses.replace(made, matrix=lambda pair: _read(folder, pair))
+    words, position = noise_words(hashes, "train"), np.arange(len(ids), dtype=np.int32)
+    shared = jax.tree.map(
+        lambda column: column[parallel.share(len(ids))], (images, words, position, cond)
+    )
+    on_mesh, kept = parallel.put(network, mesh), {}
+    missing = [pair for pair in range(pairs) if not _is_kept(folder, pair, made.digest)]
+    of_pair = 1 if task.per_timestep else len(task.pairs)
+    amount = len(missing) * of_pair * programs.blocks * len(shared[0])
+    with progress(None, "gauss-newton", amount, "image") as bar:
+        for pair in missing:
+            averaged = [pair] if task.per_timestep else range(len(task.pairs))
+            total = np.zeros((mesh.size, k, k), np.float32)
+            total = parallel.put(total, mesh, EXAMPLES)
+            for one in averaged:
+                total = _add_pair(programs, on_mesh, shared, one, total, bar.update)
+            matrix = _over_processes(total) / (programs.cotangents * len(averaged))
+            if not np.isfinite(matrix).all():
+                raise FloatingPointError(
+                    "the Gauss-Newton matrix is not finite; is the model trained, and "
+                    "are its predictions of a reasonable size?"
+                )
+            _keep(folder, kept, pair, matrix, made.digest)
+    return made
+
+
+def _add_pair(
+    programs: OutputPrograms,
+    network: tuple,
+    examples: tuple,
+    pair: int,
+    total: jax.Array,
+    advance: Callable[[int], object],
+) -> jax.Array:
+    """Returns the total [devices, k, k] with the sum over this process's images."""
+    layout, width, n = programs.layout, programs.width, len(examples[0])
+    for first in range(0, programs.blocks * width, width):
+        numbers, done, under_way = (
+            np.arange(first, first + width, dtype=np.int32),
+            0,
+            [],
+        )
+        for (microbatch,) in microbatches(layout, examples, pair) if n else ():
+            # What fills up the last microbatch counts as nothing.
+            left = np.arange(done, done + layout.size)[:, None] < n
+            microbatch = microbatch._replace(weight=left.astype(np.float32))
+            parts = programs.gradients.function(*network, numbers, microbatch)
+            features, _ = programs.project.function({"output": parts})
+            total = programs.add.function(total, features["output"])
+            # Two rounds under way keep the devices busy; more would take memory.
+            under_way = [*under_way[-1:], features]
+            jax.block_until_ready(under_way[0])
+            before, done = done, min(done + layout.size, n)
+            advance(done - before)
+    return total
+
+
+def _over_processes(total: jax.Array) -> np.ndarray:
+    """Returns the sum over all devices of all processes [k, k], in each of these."""
+    count, (*_, k, _) = jax.process_count(), total.shape
+    gathered = [
+        parallel.gather(np.asarray(total[:, rows]).sum(axis=0)[None], count).sum(axis=0)
+        for rows in chunks_of(k, GATHERED_ROWS)
+    ]
+    return np.concatenate(gathered)
+
+
+def _check_size(shape: tuple[int, ...], store: epath.PathLike | None) -> None:
+    """Raises a MemoryError or an OSError if the matrices do not fit this host."""
+    one, whole = 4 * math.prod(shape[-2:]), 4 * math.prod(shape)
+    what = f"Gauss-Newton matrices of {' x '.join(map(str, shape))} numbers"
+    if store is None:
+        host.check_fits(what, whole + 2 * one, 0, None)
+    else:
+        host.check_fits(what, 3 * one, whole, files.check_folder("store", store))
+
+
+def _path(folder: epath.Path, pair: int) -> epath.Path:
+    return folder / f"{pair}.npz"
+
+
+def _is_kept(folder: epath.Path | None, pair: int, made_from: str) -> bool:
+    """Returns whether a matrix is there, or raises a ValueError if it is another one."""
+    if folder is None or not parallel.agreed(_path(folder, pair).exists()):
+        return False
+    saved = files.read_npz(_path(folder, pair))
+    if parallel.agreed(str(saved.get("made_from")) == made_from):
+        return True
+    raise ValueError(
+        f"{folder} has Gauss-Newton matrices of another network, task, projection or "
+        "other images; name another store, or delete it."
+    )
+
+
+def _keep(
+    folder: epath.Path | None, kept: dict, pair: int, matrix: np.ndarray, made_from: str
+) -> None:
+    """Keeps a matrix in memory, or on the disk if there is a folder."""
+    if folder is None:
+        kept[pair] = matrix
+        return
+    if parallel.is_main_process():
+        files.write_npz(_path(folder, pair), matrix=matrix, made_from=made_from)
+    parallel.barrier(f"write {_path(folder, pair)}")
+
+
+def _read(folder: epath.Path, pair: int) -> np.ndarray:
+    return files.read_npz(_path(folder, pair))["matrix"]

@@ -1,0 +1,191 @@
+"""Gauss-Newton matrices of the output, and influence by them."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import apply, init
+
+import dtrak_jax as dtrak
+from dtrak_jax.attribution import Damping, Kernels, damping_path, influence
+from dtrak_jax.features import output_curvature as matrices
+
+SKETCH = dtrak.Projection("sketch", 8)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(np.asarray, init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Seven training images and two queries, [4, 4, 1]."""
+    rng = np.random.default_rng(2)
+    return [rng.uniform(-1, 1, (n, 4, 4, 1)).astype(np.float32) for n in (7, 2)]
+
+
+def task_of(measurement="loss", **settings):
+    settings = {"timesteps": (100, 500)} | settings
+    return dtrak.Task(apply, dtrak.linear_schedule(), measurement, **settings)
+
+
+def all_of(made):
+    """H of every pair, float64 [pairs, k, k]."""
+    pairs = made.shape[0] if len(made.shape) == 3 else 1
+    return np.stack([made.matrix(pair) for pair in range(pairs)]).astype(np.float64)
+
+
+def close(actual, expected, tolerance=1e-5):
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def entry(d):
+    """The measurement of one entry of the output."""
+
+    def f(prediction, target, t, schedule):
+        return prediction.reshape(-1)[d]
+
+    f.__name__ = f"entry{d}"
+    return f
+
+
+@pytest.mark.parametrize("kind", ["none", "sketch", "gaussian", "factorized"])
+def test_it_adds_up_the_gradients_of_all_entries_of_the_output(kind, params, both):
+    """sum_n J_n^T (2/D) J_n, in the projection of the features; averaged, their mean."""
+    task, projection = task_of(tuple(map(entry, range(16)))), dtrak.Projection(kind, 8)
+    jacobian = dtrak.featurize(task, params, both[0], projection).values()
+    rows = np.stack([np.asarray(phi, np.float64) for phi in jacobian])
+    expected = 2 / 16 * np.einsum("djnk,djnl->jkl", rows, rows)
+    how = params, both[0], projection
+    # Three cotangents at a time: the last round is filled up.
+    made = dtrak.gauss_newton(task_of("square"), *how, cotangents=0, batch_size=3)
+    close(all_of(made), expected)
+    averaged = task_of(per_timestep=False)
+    made = dtrak.gauss_newton(averaged, *how, cotangents=0)
+    assert made.shape == expected.shape[1:]
+    close(all_of(made), expected.mean(axis=0, keepdims=True))
+
+
+def test_random_cotangents_are_right_in_expectation(params, both):
+    """A hundred times as many err by a tenth. Each image has its own: copies of one image
+    show different directions."""
+    how = task_of(), params, np.repeat(both[0][:1], 7, axis=0), SKETCH
+    exact, near, far = (
+        all_of(dtrak.gauss_newton(*how, cotangents=count)) for count in (0, 200, 2)
+    )
+    errors = [
+        np.linalg.norm(made - exact) / np.linalg.norm(exact) for made in (near, far)
+    ]
+    assert errors[0] < 0.08 and 5 < errors[1] / errors[0] < 20
+    one = all_of(dtrak.gauss_newton(*how, cotangents=1))
+    assert (np.linalg.matrix_rank(one, tol=1e-4 * one.max()) > 3).all()
+
+
+def test_devices_and_batches_change_nothing(params, both, monkeypatch):
+    """Cotangents and independent noise belong to an image's id."""
+    task = task_of(noise="independent")
+
+    def made(batch_size):
+        how = {"cotangents": 3, "batch_size": batch_size}
+        return all_of(dtrak.gauss_newton(task, params, both[0], SKETCH, **how))
+
+    spread, first = made(2), jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: first)
+    close(spread, made(7))
+
+
+def test_a_store_is_continued_and_no_other_is_taken(
+    params, both, tmp_path, monkeypatch
+):
+    how = params, both[0], SKETCH
+    expected = all_of(dtrak.gauss_newton(task_of(), *how))
+    add = matrices._add_pair
+
+    def killed(programs, network, examples, pair, *rest):
+        if pair == 1:
+            raise KeyboardInterrupt
+        return add(programs, network, examples, pair, *rest)
+
+    monkeypatch.setattr(matrices, "_add_pair", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dtrak.gauss_newton(task_of(), *how, store=tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        matrices, "_add_pair", lambda *args: asked.append(args[3]) or add(*args)
+    )
+    made = dtrak.gauss_newton(task_of(), *how, store=tmp_path)
+    assert asked == [1]
+    np.testing.assert_array_equal(all_of(made), expected)
+    for task, changes in ((task_of(seed=1), {}), (task_of(), {"cotangents": 2})):
+        with pytest.raises(ValueError, match="has Gauss-Newton matrices of another"):
+            dtrak.gauss_newton(task, *how, store=tmp_path, **changes)
+
+
+def test_influence_takes_it_in_place_of_the_kernel(params, both, tmp_path):
+    """tau = g^T (H_j + lambda_j I)^-1 phi, added up over pairs; standard errors too."""
+    task = task_of(draws=2)
+    train, query = (dtrak.featurize(task, params, x, SKETCH) for x in both)
+    made = dtrak.gauss_newton(task, params, both[0], SKETCH)
+    phi, g = np.asarray(train, np.float64), np.asarray(query, np.float64)
+    h, identity = all_of(made), np.eye(8)
+
+    def inverse(matrix, damping):
+        return np.linalg.inv(matrix + damping * np.trace(matrix) / 8 * identity)
+
+    def expected(damping):
+        return sum(g[j] @ inverse(h[j], damping) @ phi[j].T for j in range(4))
+
+    scores = dtrak.attribute(train, query, curvature=made)
+    assert (scores.method, scores.damping) == ("gauss-newton", Damping(0.001))
+    close(scores.scores, expected(0.001))
+    assert scores.freedom and (scores.errors > 0).all()
+    kernels = Kernels(train, curvature=made, store=tmp_path)
+    assert repr(kernels) == f"Kernels({train!r}, Gauss-Newton, eigh)"
+    # What is decomposed is kept, and not taken for the kernel of the features.
+    close(influence(Kernels(train, store=tmp_path), query), influence(train, query))
+    close(influence(kernels, query, 0.1), expected(0.1))
+    close(
+        influence(Kernels(train, curvature=made, store=tmp_path), query), expected(0.1)
+    )
+    (path,) = damping_path(kernels, query, [0.01], pooled=True)
+    whole = inverse(h.sum(axis=0), 0.01)
+    close(path, np.einsum("jqk,kl,jnl->qn", g, whole, phi))
+
+
+def test_what_is_refused(params, both):
+    task = task_of()
+    train, query = (dtrak.featurize(task, params, x, SKETCH) for x in both)
+    made = dtrak.gauss_newton(task, params, both[0], SKETCH)
+    kernels = Kernels(train, curvature=made)
+    with pytest.raises(ValueError, match="method is 'trak', which is made from"):
+        dtrak.attribute(train, query, method="trak", curvature=made)
+    with pytest.raises(ValueError, match="which is made from features, and the Gauss"):
+        dtrak.attribute(train, query, method="gauss-newton")
+    with pytest.raises(ValueError, match="do not belong together: ids is"):
+        dtrak.attribute(query, train, curvature=made)
+    with pytest.raises(ValueError, match=r"the curvature \(2, 8, 8\); it must be \(1"):
+        dtrak.attribute(np.ones((1, 7, 8)), np.ones((1, 2, 8)), curvature=made)
+    with pytest.raises(ValueError, match="give the curvature to these"):
+        dtrak.attribute(Kernels(train), query, curvature=made)
+    with pytest.raises(ValueError, match="a Gauss-Newton matrix needs kernels decomp"):
+        dtrak.attribute(train, query, curvature=made, solver="cg")
+    with pytest.raises(TypeError, match="curvature is .*; it must be GaussNewton"):
+        dtrak.attribute(train, query, curvature=np.ones((2, 8, 8)))
+    squares = dtrak.featurize(task_of("square"), params, both[0], SKETCH)
+    others = dtrak.featurize(task_of("square"), params, both[1], SKETCH)
+    with pytest.raises(ValueError, match="needs features of the measurement 'loss'"):
+        dtrak.attribute(squares, others, curvature=made)
+    with pytest.raises(ValueError, match="a removal set takes kernels of the training"):
+        dtrak.removal_set(kernels, query, 2)
+    for call in (
+        lambda: dtrak.predict(kernels, query, np.ones((1, 7), bool)),
+        lambda: dtrak.attribution.coverage(kernels, query),
+    ):
+        with pytest.raises(ValueError, match="coverage takes kernels of the training"):
+            call()
+    with pytest.raises(ValueError, match="cotangents is -1"):
+        dtrak.gauss_newton(task, params, both[0], SKETCH, cotangents=-1)
+    with pytest.raises(ValueError, match=r"must be \[n, H, W, C\]"):
+        apart = np.stack([both[0]] * 2, axis=1)
+        dtrak.gauss_newton(task, params, apart, SKETCH)
