@@ -17,6 +17,7 @@ from dtrak_jax.attribution import (
     embedding_dot,
     empirical_influence,
     gas,
+    gauss_newton_influence,
     gradient_cosine,
     gradient_dot,
     influence,
@@ -39,6 +40,7 @@ from dtrak_jax.attribution.scoring import (
     ONE_MODEL,
     OUTPUTS,
     REPLAY,
+    SEARCH,
     Inputs,
 )
 
@@ -86,7 +88,7 @@ class Method(NamedTuple):
     @property
     def curved(self) -> bool:
         """True if the scores are made from EK-FAC's curvature."""
-        return self.inputs is CURVATURE
+        return self.inputs in (CURVATURE, SEARCH)
 
     @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
@@ -181,6 +183,14 @@ ROWS = (
         "influence of whole gradients of the loss, with the Gauss-Newton matrix by EK-FAC",
         EKFAC,
         CURVATURE,
+        damped=True,
+    ),
+    Method(
+        "gauss-newton",
+        "GGN by CG",
+        gauss_newton_influence,
+        "ekfac with that matrix itself, by conjugate gradients for each query",
+        *("arXiv 2507.14740", SEARCH),
         damped=True,
     ),
     _kernel(

@@ -96,7 +96,8 @@ def made_from(run: "Run", method: str) -> str:
         parts.append(f"{settings.damping} {settings.absolute} {settings.solver}")
         parts += ["share"] * settings.share
     if row.curved:
-        parts += [f"{settings.ekfac_damping}", feature_sets.curvature_path(run).name]
+        parts += [f"{getattr(settings, name)}" for _, name in row.inputs.settings]
+        parts.append(feature_sets.curvature_path(run).name)
     for folder in row.folders(run.config):
         # The names of stores say what they are made from.
         parts += [

@@ -19,11 +19,11 @@ from conftest import DIGITS, digits_command, png, use_simple_network, use_two_de
 
 import dtrak_jax as dtrak
 from dtrak_jax import cli, data, models, parallel, pipeline, planning, training
-from dtrak_jax.attribution import ekfac, linalg
+from dtrak_jax.attribution import ekfac, gauss_newton, linalg, whole
 from dtrak_jax.config import ModelConfig, QueriesConfig
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.evaluation import outputs
-from dtrak_jax.features import gradients, passes
+from dtrak_jax.features import gradients, passes, products
 from dtrak_jax.features.microbatches import Microbatch
 from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.planning import table, work
@@ -336,7 +336,10 @@ MAKERS = (
     (passes, "factors_function"),
     (passes, "eigenvalues_function"),
     (ekfac, "divide_function"),
-    (ekfac, "product_function"),
+    (gauss_newton, "begin_function"),
+    (gauss_newton, "advance_function"),
+    (products, "products_function"),
+    (whole, "product_function"),
     (outputs, "losses_function"),
 )
 """The functions that make compiled ones."""
@@ -353,7 +356,13 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, counted)
     monkeypatch.setattr(pipeline, "measure_distortion", lambda run: None)
     # Two devices train them together.
-    changes = {"ensemble__models": "2", "attribution__methods": "dtrak trak ekfac"}
+    changes = {
+        "ensemble__models": "2",
+        "attribution__methods": "dtrak trak ekfac gauss-newton",
+        "attribution__ggn_iterations": "2",
+        "attribution__ggn_tolerance": "0",
+        "attribution__ggn_images": "7",
+    }
     line = digits_command("run", tmp_path / "run", FLAGS, changes)
     _, config, _ = cli.parse(line)
     expected = collections.defaultdict(collections.Counter)
@@ -363,7 +372,7 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     for stage in ("retrain", "attribute"):
         pipeline.run(stage, config, tmp_path / "run")
     assert {function: function.calls for function in expected} == expected
-    assert len(expected) == 13
+    assert len(expected) == 16
 
 
 def test_processes_share_the_steps_of_all_stages_but_training(monkeypatch):
@@ -414,7 +423,14 @@ def test_work_is_counted_in_passes():
     assert passes["retrain"] == 10 * train / 2 + train + 10 * 25 * 4 * 2
     assert passes["attribute"] == 0
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
-    assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
+    ekfac_passes = work.passes(curved)["attribute"]
+    assert ekfac_passes == 3 * 3 * images + 6 * 3 * 30
+    changes = {"ggn_iterations": "4", "ggn_images": "10"}
+    changes = {f"attribution__{name}": value for name, value in changes.items()}
+    searched = Run(tiny_config(attribution__methods="gauss-newton", **changes), None)
+    # Four iterations for 25 queries, of ten images at three timesteps.
+    searching = 4 * 4 * 25 * 10 * 3
+    assert work.passes(searched)["attribute"] == ekfac_passes + searching
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

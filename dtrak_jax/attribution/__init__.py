@@ -9,6 +9,7 @@ from dtrak_jax.attribution.coverage import Predictions, coverage, predict
 from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.attribution.errors import PairSum
+from dtrak_jax.attribution.gauss_newton import gauss_newton_influence
 from dtrak_jax.attribution.groups import group_scores
 from dtrak_jax.attribution.influence import (
     damping_path,
@@ -66,6 +67,7 @@ __all__ = [
     "ensemble_mean",
     "floor",
     "gas",
+    "gauss_newton_influence",
     "gradient_cosine",
     "gradient_dot",
     "group_floor",

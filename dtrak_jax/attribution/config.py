@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
-from dtrak_jax.checks import at_least, check_choices, distinct, free, positive
+from dtrak_jax.checks import at_least, between, check_choices, distinct, free, positive
 from dtrak_jax.methods import METHODS, MethodName
 
 
@@ -27,9 +27,17 @@ class AttributionConfig:
     iterates for every query, and leaves lds without curves over the damping."""
     cotangents: int = free(1)
     """Random cotangents of each image, timestep and draw that make the curvature of
-    `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
+    `ekfac` and `gauss-newton`; 0 takes one for each entry of the output, which leaves
+    nothing to chance."""
     ekfac_damping: float = free(EKFAC_DAMPING)
-    """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
+    """The damping of `ekfac` and `gauss-newton`, in units of each layer's mean eigenvalue."""
+    ggn_iterations: int = free(20)
+    """The iterations of `gauss-newton` for each query, at most; with 0 it is `ekfac`."""
+    ggn_tolerance: float = free(0.01)
+    """A query of `gauss-newton` is done once its residual is this part of its gradient."""
+    ggn_images: int = free(0)
+    """The training images, spread over all, of whose Gauss-Newton matrix `gauss-newton` is;
+    0 takes all."""
 
     def __post_init__(self):
         if not self.methods:
@@ -48,7 +56,9 @@ class AttributionConfig:
                 f"{self.damping:g}), attribution.absolute off and solver 'eigh'."
             )
         positive("attribution.ekfac_damping", self.ekfac_damping)
-        at_least("attribution.cotangents", self.cotangents, 0)
+        for name in ("cotangents", "ggn_iterations", "ggn_images"):
+            at_least(f"attribution.{name}", getattr(self, name), 0)
+        between("attribution.ggn_tolerance", self.ggn_tolerance, 0, 1)
         for name in self.methods:
             if self.solver == "cg" and METHODS[name].decomposed:
                 raise ValueError(

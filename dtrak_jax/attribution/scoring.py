@@ -36,6 +36,8 @@ class Inputs(NamedTuple):
     """The stages that make them, beyond training images and queries."""
     folders: Callable[["Config"], Sequence[str]] = lambda config: ()
     """Returns the folders in features/ that they are read from; "" is the main one."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """The function's further arguments, and the settings of attribution that they are."""
 
 
 def score(
@@ -119,12 +121,12 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
 
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with the curvature, training images and all queries."""
-    space, train = run.space, run.splits.train
+    space, train, settings = run.space, run.splits.train, method.inputs.settings
+    given = {name: getattr(run.config.attribution, field) for name, field in settings}
     return method.function(
         run.curvature(),
         space.x("train"),
         {name: space.x(name) for name in run.queries},
-        damping=run.config.attribution.ekfac_damping,
         ids=train.ids,
         cond=space.cond("train"),
         query_ids={name: queries.ids for name, queries in run.queries.items()},
@@ -132,6 +134,7 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
         bounds=space.bounds or (-math.inf, math.inf),
         groups=train.groupings,
         batch_size=run.config.features.batch_size,
+        **given,
     )
 
 
@@ -201,7 +204,21 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
-CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
+CURVATURE = Inputs(
+    "the curvature, and images",
+    _curvature,
+    needs=(),
+    settings=(("damping", "ekfac_damping"),),
+)
+SEARCH = CURVATURE._replace(
+    words="the curvature, and images, by iterations",
+    settings=(
+        *CURVATURE.settings,
+        ("iterations", "ggn_iterations"),
+        ("tolerance", "ggn_tolerance"),
+        ("curvature_images", "ggn_images"),
+    ),
+)
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
 )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion
+from dtrak_jax.attribution.gauss_newton import batch_size_of
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.methods import METHODS
@@ -44,10 +45,14 @@ def passes(run: Run) -> dict[str, float]:
     removals *= 1 - removal.removed_of(train) / train
 
     replays = any(METHODS[name].replays for name in config.attribution.methods)
-    curved = any(METHODS[name].curved for name in config.attribution.methods)
+    curved = [name for name in config.attribution.methods if METHODS[name].curved]
     # Two passes over all cotangents make the curvature.
     made = 6 * pairs * run.counts["train"]
     made *= config.attribution.cotangents or math.prod(run.network.shape)
+    # A derivative forward and one back, each two passes, for each query.
+    iterations = config.attribution.ggn_iterations * ("gauss-newton" in curved)
+    batch = batch_size_of(run.counts["train"], config.attribution.ggn_images)
+    searched = iterations * 4 * queries * pairs * batch
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
@@ -63,7 +68,9 @@ def passes(run: Run) -> dict[str, float]:
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # A step back of a replay is about four steps for each query.
         "attribute": replays * training * (2 + 4 * queries)
-        + curved * (made + gradients(pairs, 1)),
+        + bool(curved) * made
+        + len(curved) * gradients(pairs, 1)
+        + searched,
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
         "ablate": sum(
