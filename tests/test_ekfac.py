@@ -206,11 +206,12 @@ def test_influence_of_a_linear_network_is_exact(matrix, both, apart, monkeypatch
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_conjugate_gradients_of_a_linear_network_are_exact(matrix, both, apart):
-    """Of a batch of three images, by a preconditioner that is of all seven."""
+    """Of a batch of three noised images, by a preconditioner that is of all fourteen."""
     task = task_of(linear, per_timestep=apart)
     made = dtrak.ekfac(task, matrix, both[0], cotangents=0)
-    x = np.stack([x for x, _ in noised_inputs(task, both[0][[0, 2, 4]])])
-    x = x.reshape(-1, 16).astype(np.float64)
+    x = np.stack([x for x, _ in noised_inputs(task, both[0])]).astype(np.float64)
+    # Of each image in turn at one timestep.
+    x = x.reshape(2, 7, 16)[[0, 1, 0], [0, 2, 4]]
     lambdas = 0.1 * made.mean_eigenvalues[0] * np.eye(256)
     phi, g = (
         np.asarray(dtrak.featurize(task, matrix, images, EXACT), np.float64)

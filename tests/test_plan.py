@@ -361,7 +361,7 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
         "attribution__methods": "dtrak trak ekfac gauss-newton",
         "attribution__ggn_iterations": "2",
         "attribution__ggn_tolerance": "0",
-        "attribution__ggn_images": "7",
+        "attribution__ggn_images": "31",
     }
     line = digits_command("run", tmp_path / "run", FLAGS, changes)
     _, config, _ = cli.parse(line)
@@ -428,8 +428,8 @@ def test_work_is_counted_in_passes():
     changes = {"ggn_iterations": "4", "ggn_images": "10"}
     changes = {f"attribution__{name}": value for name, value in changes.items()}
     searched = Run(tiny_config(attribution__methods="gauss-newton", **changes), None)
-    # Four iterations for 25 queries, of ten images at three timesteps.
-    searching = 4 * 4 * 25 * 10 * 3
+    # Four iterations for 25 queries, of ten noised images.
+    searching = 4 * 4 * 25 * 10
     assert work.passes(searched)["attribute"] == ekfac_passes + searching
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"

@@ -8,6 +8,7 @@ command continues; digits_gauss_newton.json has what came out. With `--until-now
 of the scores that are there.
 """
 
+import functools
 import json
 import runpy
 import sys
@@ -27,11 +28,12 @@ HERE = Path(__file__).parent
 QUERIES = 24
 """The queries of each set, its first ones."""
 
-IMAGES = 200
-"""The training images of the Gauss-Newton matrix, of 1,000."""
+IMAGES = 1000
+"""The noised images of the Gauss-Newton matrix: each training image at one of five
+timesteps."""
 
-DAMPINGS = (1e-3, 1e-2, 1e-4)
-ITERATIONS = (5, 20)
+SEARCHES = ((1e-3, 5), (1e-2, 5), (1e-3, 20), (1e-2, 20), (1e-4, 20))
+"""Dampings and iterations."""
 
 
 def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
@@ -46,17 +48,15 @@ def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
     arguments = curvature, train, {k: images(run, k) for k in run.queries}
     named = {"query_ids": {k: v.ids[:QUERIES] for k, v in run.queries.items()}}
     wanted: dict[str, Callable] = {"trak": lambda: trak(run)}
-    for damping in DAMPINGS:
+    for damping, iterations in SEARCHES:
         how = named | {"damping": damping}
-        wanted[f"ekfac {damping:g} 0"] = lambda how=how: dtrak.ekfac_influence(
-            *arguments, **how
+        more = how | {"iterations": iterations, "curvature_images": IMAGES}
+        wanted[f"ekfac {damping:g} 0"] = functools.partial(
+            dtrak.ekfac_influence, *arguments, **how
         )
-        for iterations in ITERATIONS:
-            more = how | {"iterations": iterations, "curvature_images": IMAGES}
-            name = f"gauss-newton {damping:g} {iterations}"
-            wanted[name] = lambda more=more: dtrak.gauss_newton_influence(
-                *arguments, **more
-            )
+        wanted[f"gauss-newton {damping:g} {iterations}"] = functools.partial(
+            dtrak.gauss_newton_influence, *arguments, **more
+        )
     scores = {}
     for name, make in wanted.items():
         path = workdir / f"{name.replace(' ', '-')}.npz"

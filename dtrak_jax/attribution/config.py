@@ -36,8 +36,8 @@ class AttributionConfig:
     ggn_tolerance: float = free(0.01)
     """A query of `gauss-newton` is done once its residual is this part of its gradient."""
     ggn_images: int = free(0)
-    """The training images, spread over all, of whose Gauss-Newton matrix `gauss-newton` is;
-    0 takes all."""
+    """The noised images of the Gauss-Newton matrix of `gauss-newton`, spread over training
+    images, and in turn over timesteps and draws; 0 takes all."""
 
     def __post_init__(self):
         if not self.methods:

@@ -37,7 +37,7 @@ from dtrak_jax.features.curvature import Block, Curvature
 from dtrak_jax.features.gradients import EXAMPLES
 from dtrak_jax.features.microbatches import Layout
 from dtrak_jax.features.passes import HIGHEST
-from dtrak_jax.features.products import mean_products, product_program
+from dtrak_jax.features.products import batch_of, mean_products, product_program
 from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.progress import counted, progress
 from dtrak_jax.switches import standard
@@ -96,8 +96,8 @@ def gauss_newton_influence(
       iterations: at most so many.
       tolerance: a query is done once |g - (G + Lambda) u| is at most this part of |g|.
         A warning tells how many queries had all iterations and are not done.
-      curvature_images: of so many training images, spread evenly over all, G is the mean; 0
-        takes all.
+      curvature_images: of so many noised images G is the mean, spread evenly over training
+        images, and in turn over pairs; 0 takes each image at each pair.
       curvature, train, query, ids, cond, query_ids, query_cond, bounds, groups, batch_size:
         those of `ekfac_influence`.
 
@@ -162,15 +162,11 @@ def _solver(
 ) -> Solve:
     """Returns what solves equations by conjugate gradients, and adds each query's |r| / |g|
     to `relative`."""
-    (x, *_, cond), mesh, n = system.train, system.mesh, len(system.train[0])
-    count = batch_size_of(n, images)
-    spread = np.arange(count) * n // count
-    batch = jax.tree.map(lambda column: column[spread], system.train)
+    (x, *_, cond), mesh, task = system.train, system.mesh, system.curvature.task
+    batch = batch_of(images, len(x), len(task.pairs))
     sizes = [block.eigenvalues.size for block in system.blocks]
     layout, program = product_program(
-        system.curvature.task,
-        system.network,
-        *(x, cond, mesh, system.batch_size),
+        *(task, system.network, x, cond, mesh, system.batch_size),
         queries_at_once(sum(sizes), VECTORS),
     )
     block = len(program.arguments[2][0])
@@ -179,13 +175,13 @@ def _solver(
 
     def search(gradients: list[jax.Array]) -> Search:
         found = begin(gradients, *equations)
-        work = max(1, iterations) * count * layout.pairs
+        work = max(1, iterations) * len(batch[0])
         with progress(None, "conjugate gradients", work, "noised image") as bar:
             for _ in range(iterations):
                 if (jax.device_get(found.relative) <= tolerance).all():
                     break
-                how = layout, program, system.network, found.direction, batch
-                product = mean_products(*how, bar.update)
+                how = layout, program, system.network, found.direction
+                product = mean_products(*how, system.train, batch, bar.update)
                 found = advance(found, product, *equations, np.float32(tolerance))
         return found
 
@@ -205,11 +201,7 @@ def _solver(
     return solve
 
 
-def batch_size_of(n: int, images: int) -> int:
-    """Returns of how many out of n training images G is the mean; 0 stands for all."""
-    return min(images or n, n)
-
-
+@standard()
 def search_calls(
     product: tuple[Layout, Program],
     blocks: list[Block],
@@ -220,17 +212,17 @@ def search_calls(
     """Returns the programs of so many blocks of queries, and how often each is called at
     most. Shapes will do for F's blocks.
 
-    `product` is of `product_program`, and images the number of those of G.
+    `product` is of `product_program`, and `images` the number of noised images of G.
     """
     layout, program = product
     mesh, vectors = program.mesh, program.arguments[2]
     equations = blocks, jax.ShapeDtypeStruct((len(blocks),), np.float32)
     begin = Program(begin_function(mesh), (vectors, *equations), mesh)
-    search = jax.eval_shape(begin.function, *begin.arguments)
+    search = begin.function.eval_shape(*begin.arguments)
     tolerance = jax.ShapeDtypeStruct((), np.float32)
     arguments = search, vectors, *equations, tolerance
     advance = Program(advance_function(mesh), arguments, mesh)
-    microbatches = -(-images * layout.pairs // layout.size)
+    microbatches = -(-images // layout.size)
     return [
         (begin, searches),
         (program, searches * iterations * microbatches),

@@ -22,6 +22,7 @@ from dtrak_jax.features.gradients import (
     variables,
 )
 from dtrak_jax.features.microbatches import Layout, microbatches
+from dtrak_jax.features.store import chunks_of
 from dtrak_jax.features.task import Task
 from dtrak_jax.models.tags import Tags
 from dtrak_jax.parallel import P, Program, sharded
@@ -89,29 +90,41 @@ def products_function(task: Task, mesh: jax.sharding.Mesh) -> Callable:
     return sharded(products, mesh, (P(), P(), EXAMPLES, P()), EXAMPLES)
 
 
+def batch_of(count: int, n: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images [count] and the pairs [count, 1] of so many noised images, out of
+    those of n images at all pairs; 0 stands for all.
+
+    They are spread over all images as evenly as can be, and in turn over the pairs.
+    """
+    count = min(count or n * pairs, n * pairs)
+    number = np.arange(count)
+    return number * n // count, number[:, None] % pairs
+
+
 def mean_products(
     layout: Layout,
     program: Program,
     network: tuple,
     vectors: list,
     examples: tuple,
+    batch: tuple[np.ndarray, np.ndarray],
     advance: Callable[[int], object],
 ) -> list[jax.Array]:
-    """Returns G v, parts [S, p_i], of the pairs of all examples, at least one.
+    """Returns G v, parts [S, p_i], G of a batch of these examples, see `batch_of`.
 
     `advance` is told the number of noised images that are done.
     """
-    add = addition_function(program.mesh)
-    total, count = None, layout.pairs * len(examples[0])
-    left = count
-    for (microbatch,) in microbatches(layout, examples):
+    add, total = addition_function(program.mesh), None
+    for cut in chunks_of(len(batch[0]), layout.size):
+        rows, pairs = (column[cut] for column in batch)
+        chosen = jax.tree.map(lambda column, r=rows: column[r], examples)
+        ((microbatch,),) = microbatches(layout, chosen, pairs)
         # What fills up the last microbatch counts as nothing.
-        real = np.arange(layout.size)[:, None] < left
-        microbatch = microbatch._replace(weight=real.astype(np.float32) / count)
-        part = program.function(*network, vectors, microbatch)
+        real = np.arange(layout.size)[:, None] < len(rows)
+        weight = real.astype(np.float32) / len(batch[0])
+        part = program.function(*network, vectors, microbatch._replace(weight=weight))
         # Two microbatches under way keep the devices busy; more would take memory.
         jax.block_until_ready(total)
         total = part if total is None else add(total, part)
-        advance(min(layout.size, left))
-        left -= layout.size
+        advance(len(rows))
     return total

@@ -13,7 +13,7 @@ import numpy as np
 
 from dtrak_jax import diffusion, training
 from dtrak_jax.attribution.ekfac import divide_calls
-from dtrak_jax.attribution.gauss_newton import VECTORS, batch_size_of, search_calls
+from dtrak_jax.attribution.gauss_newton import VECTORS, search_calls
 from dtrak_jax.attribution.kernel import eigh_bytes
 from dtrak_jax.attribution.linalg import gram_program
 from dtrak_jax.attribution.whole import queries_at_once, score_calls, solve_calls
@@ -28,7 +28,7 @@ from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_programs
 from dtrak_jax.features.curvature import block_shapes
 from dtrak_jax.features.passes import Draws, pass_programs
-from dtrak_jax.features.products import product_program
+from dtrak_jax.features.products import batch_of, product_program
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.parallel import Program
@@ -210,7 +210,7 @@ def _curvature(run: Run, topology: Topology) -> list[Planned]:
     product = product_program(task, network, *how, most)
     vectors = len(product[1].arguments[2][0])
     searches = solve_calls(programs.layout, vectors, queries, processes)
-    images = batch_size_of(n, settings.ggn_images)
+    images = len(batch_of(settings.ggn_images, n, len(task.pairs))[0])
     searching = blocks, images, settings.ggn_iterations, searches
     calls = {"ekfac": [divide], "gauss-newton": search_calls(product, *searching)}
     scores = 4 * n * queries

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion
-from dtrak_jax.attribution.gauss_newton import batch_size_of
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
+from dtrak_jax.features.products import batch_of
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.progress import counted
@@ -51,8 +51,8 @@ def passes(run: Run) -> dict[str, float]:
     made *= config.attribution.cotangents or math.prod(run.network.shape)
     # A derivative forward and one back, each two passes, for each query.
     iterations = config.attribution.ggn_iterations * ("gauss-newton" in curved)
-    batch = batch_size_of(run.counts["train"], config.attribution.ggn_images)
-    searched = iterations * 4 * queries * pairs * batch
+    batch, _ = batch_of(config.attribution.ggn_images, run.counts["train"], pairs)
+    searched = iterations * 4 * queries * len(batch)
 
     def gradients(pairs: int, measurements: int) -> int:
         # A forward pass is for all measurements.
