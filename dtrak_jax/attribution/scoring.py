@@ -211,7 +211,6 @@ CURVATURE = Inputs(
     settings=(("damping", "ekfac_damping"),),
 )
 SEARCH = CURVATURE._replace(
-    words="the curvature, and images, by iterations",
     settings=(
         *CURVATURE.settings,
         ("iterations", "ggn_iterations"),
