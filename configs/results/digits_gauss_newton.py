@@ -10,6 +10,7 @@ of the scores that are there.
 
 import functools
 import json
+import re
 import runpy
 import sys
 import time
@@ -25,61 +26,67 @@ from dtrak_jax.evaluation.trust import LDS
 from dtrak_jax.run import Run
 
 HERE = Path(__file__).parent
-QUERIES = 24
-"""The queries of each set, its first ones."""
-
 IMAGES = 1000
 """The noised images of the Gauss-Newton matrix: each training image at one of five
 timesteps."""
 
-SEARCHES = ((1e-3, 5), (1e-2, 5), (1e-3, 20), (1e-2, 20), (1e-4, 20))
-"""Dampings and iterations."""
+SEARCHES = ((1e-3, 5, 24), (1e-3, 20, 8), (1e-2, 5, 24))
+"""Dampings, iterations, and the queries of each set, its first ones; the first search of a
+damping has the most."""
 
 
 def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
     """Computes scores one by one, and writes what they are worth."""
     config = runpy.run_path(str(HERE.parent / "digits_benchmark.py"))["get_config"]()
     run = Run.at(config, run_folder)
-    task = run.task(measurement="loss", per_timestep=False)
-    train = run.splits.train
+    found: dict[tuple, dict[str, np.ndarray]] = {}
+    for key, make in wanted(run, workdir):
+        path = workdir / f"{'-'.join(map(str, key))}.npz"
+        if path.exists() or not until_now:
+            found[key] = kept(path, make)
+    settings = {"images": IMAGES, "cotangents": 1, "timesteps": list(run.task().grid)}
+    result = {"settings": settings, "rows": list(rows(run, found))}
+    path = HERE / "digits_gauss_newton.json"
+    revision = json.loads(path.read_text())["revision"] if path.exists() else ""
+    files.write_json(path, {"revision": revision} | result)
+
+
+def wanted(run: Run, workdir: Path) -> Iterator[tuple[tuple, Callable]]:
+    """Yields (method, damping, iterations, queries) and what makes these scores."""
+    task, train = (
+        run.task(measurement="loss", per_timestep=False),
+        run.splits.train,
+    )
     curvature = dtrak.ekfac(
         *(task, run.params(), train), store=workdir / "curvature.npz"
     )
-    arguments = curvature, train, {k: images(run, k) for k in run.queries}
-    named = {"query_ids": {k: v.ids[:QUERIES] for k, v in run.queries.items()}}
-    wanted: dict[str, Callable] = {"trak": lambda: trak(run)}
-    for damping, iterations in SEARCHES:
-        how = named | {"damping": damping}
-        more = how | {"iterations": iterations, "curvature_images": IMAGES}
-        wanted[f"ekfac {damping:g} 0"] = functools.partial(
-            dtrak.ekfac_influence, *arguments, **how
+    most, seen = max(count for *_, count in SEARCHES), set()
+    yield ("trak", 0.1, 0, most), functools.partial(trak, run, most)
+    for damping, iterations, count in SEARCHES:
+        sets = {k: v.images[:count] for k, v in run.queries.items()}
+        ids = {k: v.ids[:count] for k, v in run.queries.items()}
+        how = {"damping": damping, "query_ids": ids}
+        by_ekfac = functools.partial(dtrak.ekfac_influence, curvature, train, sets)
+        if damping not in seen:
+            yield ("ekfac", damping, 0, count), functools.partial(by_ekfac, **how)
+        seen.add(damping)
+        searched = functools.partial(
+            dtrak.gauss_newton_influence, *(curvature, train, sets)
         )
-        wanted[f"gauss-newton {damping:g} {iterations}"] = functools.partial(
-            dtrak.gauss_newton_influence, *arguments, **more
-        )
-    scores = {}
-    for name, make in wanted.items():
-        path = workdir / f"{name.replace(' ', '-')}.npz"
-        if until_now and not path.exists():
-            continue
-        scores[name] = kept(path, make)
-        write(run, scores)
+        how |= {"iterations": iterations, "curvature_images": IMAGES}
+        key = "gauss-newton", damping, iterations, count
+        yield key, functools.partial(searched, **how)
 
 
-def images(run: Run, queries: str) -> np.ndarray:
-    """Returns the images of the first queries of a set."""
-    return run.queries[queries].images[:QUERIES]
-
-
-def trak(run: Run) -> dict[str, dtrak.Scores]:
+def trak(run: Run, count: int) -> dict[str, dtrak.Scores]:
     """Returns TRAK's scores of the same gradients, kept apart, by the default damping."""
     how = run.task(measurement="loss"), run.params()
     train = dtrak.featurize(*how, run.splits.train, run.projection)
     query = {
         name: dtrak.featurize(
-            *how, images(run, name), run.projection, ids=examples.ids[:QUERIES]
+            *how, own.images[:count], run.projection, ids=own.ids[:count]
         )
-        for name, examples in run.queries.items()
+        for name, own in run.queries.items()
     }
     return dtrak.attribute(train, query, method="trak")
 
@@ -97,43 +104,36 @@ def kept(path: Path, make: Callable[[], dict]) -> dict[str, np.ndarray]:
     return files.read_npz(path)
 
 
-def write(run: Run, scores: dict[str, dict[str, np.ndarray]]) -> None:
-    """Writes digits_gauss_newton.json."""
-    settings = {"queries": QUERIES, "images": IMAGES, "cotangents": 1}
-    settings["timesteps"] = list(run.task().grid)
-    result = {"settings": settings, "rows": list(rows(run, scores))}
-    path = HERE / "digits_gauss_newton.json"
-    revision = json.loads(path.read_text())["revision"] if path.exists() else ""
-    files.write_json(path, {"revision": revision} | result)
-
-
-def rows(run: Run, scores: dict[str, dict[str, np.ndarray]]) -> Iterator[dict]:
-    """Yields the LDS of each method's scores, and how much it is more than that of TRAK and
-    of EK-FAC with the same damping."""
+def rows(run: Run, found: dict[tuple, dict[str, np.ndarray]]) -> Iterator[dict]:
+    """Yields the LDS of each method's scores, and how much more it is than that of TRAK and
+    of EK-FAC with the same damping, on the same queries."""
     saved = np.load(HERE / "digits_outputs.npz")
-    for queries, examples in run.queries.items():
-        own = np.flatnonzero(saved["query_set"] == queries)[:QUERIES]
-        ids = saved["query_ids"][own]
-        if list(ids) != list(examples.ids[:QUERIES]):
-            raise ValueError(
-                f"{queries}: the losses are of other queries than the run's."
+    for (method, damping, iterations, count), made in found.items():
+        row = {"method": method, "damping": damping, "iterations": iterations}
+        row["processor_seconds"] = float(made["seconds"])
+        # A warning has the median of what is left of the queries' equations.
+        if left := re.search(r"median of all is (\d\S*)\.", str(made["said"])):
+            row["residual"] = float(left[1])
+        others = {"ekfac": ("ekfac", damping, 0), "trak": ("trak", 0.1, 0)}
+        for name, examples in run.queries.items():
+            of_set = np.flatnonzero(saved["query_set"] == name)[:count]
+            ids = saved["query_ids"][of_set]
+            if list(ids) != list(examples.ids[:count]):
+                raise ValueError(
+                    f"{name}: the losses are of other queries than the run's."
+                )
+            truth = dtrak.RetrainedLosses(
+                saved["outputs"][:, :, of_set], saved["masks"], ids, saved["train_ids"]
             )
-        truth = dtrak.RetrainedLosses(
-            saved["outputs"][:, :, own], saved["masks"], ids, saved["train_ids"]
-        )
-        found = {name: dtrak.lds(made[queries], truth) for name, made in scores.items()}
-        for name, lds in found.items():
-            method, damping, iterations = (name.split() + [None, None])[:3]
-            row = {"queries": queries, "method": method}
-            if damping:
-                row |= {"damping": float(damping), "iterations": int(iterations)}
-            row |= {"lds": lds.value, "low": lds.low, "high": lds.high}
-            row["processor_seconds"] = float(scores[name]["seconds"])
-            row["said"] = str(scores[name]["said"])
-            for other in ("trak", f"ekfac {damping} 0"):
-                if other in found and other != name:
-                    row[f"less {other.split()[0]}"] = less(lds, found[other])
-            yield row
+            lds = dtrak.lds(made[name], truth)
+            scored = {"queries": name, "count": count, "lds": lds.value}
+            scored |= {"low": lds.low, "high": lds.high}
+            for other, key in others.items():
+                same = [s for k, s in found.items() if k[:3] == key and k[3] >= count]
+                if same and other != method:
+                    theirs = dtrak.lds(same[0][name][:count], truth)
+                    scored[f"less_{other}"] = less(lds, theirs)
+            yield row | scored
 
 
 def less(ours: LDS, theirs: LDS) -> dict[str, float]:

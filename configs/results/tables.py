@@ -418,6 +418,30 @@ def ekfac() -> Lines:
     return lines
 
 
+def gauss_newton() -> Lines:
+    """The LDS on digits of conjugate gradients on the Gauss-Newton matrix, beside EK-FAC and
+    TRAK on the same queries."""
+    result, lines = read("digits_gauss_newton"), []
+    for row in result["rows"]:
+        less = (row.get(f"less {other}") for other in ("ekfac", "trak"))
+        named = (
+            row["queries"],
+            row["method"],
+            f"{row.get('damping', 0.1):g}".lstrip("0"),
+        )
+        lines.append(
+            [
+                *named,
+                str(row.get("iterations", "")),
+                number(row["residual"]) if "residual" in row else "",
+                interval(row),
+                *(interval(one, "value") if one else "" for one in less),
+            ]
+        )
+    heads = ["images", "method", "λ", "iterations", "residual", "LDS"]
+    return [[*heads, "less ekfac", "less trak"], *lines]
+
+
 def sets(result: str) -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
     rows, lines = read(result)["summary"], [["removed", *MEASURED.values()]]
@@ -490,6 +514,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "coverage": coverage,
     "damping rules": damping_rules,
     "ekfac": ekfac,
+    "gauss-newton": gauss_newton,
     "covering removals": covering_removals,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),

@@ -106,10 +106,7 @@ def whole_influence(
     columns = check_columns(groups, len(train_ids))
     total = PairSum(curvature.task.draws if curvature.task.per_timestep else 1, columns)
     joined = jax.tree.map(lambda *sets: np.concatenate(sets), *(e for *_, e in many))
-    mesh, size = (
-        example_mesh(jax.local_devices(), 1),
-        at_least("batch_size", batch_size, 1),
-    )
+    mesh = example_mesh(jax.local_devices(), 1)
     system = System(
         curvature,
         mesh,
@@ -117,7 +114,7 @@ def whole_influence(
         parallel.put(list(curvature.blocks.values()), mesh),
         lambdas.astype(np.float32),
         train,
-        size,
+        at_least("batch_size", batch_size, 1),
     )
     for tau in _pairs(method, system, solver(system), joined):
         total.add(tau)
