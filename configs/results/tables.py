@@ -421,25 +421,18 @@ def ekfac() -> Lines:
 def gauss_newton() -> Lines:
     """The LDS on digits of conjugate gradients on the Gauss-Newton matrix, beside EK-FAC and
     TRAK on the same queries."""
-    result, lines = read("digits_gauss_newton"), []
-    for row in result["rows"]:
-        less = (row.get(f"less {other}") for other in ("ekfac", "trak"))
-        named = (
-            row["queries"],
-            row["method"],
-            f"{row.get('damping', 0.1):g}".lstrip("0"),
-        )
-        lines.append(
-            [
-                *named,
-                str(row.get("iterations", "")),
-                number(row["residual"]) if "residual" in row else "",
-                interval(row),
-                *(interval(one, "value") if one else "" for one in less),
-            ]
-        )
-    heads = ["images", "method", "λ", "iterations", "residual", "LDS"]
-    return [[*heads, "less ekfac", "less trak"], *lines]
+    heads = ["images", "queries", "method", "λ", "iterations", "residual", "seconds"]
+    lines = [[*heads, "LDS", "less ekfac", "less trak"]]
+    rows = read("digits_gauss_newton")["rows"]
+    for row in sorted(rows, key=lambda row: SETS.index(row["queries"])):
+        named = row["queries"], str(row["count"]), row["method"]
+        how = number(row["damping"]), str(row["iterations"] or "")
+        residual = number(row["residual"]) if "residual" in row else ""
+        less = (row.get(f"less_{other}") for other in ("ekfac", "trak"))
+        cells = [interval(one, "value") if one else "" for one in less]
+        taken = residual, f"{row['processor_seconds']:.0f}", interval(row)
+        lines.append([*named, *how, *taken, *cells])
+    return lines
 
 
 def sets(result: str) -> Lines:
