@@ -17,7 +17,7 @@ from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import curvature as curvatures
 from dtrak_jax.features.featurize import example_mesh
 from dtrak_jax.features.measurements import loss
-from dtrak_jax.features.products import product_program
+from dtrak_jax.features.products import batch_of, product_program
 
 EXACT = dtrak.Projection("none")
 
@@ -274,6 +274,16 @@ def test_conjugate_gradients_come_nearer_at_every_step(net, both, monkeypatch):
     assert (np.diff(errors, axis=0) <= 1e-6 * errors[0]).all()
     assert (errors[-1] < 1e-8 * errors[0]).all()
     assert (errors[3] < 0.5 * errors[0]).all()
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 10, 14])
+def test_noised_images_are_spread_over_images_and_pairs(count):
+    rows, pairs = batch_of(count, 7, 2)
+    assert len({*zip(rows, pairs[:, 0])}) == count
+    for numbers, size in ((rows, 7), (pairs[:, 0], 2)):
+        each = np.bincount(numbers, minlength=size)
+        assert each.max() - each.min() <= 1
+    np.testing.assert_array_equal(batch_of(0, 7, 2)[0], batch_of(99, 7, 2)[0])
 
 
 def test_products_have_no_groups_but_those_of_the_network(net, both):

@@ -8,6 +8,7 @@ command continues; digits_gauss_newton.json has what came out. With `--until-now
 of the scores that are there.
 """
 
+import collections
 import functools
 import json
 import re
@@ -30,20 +31,29 @@ IMAGES = 1000
 """The noised images of the Gauss-Newton matrix: each training image at one of five
 timesteps."""
 
-SEARCHES = ((1e-3, 5, 24), (1e-3, 20, 8), (1e-2, 5, 24))
-"""Dampings, iterations, and the queries of each set, its first ones; the first search of a
-damping has the most."""
+QUERIES, PART = 24, 8
+"""The queries of each set, its first ones, and as many as are scored at a time."""
+
+SEARCHES = ((1e-3, 5), (1e-3, 20), (1e-2, 5))
+"""Dampings and iterations."""
+
+Found = dict[tuple[str, float, int], list[dict[str, np.ndarray]]]
+"""{(method, damping, iterations): scores of each part of the queries}."""
 
 
 def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
-    """Computes scores one by one, and writes what they are worth."""
+    """Computes scores part by part, and writes what they are worth."""
     config = runpy.run_path(str(HERE.parent / "digits_benchmark.py"))["get_config"]()
-    run = Run.at(config, run_folder)
-    found: dict[tuple, dict[str, np.ndarray]] = {}
-    for key, make in wanted(run, workdir):
-        path = workdir / f"{'-'.join(map(str, key))}.npz"
+    run, found = Run.at(config, run_folder), collections.defaultdict(list)
+    task = run.task(measurement="loss", per_timestep=False)
+    curvature = dtrak.ekfac(
+        *(task, run.params(), run.splits.train), store=workdir / "curvature.npz"
+    )
+    for key, start in wanted():
+        path = workdir / f"{'-'.join(map(str, key))}-{start}.npz"
         if path.exists() or not until_now:
-            found[key] = kept(path, make)
+            make = functools.partial(scores, run, curvature, *key, start)
+            found[key].append(kept(path, make))
     settings = {"images": IMAGES, "cotangents": 1, "timesteps": list(run.task().grid)}
     result = {"settings": settings, "rows": list(rows(run, found))}
     path = HERE / "digits_gauss_newton.json"
@@ -51,42 +61,43 @@ def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
     files.write_json(path, {"revision": revision} | result)
 
 
-def wanted(run: Run, workdir: Path) -> Iterator[tuple[tuple, Callable]]:
-    """Yields (method, damping, iterations, queries) and what makes these scores."""
-    task, train = (
-        run.task(measurement="loss", per_timestep=False),
-        run.splits.train,
-    )
-    curvature = dtrak.ekfac(
-        *(task, run.params(), train), store=workdir / "curvature.npz"
-    )
-    most, seen = max(count for *_, count in SEARCHES), set()
-    yield ("trak", 0.1, 0, most), functools.partial(trak, run, most)
-    for damping, iterations, count in SEARCHES:
-        sets = {k: v.images[:count] for k, v in run.queries.items()}
-        ids = {k: v.ids[:count] for k, v in run.queries.items()}
-        how = {"damping": damping, "query_ids": ids}
-        by_ekfac = functools.partial(dtrak.ekfac_influence, curvature, train, sets)
-        if damping not in seen:
-            yield ("ekfac", damping, 0, count), functools.partial(by_ekfac, **how)
-        seen.add(damping)
-        searched = functools.partial(
-            dtrak.gauss_newton_influence, *(curvature, train, sets)
-        )
-        how |= {"iterations": iterations, "curvature_images": IMAGES}
-        key = "gauss-newton", damping, iterations, count
-        yield key, functools.partial(searched, **how)
+def wanted() -> Iterator[tuple[tuple, int]]:
+    """Yields (method, damping, iterations) and the first query of a part."""
+    by_ekfac = dict.fromkeys(("ekfac", damping, 0) for damping, _ in SEARCHES)
+    searches = (("gauss-newton", *search) for search in SEARCHES)
+    for key in (("trak", 0.1, 0), *by_ekfac, *searches):
+        yield from ((key, start) for start in range(0, QUERIES, PART))
 
 
-def trak(run: Run, count: int) -> dict[str, dtrak.Scores]:
+def scores(
+    run: Run,
+    curvature: dtrak.features.Curvature,
+    method: str,
+    damping: float,
+    iterations: int,
+    start: int,
+) -> dict[str, dtrak.Scores]:
+    """Returns the scores of a part of each set of queries."""
+    rows = slice(start, start + PART)
+    images = {k: v.images[rows] for k, v in run.queries.items()}
+    ids = {k: v.ids[rows] for k, v in run.queries.items()}
+    if method == "trak":
+        return trak(run, images, ids)
+    arguments = curvature, run.splits.train, images
+    how = {"damping": damping, "query_ids": ids}
+    if method == "ekfac":
+        return dtrak.ekfac_influence(*arguments, **how)
+    how |= {"iterations": iterations, "curvature_images": IMAGES}
+    return dtrak.gauss_newton_influence(*arguments, **how)
+
+
+def trak(run: Run, images: dict, ids: dict) -> dict[str, dtrak.Scores]:
     """Returns TRAK's scores of the same gradients, kept apart, by the default damping."""
     how = run.task(measurement="loss"), run.params()
     train = dtrak.featurize(*how, run.splits.train, run.projection)
     query = {
-        name: dtrak.featurize(
-            *how, own.images[:count], run.projection, ids=own.ids[:count]
-        )
-        for name, own in run.queries.items()
+        name: dtrak.featurize(*how, images[name], run.projection, ids=ids[name])
+        for name in images
     }
     return dtrak.attribute(train, query, method="trak")
 
@@ -104,35 +115,44 @@ def kept(path: Path, make: Callable[[], dict]) -> dict[str, np.ndarray]:
     return files.read_npz(path)
 
 
-def rows(run: Run, found: dict[tuple, dict[str, np.ndarray]]) -> Iterator[dict]:
+def rows(run: Run, found: Found) -> Iterator[dict]:
     """Yields the LDS of each method's scores, and how much more it is than that of TRAK and
     of EK-FAC with the same damping, on the same queries."""
     saved = np.load(HERE / "digits_outputs.npz")
-    for (method, damping, iterations, count), made in found.items():
+    for (method, damping, iterations), parts in found.items():
         row = {"method": method, "damping": damping, "iterations": iterations}
-        row["processor_seconds"] = float(made["seconds"])
+        row["count"] = PART * len(parts)
+        row["processor_seconds"] = sum(float(part["seconds"]) for part in parts)
         # A warning has the median of what is left of the queries' equations.
-        if left := re.search(r"median of all is (\d\S*)\.", str(made["said"])):
-            row["residual"] = float(left[1])
+        said = " ".join(str(part["said"]) for part in parts)
+        if left := re.findall(r"median of all is (\d\S*)\.", said):
+            row["residual"] = float(np.median(np.array(left, float)))
         others = {"ekfac": ("ekfac", damping, 0), "trak": ("trak", 0.1, 0)}
         for name, examples in run.queries.items():
-            of_set = np.flatnonzero(saved["query_set"] == name)[:count]
+            of_set = np.flatnonzero(saved["query_set"] == name)[: row["count"]]
             ids = saved["query_ids"][of_set]
-            if list(ids) != list(examples.ids[:count]):
+            if list(ids) != list(examples.ids[: row["count"]]):
                 raise ValueError(
                     f"{name}: the losses are of other queries than the run's."
                 )
             truth = dtrak.RetrainedLosses(
                 saved["outputs"][:, :, of_set], saved["masks"], ids, saved["train_ids"]
             )
-            lds = dtrak.lds(made[name], truth)
-            scored = {"queries": name, "count": count, "lds": lds.value}
-            scored |= {"low": lds.low, "high": lds.high}
+
+            def lds(parts: list, name=name, truth=truth) -> LDS:
+                whole = np.concatenate([part[name] for part in parts])
+                return dtrak.lds(whole[: len(truth.query_ids)], truth)
+
+            own = lds(parts)
+            scored = {
+                "queries": name,
+                "lds": own.value,
+                "low": own.low,
+                "high": own.high,
+            }
             for other, key in others.items():
-                same = [s for k, s in found.items() if k[:3] == key and k[3] >= count]
-                if same and other != method:
-                    theirs = dtrak.lds(same[0][name][:count], truth)
-                    scored[f"less_{other}"] = less(lds, theirs)
+                if other != method and len(found.get(key, ())) >= len(parts):
+                    scored[f"less_{other}"] = less(own, lds(found[key]))
             yield row | scored
 
 
