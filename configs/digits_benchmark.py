@@ -1,4 +1,4 @@
-"""Every method on digits, but for `ekfac`: how far its scores can be trusted.
+"""Every method on digits, but for `ekfac` and `gauss-newton-cg`: how far its scores can be trusted.
 
     dtrak-jax lds configs/digits_benchmark.py --workdir runs/benchmark
     dtrak-jax ablate configs/digits_benchmark.py --workdir runs/benchmark

@@ -19,6 +19,7 @@ from dtrak_jax.attribution import (
     embedding_dot,
     empirical_influence,
     gas,
+    gauss_newton_influence,
     gradient_cosine,
     gradient_dot,
     influence,
@@ -45,6 +46,7 @@ from dtrak_jax.attribution.scoring import (
     ONE_MODEL,
     OUTPUTS,
     REPLAY,
+    SEARCH,
     Inputs,
 )
 
@@ -92,7 +94,7 @@ class Method(NamedTuple):
     @property
     def curved(self) -> bool:
         """True if the scores are made from EK-FAC's curvature."""
-        return self.inputs is CURVATURE
+        return self.inputs in (CURVATURE, SEARCH)
 
     @property
     def of_output(self) -> bool:
@@ -209,6 +211,14 @@ ROWS = (
         "loss",
         damping=Damping(GAUSS_NEWTON_DAMPING),
         decomposed=True,
+    ),
+    Method(
+        "gauss-newton-cg",
+        "GGN by CG",
+        gauss_newton_influence,
+        "ekfac with that matrix itself, by conjugate gradients for each query",
+        *("arXiv 2507.14740", SEARCH),
+        damping=Damping(EKFAC_DAMPING),
     ),
     _kernel(
         "journey-trak",

@@ -100,6 +100,7 @@ def made_from(run: "Run", method: str) -> str:
         parts += ["share"] * damping.share
     if row.curved:
         parts += [f"{damping.value}", feature_sets.curvature_path(run).name]
+        parts += [f"{getattr(settings, name)}" for _, name in row.inputs.settings]
     if row.of_output:
         parts.append(feature_sets.gauss_newton_path(run).name)
     for folder in row.folders(run.config):

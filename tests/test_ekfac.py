@@ -1,6 +1,7 @@
 """EK-FAC against curvlinops and the dense Gauss-Newton matrix, and influence by it."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -11,11 +12,12 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
-from dtrak_jax.attribution import Damping
-from dtrak_jax.attribution import ekfac as scoring
+from dtrak_jax.attribution import Damping, whole
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import curvature as curvatures
+from dtrak_jax.features.featurize import example_mesh
 from dtrak_jax.features.measurements import loss
+from dtrak_jax.features.products import batch_of, product_program
 
 EXACT = dtrak.Projection("none")
 
@@ -183,23 +185,122 @@ def test_influence_of_a_linear_network_is_exact(matrix, both, apart, monkeypatch
     made = dtrak.ekfac(task, matrix, train, cotangents=0, batch_size=3)
     x = np.stack([x_t.reshape(-1) for x_t, _ in noised_inputs(task, train)])
     a = (x.T @ x / len(x)).astype(np.float64)
-    whole = np.kron(a, np.eye(16) * 2 / 16)
-    close(dense(made.blocks[""]), whole)
+    matrix_of_all = np.kron(a, np.eye(16) * 2 / 16)
+    close(dense(made.blocks[""]), matrix_of_all)
     phi, g = (
         np.asarray(dtrak.featurize(task, matrix, images, EXACT), np.float64)
         for images in both
     )
     phi, g = (array if apart else array[None] for array in (phi, g))
-    value = 0.3 * np.trace(whole) / 256
-    inverse = np.linalg.inv(whole + value * np.eye(256))
+    value = 0.3 * np.trace(matrix_of_all) / 256
+    inverse = np.linalg.inv(matrix_of_all + value * np.eye(256))
     expected = np.einsum("jqp,pr,jnr->qn", g, inverse, phi)
     scores = dtrak.ekfac_influence(made, train, query, damping=0.3, batch_size=2)
     close(scores.scores, expected)
     np.testing.assert_allclose(scores.lambdas, [value], rtol=1e-5)
     assert (scores.method, scores.damping) == ("ekfac", Damping(0.3))
-    monkeypatch.setattr(scoring, "QUERY_BYTES", 2 * 4 * 256)
+    monkeypatch.setattr(whole, "QUERY_BYTES", 2 * 4 * 256)
     absolute = dtrak.absolute(value)
     close(dtrak.ekfac_influence(made, train, query, damping=absolute).scores, expected)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_conjugate_gradients_of_a_linear_network_are_exact(matrix, both, apart):
+    """Of a batch of three noised images, by a preconditioner that is of all fourteen; kept
+    apart each pair has a matrix of its own."""
+    task = task_of(linear, per_timestep=apart)
+    made = dtrak.ekfac(task, matrix, both[0], cotangents=0)
+    x = np.stack([x for x, _ in noised_inputs(task, both[0])]).astype(np.float64)
+    # Of each image in turn at one timestep; or of all at each.
+    pairs = np.array([[0, 0, 0], [1, 1, 1]] if apart else [[0, 1, 0]])
+    x = x.reshape(2, 7, 16)[pairs, [0, 2, 4]]
+    lambdas = 0.1 * made.mean_eigenvalues[0] * np.eye(256)
+    phi, g = (
+        np.asarray(dtrak.featurize(task, matrix, images, EXACT), np.float64)
+        for images in both
+    )
+    phi, g = (array.reshape(-1, *array.shape[-2:]) for array in (phi, g))
+    whole = np.stack([np.kron(rows.T @ rows / 3, np.eye(16) * 2 / 16) for rows in x])
+    expected = np.einsum("jqp,jpr,jnr->qn", g, np.linalg.inv(whole + lambdas), phi)
+    how = {"damping": 0.1, "curvature_images": 3, "tolerance": 1e-6, "batch_size": 5}
+    scores = dtrak.gauss_newton_influence(made, *both, iterations=60, **how)
+    close(scores.scores, expected)
+    assert (scores.method, scores.damping) == ("gauss-newton-cg", Damping(0.1))
+    far = dtrak.ekfac_influence(made, *both, damping=0.1).scores
+    assert np.abs(far - expected).max() > 0.1 * np.abs(expected).max()
+    with pytest.warns(UserWarning, match=r"after 1 iteration, where [36] of [36] res"):
+        dtrak.gauss_newton_influence(made, *both, iterations=1, **how)
+
+
+@pytest.mark.filterwarnings("ignore:conjugate gradients stopped")
+def test_conjugate_gradients_come_nearer_at_every_step(net, both, monkeypatch):
+    """In the norm of G + Lambda, G float64 of a network with layers of every kind, from
+    EK-FAC's solution on, and up to the exact one; devices have other queries."""
+    (apply, params), (train, query) = net, both
+    task = task_of(apply, per_timestep=False)
+    made = dtrak.ekfac(task, params, train, cotangents=0)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        jacobian = jax.jit(jax.jacrev(apply))
+        parts = [jacobian(wide, *xt, None) for xt in noised_inputs(task, train)]
+    rows = [
+        np.concatenate([np.reshape(j, (16, -1)) for j in jax.tree.leaves(part)], axis=1)
+        for part in parts
+    ]
+    j = np.concatenate(rows)
+    sizes = [block.eigenvalues.size for block in made.blocks.values()]
+    lambdas = np.repeat(0.3 * made.mean_eigenvalues, sizes)
+    kept = np.isfinite(lambdas)
+    matrix = (2 / 16 * j.T @ j / len(parts))[kept][:, kept] + np.diag(lambdas[kept])
+    g = np.asarray(dtrak.featurize(task, params, query, EXACT), np.float64)[:, kept]
+    exact = np.linalg.solve(matrix, g.T).T
+    solutions, make = [], whole.product_function
+
+    def recorded(mesh):
+        def product(gradients, parts):
+            solutions.append(np.concatenate(parts, axis=1))
+            return make(mesh)(gradients, parts)
+
+        return product
+
+    monkeypatch.setattr(whole, "product_function", recorded)
+    errors = []
+    for iterations in (0, 1, 2, 4, 200):
+        how = {"damping": 0.3, "iterations": iterations, "tolerance": 1e-5}
+        tau = dtrak.gauss_newton_influence(made, train, query, **how).scores
+        if not iterations:
+            close(dtrak.ekfac_influence(made, train, query, damping=0.3).scores, tau)
+        assert not solutions[-1][:, ~kept].any()
+        off = solutions[-1][:, kept] - exact
+        errors.append(np.einsum("qp,pr,qr->q", off, matrix, off))
+    assert (np.diff(errors, axis=0) <= 1e-6 * errors[0]).all()
+    assert (errors[-1] < 1e-8 * errors[0]).all()
+    assert (errors[3] < 0.5 * errors[0]).all()
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 10, 14])
+def test_noised_images_are_spread_over_images_and_pairs(count):
+    rows, pairs = batch_of(count, 7, 2)
+    assert len({*zip(rows, pairs[:, 0])}) == count
+    for numbers, size in ((rows, 7), (pairs[:, 0], 2)):
+        each = np.bincount(numbers, minlength=size)
+        assert each.max() - each.min() <= 1
+    np.testing.assert_array_equal(batch_of(0, 7, 2)[0], batch_of(99, 7, 2)[0])
+
+
+def test_products_have_no_groups_but_those_of_the_network(net, both):
+    """Whatever is batched over the vectors stays an ordinary convolution."""
+    (apply, params), mesh = net, example_mesh(jax.local_devices(), 1)
+    task = task_of(apply)
+    how = (params, None), both[0], None, mesh
+    layout, program = product_program(task, *how, 64, 100)
+    vectors = program.arguments[2]
+    assert (layout.size, len(vectors[0])) == (8, 8 * mesh.size)
+    text = str(program.function.trace(*program.arguments).jaxpr)
+    groups = re.findall(r"(?:feature|batch)_group_count=(\d+)", text)
+    assert {*groups} == {"1", "2"}
+    layout, program = product_program(task, *how, 64, 3)
+    assert (layout.size, len(program.arguments[2][0])) == (21, 3 * mesh.size)
 
 
 def test_random_cotangents_are_right_in_expectation(matrix, both):
@@ -226,16 +327,21 @@ def test_devices_and_batches_change_nothing(golden, both, monkeypatch):
         made = dtrak.ekfac(task, params, train, batch_size=batch_size)
         groups = {"half": [*"aabbbbb"]}
         how = {"batch_size": batch_size, "groups": groups}
-        return made, dtrak.ekfac_influence(made, train, query, **how)
+        searched = {"damping": 0.1, "iterations": 3, "tolerance": 0, **how}
+        with pytest.warns(UserWarning, match="12 of 12 residuals are above 0"):
+            near = dtrak.gauss_newton_influence(made, train, query, **searched)
+        return made, dtrak.ekfac_influence(made, train, query, **how), near
 
-    spread, actual = scores(1)
+    spread, actual, near = scores(1)
     first = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: first)
-    alone, expected = scores(3)
+    alone, expected, same = scores(5)
     for path, block in spread.blocks.items():
         close(dense(block), dense(alone.blocks[path]), 1e-4)
     close(actual.scores, expected.scores, 1e-4)
     close(actual.errors, expected.errors, 1e-4)
+    close(near.scores, same.scores, 1e-4)
+    close(near.errors, same.errors, 1e-4)
     assert (expected.errors > 0).all() and expected.freedom
     assert (expected.group("half").errors > 0).all()
 
@@ -289,6 +395,9 @@ def test_what_is_refused(matrix, both):
         dtrak.ekfac_influence(made, *both, damping=0)
     with pytest.raises(ValueError, match="damping is by a share"):
         dtrak.ekfac_influence(made, *both, damping=dtrak.effective(0.1))
+    for name, value in (("iterations", -1), ("curvature_images", -1), ("tolerance", 2)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            dtrak.gauss_newton_influence(made, *both, **{name: value})
     with pytest.raises(ValueError, match="query is {}"):
         dtrak.ekfac_influence(made, both[0], {})
     with pytest.raises(ValueError, match=r"query_ids must be a dict .* \['a'\]"):

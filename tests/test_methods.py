@@ -363,7 +363,7 @@ def expected_scores(run, name, queries):
         return row.function(run.splits.train.images, run.queries[queries].images)
     if name.startswith("clip"):
         return row.function(run.clip("train"), run.clip(queries))
-    if name == "ekfac":
+    if row.curved:
         images = run.splits.train.images, run.queries[queries].images
         return row.function(run.curvature(), *images, damping=0.001).scores
     if name == "gauss-newton":

@@ -183,6 +183,19 @@ def test_the_run_directory_is_as_documented(whole):
     assert {"dtrak-jax", "jax", "python"} < versions.keys()
 
 
+def test_scores_are_of_the_settings_of_their_method(simple, whole):
+    def made_from(method, **changes):
+        changes = {f"attribution__{name}": value for name, value in changes.items()}
+        return score_sets.made_from(open_run(command("run", whole, **changes)), method)
+
+    changes = ({"ggn_iterations": "3"}, {"ggn_tolerance": "0.2"}, {"ggn_images": "9"})
+    others = {"ekfac_damping": "0.5"}, {"cotangents": "2"}
+    made = [made_from("gauss-newton-cg", **c) for c in ({}, *changes, *others)]
+    assert len(set(made)) == 6
+    ekfac = [made_from("ekfac", **c) for c in ({}, *changes, *others)]
+    assert len(set(ekfac[:4])) == 1 and len(set(ekfac)) == 3
+
+
 def test_errors_of_groups_are_of_the_groups_of_now(simple, whole, tmp_path):
     """They are made within each draw: another column makes other scores, for which no
     result that is made from scores is made again."""

@@ -19,11 +19,11 @@ from conftest import DIGITS, digits_command, png, use_simple_network, use_two_de
 
 import dtrak_jax as dtrak
 from dtrak_jax import cli, data, models, parallel, pipeline, planning, training
-from dtrak_jax.attribution import ekfac, linalg
+from dtrak_jax.attribution import conjugate, ekfac, linalg, whole
 from dtrak_jax.config import ModelConfig, QueriesConfig
 from dtrak_jax.diffusion import sampling
 from dtrak_jax.evaluation import outputs
-from dtrak_jax.features import gradients, output_programs, passes
+from dtrak_jax.features import gradients, output_programs, passes, products
 from dtrak_jax.features.microbatches import Microbatch
 from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.planning import table, work
@@ -338,7 +338,10 @@ MAKERS = (
     (passes, "factors_function"),
     (passes, "eigenvalues_function"),
     (ekfac, "divide_function"),
-    (ekfac, "product_function"),
+    (conjugate, "begin_function"),
+    (conjugate, "advance_function"),
+    (products, "products_function"),
+    (whole, "product_function"),
     (outputs, "losses_function"),
 )
 """The functions that make compiled ones."""
@@ -357,7 +360,10 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     # Two devices train them together.
     changes = {
         "ensemble__models": "2",
-        "attribution__methods": "dtrak trak ekfac gauss-newton",
+        "attribution__methods": "dtrak trak ekfac gauss-newton gauss-newton-cg",
+        "attribution__ggn_iterations": "2",
+        "attribution__ggn_tolerance": "0",
+        "attribution__ggn_images": "31",
     }
     line = digits_command("run", tmp_path / "run", FLAGS, changes)
     _, config, _ = cli.parse(line)
@@ -368,7 +374,7 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     for stage in ("retrain", "attribute"):
         pipeline.run(stage, config, tmp_path / "run")
     assert {function: function.calls for function in expected} == expected
-    assert len(expected) == 15
+    assert len(expected) == 18
 
 
 def test_processes_share_the_steps_of_all_stages_but_training(monkeypatch):
@@ -421,7 +427,14 @@ def test_work_is_counted_in_passes():
     matrices = Run(tiny_config(attribution__methods="gauss-newton"), None)
     assert work.passes(matrices)["attribute"] == (8 + 2 * 16) * 3 * 30
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
-    assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
+    ekfac_passes = work.passes(curved)["attribute"]
+    assert ekfac_passes == 3 * 3 * images + 6 * 3 * 30
+    changes = {"ggn_iterations": "4", "ggn_images": "10"}
+    changes = {f"attribution__{name}": value for name, value in changes.items()}
+    searched = Run(tiny_config(attribution__methods="gauss-newton-cg", **changes), None)
+    # Four iterations for 25 queries, of ten noised images.
+    searching = 4 * 4 * 25 * 10
+    assert work.passes(searched)["attribute"] == ekfac_passes + searching
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

@@ -440,6 +440,23 @@ def ekfac() -> Lines:
     return lines
 
 
+def gauss_newton_cg() -> Lines:
+    """The LDS on digits of conjugate gradients on the Gauss-Newton matrix, beside EK-FAC and
+    TRAK on the same queries."""
+    heads = ["images", "queries", "method", "λ", "iterations", "residual", "seconds"]
+    lines = [[*heads, "LDS", "less ekfac", "less trak"]]
+    rows = read("digits_gauss_newton_cg")["rows"]
+    for row in sorted(rows, key=lambda row: SETS.index(row["queries"])):
+        named = row["queries"], str(row["count"]), row["method"]
+        how = number(row["damping"]), str(row["iterations"] or "")
+        residual = number(row["residual"]) if "residual" in row else ""
+        less = (row.get(f"less_{other}") for other in ("ekfac", "trak"))
+        cells = [interval(one, "value") if one else "" for one in less]
+        taken = residual, f"{row['processor_seconds']:.0f}", interval(row)
+        lines.append([*named, *how, *taken, *cells])
+    return lines
+
+
 def sets(result: str) -> Lines:
     """What the removal of a set did to generated digits, beside other removals."""
     rows, lines = read(result)["summary"], [["removed", *MEASURED.values()]]
@@ -513,6 +530,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "damping rules": damping_rules,
     "gauss-newton": gauss_newton,
     "ekfac": ekfac,
+    "gauss-newton-cg": gauss_newton_cg,
     "covering removals": covering_removals,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),

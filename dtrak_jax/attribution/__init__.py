@@ -5,6 +5,7 @@ training on example n lowered the loss of query q. `dtrak_jax.methods` has all o
 one table.
 """
 
+from dtrak_jax.attribution.conjugate import gauss_newton_influence
 from dtrak_jax.attribution.coverage import Predictions, coverage, predict
 from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.ekfac import ekfac_influence
@@ -66,6 +67,7 @@ __all__ = [
     "ensemble_mean",
     "floor",
     "gas",
+    "gauss_newton_influence",
     "gradient_cosine",
     "gradient_dot",
     "group_floor",

@@ -18,8 +18,7 @@ class AttributionConfig:
     """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
     """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
-    `share`; `ekfac`, `gauss-newton` and `coverage` have one of
-    their own."""
+    `share`; `ekfac`, `gauss-newton`, `gauss-newton-cg` and `coverage` have one of their own."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     share: bool = free(False)
@@ -30,9 +29,18 @@ class AttributionConfig:
     iterates for every query, and leaves lds without curves over the damping."""
     cotangents: int = free(1)
     """Random cotangents of each image, timestep and draw that make the curvature of
-    `ekfac`; 0 takes one for each entry of the output, which leaves nothing to chance."""
+    `ekfac` and `gauss-newton-cg`; 0 takes one for each entry of the output, which leaves
+    nothing to chance."""
     ekfac_damping: float = free(EKFAC_DAMPING)
-    """The damping of `ekfac`, in units of each layer's mean eigenvalue."""
+    """The damping of `ekfac` and `gauss-newton-cg`, in units of each layer's mean
+    eigenvalue."""
+    ggn_iterations: int = free(20)
+    """The iterations of `gauss-newton-cg` for each query, at most; with 0 it is `ekfac`."""
+    ggn_tolerance: float = free(0.01)
+    """A query of `gauss-newton-cg` is done once its residual is this part of its gradient."""
+    ggn_images: int = free(0)
+    """The noised images of the Gauss-Newton matrix of `gauss-newton-cg`, spread over training
+    images, and in turn over timesteps and draws; 0 takes all."""
     gauss_newton_cotangents: int = free(16)
     """Those that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
     gauss_newton_damping: float = free(GAUSS_NEWTON_DAMPING)
@@ -59,10 +67,11 @@ class AttributionConfig:
             )
         positive("attribution.ekfac_damping", self.ekfac_damping)
         between("attribution.coverage_share", self.coverage_share, 0, 0.99)
-        at_least("attribution.cotangents", self.cotangents, 0)
         positive("attribution.gauss_newton_damping", self.gauss_newton_damping)
-        cotangents = "attribution.gauss_newton_cotangents"
-        at_least(cotangents, self.gauss_newton_cotangents, 0)
+        between("attribution.ggn_tolerance", self.ggn_tolerance, 0, 1)
+        counts = "cotangents", "gauss_newton_cotangents", "ggn_iterations", "ggn_images"
+        for name in counts:
+            at_least(f"attribution.{name}", getattr(self, name), 0)
 
     def damping_of(self, method: Method) -> Damping:
         """Returns the lambda of a method by these settings, if it has one."""

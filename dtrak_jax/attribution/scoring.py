@@ -38,6 +38,8 @@ class Inputs(NamedTuple):
     """Returns the folders in features/ that they are read from; "" is the main one."""
     python: str = ""
     """The way to such scores from Python; "" if it is to call the method's function."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """The function's further arguments, and the settings of attribution that they are."""
 
 
 def score(
@@ -130,7 +132,8 @@ def _output_kernels(run: "Run", method: "Method") -> dict[str, Scores]:
 
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with the curvature, training images and all queries."""
-    space, train = run.space, run.splits.train
+    space, train, settings = run.space, run.splits.train, method.inputs.settings
+    given = {name: getattr(run.config.attribution, field) for name, field in settings}
     return method.function(
         run.curvature(),
         space.x("train"),
@@ -143,6 +146,7 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
         bounds=space.bounds or (-math.inf, math.inf),
         groups=train.groupings,
         batch_size=run.config.features.batch_size,
+        **given,
     )
 
 
@@ -224,6 +228,13 @@ GAUSS_NEWTON = Inputs(
     python="attribute with curvature=dtrak_jax.gauss_newton(...)",
 )
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
+SEARCH = CURVATURE._replace(
+    settings=(
+        ("iterations", "ggn_iterations"),
+        ("tolerance", "ggn_tolerance"),
+        ("curvature_images", "ggn_images"),
+    ),
+)
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders
 )

@@ -22,16 +22,30 @@ def weight_gradients_as_products(function: Callable) -> Callable:
     in the jaxpr, so that any network will do; loops and branches are left as they are.
     """
 
+    return _rewritten(function, as_products=True)
+
+
+def groups_for_vmap(function: Callable) -> Callable:
+    """Returns the function with convolutions in groups that `jax.vmap` can batch.
+
+    It refuses those that JAX's transposes make, since these name a sharding.
+    """
+    return _rewritten(function, as_products=False)
+
+
+def _rewritten(function: Callable, as_products: bool) -> Callable:
+    """Returns the function with some of its convolutions changed."""
+
     def rewritten(*arguments):
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         flat = jax.tree.leaves(arguments)
-        results = _evaluate(traced, flat)
+        results = _evaluate(traced, flat, as_products)
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return rewritten
 
 
-def _evaluate(traced: core.ClosedJaxpr, arguments: list) -> list:
+def _evaluate(traced: core.ClosedJaxpr, arguments: list, as_products: bool) -> list:
     """Returns the results of a traced function for arrays or tracers."""
     jaxpr = traced.jaxpr
     values = dict(zip(jaxpr.constvars, traced.consts, strict=True))
@@ -41,31 +55,38 @@ def _evaluate(traced: core.ClosedJaxpr, arguments: list) -> list:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        results = _apply(equation, [read(atom) for atom in equation.invars])
+        inputs = [read(atom) for atom in equation.invars]
+        results = _apply(equation, inputs, as_products)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(equation: core.JaxprEqn, arguments: list) -> list:
+def _apply(equation: core.JaxprEqn, arguments: list, as_products: bool) -> list:
     """Returns the results of one operation."""
     primitive, params = equation.primitive, equation.params
     if primitive is primitives.jit_p:
-        return _evaluate(params["jaxpr"], arguments)
+        return _evaluate(params["jaxpr"], arguments, as_products)
     if primitive is primitives.conv_general_dilated_p:
-        (result,) = equation.outvars
-        if _is_weight_gradient(arguments[1].shape, result.aval.shape, params):
+        (result,), shape = equation.outvars, arguments[1].shape
+        if as_products and _is_weight_gradient(shape, result.aval.shape, params):
             return [_product(*arguments, result.aval.shape, params)]
+        if not as_products and _groups(params) > 1 and "out_sharding" in params:
+            params = params | {"out_sharding": None}
     results = primitive.bind(*arguments, **primitive.get_bind_params(params))
     return results if primitive.multiple_results else [results]
+
+
+def _groups(params: dict) -> int:
+    """Returns the number of groups of a convolution."""
+    return params["feature_group_count"] * params["batch_group_count"]
 
 
 def _is_weight_gradient(window: tuple, outputs: tuple, params: dict) -> bool:
     """Returns True if there are no more outputs than entries in the window."""
     numbers = params["dimension_numbers"]
-    groups = params["feature_group_count"] * params["batch_group_count"]
     positions = math.prod(outputs[axis] for axis in numbers.out_spec[2:])
     entries = math.prod(window[axis] for axis in numbers.rhs_spec[2:])
-    return groups == 1 and positions <= entries
+    return _groups(params) == 1 and positions <= entries
 
 
 def _product(lhs, rhs, shape: tuple[int, ...], params: dict) -> jax.Array:

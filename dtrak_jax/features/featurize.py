@@ -25,7 +25,7 @@ from dtrak_jax.features.fingerprint import (
 )
 from dtrak_jax.features.gradients import network_inputs, network_params, variables
 from dtrak_jax.features.measurements import check_values
-from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
+from dtrak_jax.features.microbatches import Layout, microbatches
 from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
@@ -186,15 +186,7 @@ def step_programs(
     gradient_function = gradients.gradient_function(task, mesh)
 
     def gradient_program(size: int, copies: int) -> Program:
-        x, _, condition = network_inputs(images, cond, size)
-        microbatch = Microbatch(
-            x=shape((size, 1, *x.shape[1:]), np.float32),
-            words=shape((size, 2), np.uint32),
-            position=shape((size,), np.int32),
-            pair=shape((size, copies), np.int32),
-            weight=shape((size, copies), np.float32),
-            cond=condition,
-        )
+        microbatch = gradients.microbatch_of(images, cond, size, copies)
         return Program(gradient_function, (*network, microbatch), mesh)
 
     step = plain = gradient_program(layout.size, layout.copies)

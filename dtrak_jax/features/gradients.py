@@ -37,6 +37,21 @@ def network_inputs(images, cond, count: int) -> tuple:
     return x, shape((count,), jnp.int32), rows
 
 
+def microbatch_of(images, cond, size: int, copies: int = 1) -> Microbatch:
+    """Returns the shapes of a microbatch of `size` items of these images, of which all
+    copies are made on the devices."""
+    shape = jax.ShapeDtypeStruct
+    x, _, condition = network_inputs(images, cond, size)
+    return Microbatch(
+        x=shape((size, 1, *x.shape[1:]), jnp.float32),
+        words=shape((size, 2), jnp.uint32),
+        position=shape((size,), jnp.int32),
+        pair=shape((size, copies), jnp.int32),
+        weight=shape((size, copies), jnp.float32),
+        cond=condition,
+    )
+
+
 def chosen_leaves(task: Task, params: Params) -> list[int]:
     """Returns the indices of the leaves of floating point that the task's pattern finds."""
     leaves = named_leaves(params)

@@ -106,11 +106,12 @@ class Layout:
 
 
 def microbatches(
-    layout: Layout, examples: tuple, pair: int | None = None
+    layout: Layout, examples: tuple, pair: int | np.ndarray | None = None
 ) -> Iterator[list[Microbatch]]:
     """Cuts a chunk of n examples into rounds of `Layout.parts` microbatches.
 
-    Where pairs are kept apart they are of all pairs, or of the one that is given.
+    Where pairs are kept apart they are of all pairs, or of the one that is given, or of
+    one for each example, [n, 1].
 
     The gradients of a round's microbatches add up to `Layout.size` gradients. The last
     round repeats its last gradient to be as large as the others. Examples are (x, words,

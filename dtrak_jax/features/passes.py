@@ -14,6 +14,7 @@ from dtrak_jax.features.convolutions import weight_gradients_as_products
 from dtrak_jax.features.gradients import (
     EXAMPLES,
     chosen_leaves,
+    microbatch_of,
     network_inputs,
     noised,
     predict_with,
@@ -103,15 +104,7 @@ def pass_programs(
     size = batch_size * mesh.size
     length = sum(leaf.size for leaf in variables(draws.task, params, {}))
     layout = Layout(draws.pairs, True, size, 1, length)
-    x, _, condition = network_inputs(images, cond, size)
-    microbatch = Microbatch(
-        x=shape((size, 1, *x.shape[1:]), np.float32),
-        words=shape((size, 2), np.uint32),
-        position=shape((size,), np.int32),
-        pair=shape((size, 1), np.int32),
-        weight=shape((size, 1), np.float32),
-        cond=condition,
-    )
+    microbatch = microbatch_of(images, cond, size)
     bases = {
         i: tuple(shape((side, side), np.float32) for side in sides)
         for i, sides in draws.sides(params).items()

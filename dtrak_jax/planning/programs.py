@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from dtrak_jax import diffusion, training
-from dtrak_jax.attribution.ekfac import score_calls
+from dtrak_jax.attribution.conjugate import VECTORS, search_calls
+from dtrak_jax.attribution.ekfac import divide_calls
 from dtrak_jax.attribution.kernel import eigh_bytes
 from dtrak_jax.attribution.linalg import gram_program
+from dtrak_jax.attribution.whole import queries_at_once, score_calls, solve_calls
 from dtrak_jax.encoding.encode import (
     chunks,
     decode_function,
@@ -27,6 +29,7 @@ from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_prog
 from dtrak_jax.features.curvature import block_shapes
 from dtrak_jax.features.output_programs import output_programs
 from dtrak_jax.features.passes import Draws, pass_programs
+from dtrak_jax.features.products import batch_of, product_program
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.parallel import Program
@@ -203,23 +206,24 @@ def _gauss_newton(run: Run, topology: Topology) -> list[Planned]:
 
 
 def _curvature(run: Run, topology: Topology) -> list[Planned]:
-    """Returns the two passes of EK-FAC, and the scores of whole gradients by it."""
-    if not any(METHODS[name].curved for name in run.config.attribution.methods):
+    """Returns the two passes of EK-FAC, and the scores of whole gradients by each method
+    that is made from it."""
+    methods = [m for m in run.config.attribution.methods if METHODS[m].curved]
+    if not methods:
         return []
-    settings, given = run.config.features, run.space.shapes
+    settings, given = run.config.attribution, run.space.shapes
     mesh, task = (
         example_mesh(topology.local, 1),
         run.task(measurement="loss", per_timestep=False),
     )
-    network = run.param_shapes, given.frozen
-    cotangents = run.config.attribution.cotangents
-    draws = Draws.of(task, network, given.x, given.cond, cotangents)
-    how = given.x, given.cond, mesh, settings.batch_size
+    network, size = (run.param_shapes, given.frozen), run.config.features.batch_size
+    draws = Draws.of(task, network, given.x, given.cond, settings.cotangents)
+    how = given.x, given.cond, mesh, size
     passes = pass_programs(draws, network, *how)
     n, queries = run.counts["train"], sum(run.query_counts.values())
     share = math.ceil(n / topology.processes)
     calls = math.ceil(share * draws.pairs / passes.layout.size)
-    step = f"{settings.batch_size} noised images on a device"
+    step = f"{size} noised images on a device"
     both = [(passes.factors, calls), (passes.eigenvalues, calls)]
     written = 4 * draws.entries(run.param_shapes)
     planned = [Planned("curvature", step, both, written, written)]
@@ -229,13 +233,24 @@ def _curvature(run: Run, topology: Topology) -> list[Planned]:
         given.x,
         Projection("none"),
         mesh,
-        settings.batch_size,
+        size,
         frozen=given.frozen,
         cond=given.cond,
     )
-    calls = score_calls(programs, block_shapes(draws, run.param_shapes), share, queries)
+    blocks, processes = block_shapes(draws, run.param_shapes), topology.processes
+    scored = score_calls(programs, share, queries, processes)
+    divide = divide_calls(programs, blocks, queries, processes)
+    most = queries_at_once(programs.layout.dim, VECTORS)
+    product = product_program(task, network, *how, most)
+    vectors = len(product[1].arguments[2][0])
+    searches = solve_calls(programs.layout, vectors, queries, processes)
+    images = len(batch_of(settings.ggn_images, n, len(task.pairs))[0])
+    searching = blocks, images, settings.ggn_iterations, searches
+    calls = {"ekfac": [divide], "gauss-newton-cg": search_calls(product, *searching)}
     scores = 4 * n * queries
-    return [*planned, Planned("ekfac", step, calls, scores, scores)]
+    return planned + [
+        Planned(name, step, [*scored, *calls[name]], scores, scores) for name in methods
+    ]
 
 
 def _kernels(run: Run, topology: Topology) -> list[Planned]:

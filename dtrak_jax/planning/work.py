@@ -14,6 +14,7 @@ import numpy as np
 from dtrak_jax import diffusion
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
+from dtrak_jax.features.products import batch_of
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.progress import counted
@@ -45,10 +46,14 @@ def passes(run: Run) -> dict[str, float]:
 
     replays = any(METHODS[name].replays for name in config.attribution.methods)
     of_output = any(METHODS[name].of_output for name in config.attribution.methods)
-    curved = any(METHODS[name].curved for name in config.attribution.methods)
+    curved = [name for name in config.attribution.methods if METHODS[name].curved]
     # Two passes over all cotangents make the curvature.
     made = 6 * pairs * run.counts["train"]
     made *= config.attribution.cotangents or math.prod(run.network.shape)
+    # A derivative forward and one back, each two passes, for each query.
+    iterations = config.attribution.ggn_iterations * ("gauss-newton-cg" in curved)
+    batch, _ = batch_of(config.attribution.ggn_images, run.counts["train"], pairs)
+    searched = iterations * 4 * queries * len(batch)
 
     # Cotangents of an image share a forward pass, as far as they fit a batch.
     cotangents = config.attribution.gauss_newton_cotangents
@@ -70,7 +75,9 @@ def passes(run: Run) -> dict[str, float]:
         "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
         # A step back of a replay is about four steps for each query.
         "attribute": replays * training * (2 + 4 * queries)
-        + curved * (made + gradients(pairs, 1))
+        + bool(curved) * made
+        + len(curved) * gradients(pairs, 1)
+        + searched
         + of_output * matrices,
         # Two controls keep all images.
         "counterfactual": training * (removals + 2),
