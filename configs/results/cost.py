@@ -17,12 +17,14 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import dtrak_jax as dtrak
-from dtrak_jax import files
+from dtrak_jax import files, training
 from dtrak_jax.attribution import GRID, Kernels, damping_path
 from dtrak_jax.evaluation.lds import damping_rows
+from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.run import Run
 
 HERE = Path(__file__).parent
@@ -30,7 +32,7 @@ FILE = HERE / "cost.json"
 TIMESTEPS = (100, 200, 300, 400, 500)
 CHECKPOINTS = ("", "checkpoints/1500", "checkpoints/1000", "checkpoints/500")
 SEEDS = ("", "models/full-0")
-HALVES = tuple(f"models/{subset:04}-0" for subset in range(8))
+HALVES = tuple(f"{subset:04}-0" for subset in range(8))
 WAYS = {
     "one model": [(("",), t, d) for t, d in ((1, 1), (3, 1), (5, 1), (5, 2), (5, 4))],
     "checkpoints": [(CHECKPOINTS[:m], 5, d) for m, d in ((2, 1), (4, 1), (4, 2))],
@@ -73,12 +75,18 @@ def path_of(
     # Single timesteps are the middle ones.
     chosen = {1: TIMESTEPS[2:3], 3: TIMESTEPS[:3], 5: TIMESTEPS}[timesteps]
     task = run.task(measurement="loss", timesteps=chosen, draws=draws)
+    if model in HALVES:
+        where = member_steps(run.config), run.workdir / "ensemble"
+        stack = training.load_members(run.network.init, [model], *where)
+        params = jax.tree.map(lambda leaf: leaf[0], stack)
+    else:
+        params = run.params(model)
     name = f"{model.replace('/', '-') or 'main'}-{timesteps}-{draws}"
     folder = run.workdir / "cost-study" / name
     sets = {"train": run.splits.train, **run.queries}
     features = {
         name: dtrak.featurize(
-            *(task, run.params(model), images.images, run.projection),
+            *(task, params, images.images, run.projection),
             ids=images.ids,
             store=folder / name,
             batch_size=32,
