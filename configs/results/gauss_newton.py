@@ -12,14 +12,14 @@ import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
-from dtrak_jax.attribution import GRID, Damping, Kernels, Predictions, damping_path
+from dtrak_jax.attribution import GRID, Kernels, Predictions, damping_path
 from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
 from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.trust import LDS
@@ -32,6 +32,8 @@ STUDIES = {
     "mnist": {(2048, 1): (1, 8), (4096, 1): (16,)},
 }
 """For columns and draws of noise, the cotangents of each noised image; 0 are all."""
+
+DAMPINGS = (1e-4, GAUSS_NEWTON_DAMPING, 1e-2, 1e-1)
 
 
 def main(data: str, folder: str) -> None:
@@ -87,16 +89,17 @@ def compared(
         for name, images in sets.items()
     }
     train, pairs = features.pop("train"), len(task.pairs)
-    best = [*map(Damping.of, GRID)]
-    own = Kernels(train)
-    baseline = {
-        (kernel, name): best_of(own, query, best, kernel == "pooled", truth[name])
-        for name, query in features.items()
-        for kernel in ("apart", "pooled")
-    }
-    for (kernel, name), (damping, lds) in baseline.items():
-        made = {"cotangents": None, "kernel": kernel, "damping": damping}
-        yield row("trak", name, lds) | made | {"gradients": pairs}
+    own, baseline = Kernels(train), {}
+    for name, query in features.items():
+        for kernel in ("apart", "pooled"):
+            how = own, query, GRID, kernel == "pooled", truth[name]
+            found = predicted(*how)
+            damping = max(found, key=lambda value: found[value][0])
+            baseline[kernel, name] = lds = of(
+                found[damping][1], train, query, truth[name]
+            )
+            made = {"cotangents": None, "kernel": kernel, "damping": damping}
+            yield row("trak", name, lds) | made | {"gradients": pairs}
     for count in counts:
         made = dtrak.gauss_newton(
             *(task, params, sets["train"].images, projection),
@@ -105,31 +108,41 @@ def compared(
             store=folder / f"cotangents-{count}",
             batch_size=64,
         )
-        kernels, default = Kernels(train, curvature=made), Damping(GAUSS_NEWTON_DAMPING)
+        kernels = Kernels(train, curvature=made)
         for name, query in features.items():
-            _, lds = best_of(kernels, query, [default], False, truth[name])
+            found = predicted(kernels, query, DAMPINGS, False, truth[name])
+            values = found[GAUSS_NEWTON_DAMPING][1]
+            lds = of(values, train, query, truth[name])
             cotangents = count or sets["train"].images[0].size
-            found = row("gauss-newton", name, lds)
-            found |= {"cotangents": count, "kernel": "apart", "damping": default.value}
+            described = {"cotangents": count, "kernel": "apart"}
+            described["damping"] = GAUSS_NEWTON_DAMPING
+            described["by_damping"] = {
+                f"{k:g}": value for k, (value, _) in found.items()
+            }
             for kernel in ("apart", "pooled"):
-                _, other = baseline[kernel, name]
-                found[f"less_{kernel}"] = lds.less(other)._asdict()
-            yield found | {"gradients": pairs * (1 + cotangents)}
+                less = lds.less(baseline[kernel, name])
+                described[f"less_{kernel}"] = less._asdict()
+            gradients = {"gradients": pairs * (1 + cotangents)}
+            yield row("gauss-newton", name, lds) | described | gradients
 
 
-def best_of(
-    kernels: Kernels, query, dampings: list[Damping], pooled: bool, truth
-) -> tuple[float, LDS]:
-    """Returns the damping with the highest LDS, which labels choose, and this LDS."""
+def predicted(
+    kernels: Kernels, query, dampings: Sequence[float], pooled: bool, truth
+) -> dict[float, tuple[float, np.ndarray]]:
+    """Returns the LDS, and predictions [subsets, queries], at each damping at which rounding
+    errors do not decide."""
     path = damping_path(kernels, query, dampings, pooled=pooled, subsets=truth.masks)
-    ids = np.array(kernels.train.ids), np.array(query.ids)
-    found = [
-        (datamodeling.lds(values.T, truth), damping.value, values.T)
+    return {
+        damping: (datamodeling.lds(values.T, truth), values.T)
         for damping, values in zip(dampings, path, strict=True)
         if np.isfinite(values).all()
-    ]
-    _, damping, values = max(found, key=lambda one: one[0])
-    return damping, dtrak.lds(Predictions(values, truth.masks, *ids), truth)
+    }
+
+
+def of(values: np.ndarray, train, query, truth) -> LDS:
+    """Returns the LDS of predictions [subsets, queries], with its interval."""
+    ids = np.array(train.ids), np.array(query.ids)
+    return dtrak.lds(Predictions(values, truth.masks, *ids), truth)
 
 
 def row(method: str, queries: str, lds) -> dict:
