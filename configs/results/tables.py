@@ -417,7 +417,7 @@ def damping_rules() -> Lines:
 
 def gauss_newton() -> Lines:
     """The LDS with Gauss-Newton matrices, beside TRAK's of the same features."""
-    heads = ["less TRAK", "less TRAK, pooled"]
+    heads = ["λ a tenth of it", "ten times", "less TRAK", "less TRAK, pooled"]
     lines = [["data", "images", "columns", "kernel", "gradients", "LDS", *heads]]
     for row in read("gauss_newton")["rows"]:
         said = f"TRAK, {row['kernel']}"
@@ -425,8 +425,23 @@ def gauss_newton() -> Lines:
             said = f"of {row['cotangents'] or 'all'} cotangents"
         own = [row.get(f"less_{kernel}") for kernel in ("apart", "pooled")]
         compared = [interval(one, "value") if one else "" for one in own]
+        beside = row.get("by_damping", {})
+        others = [number(beside[d]) if d in beside else "" for d in ("0.0001", "0.01")]
         named = row["data"], row["queries"], str(row["dim"]), said
-        lines.append([*named, str(row["gradients"]), interval(row), *compared])
+        cells = str(row["gradients"]), interval(row), *others
+        lines.append([*named, *cells, *compared])
+    return lines
+
+
+def cost() -> Lines:
+    """The LDS on digits by every way to spend gradients of the loss."""
+    rows = [r for r in read("cost")["rows"] if r["damping_rule"] == "cross-fitted"]
+    columns = list(itertools.product(SETS, ("apart", "pooled")))
+    lines = [["way", "models", "gradients", *(f"{q}, {k}" for q, k in columns)]]
+    for key in dict.fromkeys((r["way"], r["models"], r["gradients"]) for r in rows):
+        named = dict(zip(("way", "models", "gradients"), key, strict=True))
+        cells = [pick(rows, **named, queries=q, kernel=k) for q, k in columns]
+        lines.append([*map(str, key), *map(interval, cells)])
     return lines
 
 
@@ -529,6 +544,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "coverage": coverage,
     "damping rules": damping_rules,
     "gauss-newton": gauss_newton,
+    "cost": cost,
     "ekfac": ekfac,
     "gauss-newton-cg": gauss_newton_cg,
     "covering removals": covering_removals,
