@@ -12,10 +12,9 @@ from etils import epath
 from dtrak_jax import files, host, parallel
 from dtrak_jax.checks import at_least, instance, one_of
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
 from dtrak_jax.features.arrays import as_arrays, check_rows, ids_of, images_of
-from dtrak_jax.features.dependence import check_dependence
+from dtrak_jax.features.dependence import check_network
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import (
     Role,
@@ -23,13 +22,13 @@ from dtrak_jax.features.fingerprint import (
     fingerprint,
     noise_words,
 )
-from dtrak_jax.features.gradients import network_inputs, network_params, variables
+from dtrak_jax.features.gradients import network_inputs, variables
 from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
-from dtrak_jax.network import Params, check_prediction
+from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -131,7 +130,7 @@ def checked(
     params, frozen = map(as_arrays, ("params", "frozen"), network)
     cond = as_arrays("cond", cond)
     check_rows(cond, len(images))
-    _check_network(task, params, frozen, images, cond)
+    check_network(task, params, frozen, images, cond)
     check_values(task.measurements, task.schedule, images.shape[-3:])
     return (params, frozen), ids, images, cond
 
@@ -311,27 +310,6 @@ def _check_size(
         what += f" by {measurements} measurements"
     what += f" with {layout.per_example} gradients each of dim={layout.dim}"
     host.check_fits(what, taken, kept, folder)
-
-
-def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
-    """Raises a ValueError if parameters or the network's output cannot be right."""
-    for name, tree in (("params", params), ("frozen", frozen)):
-        for path, leaf in named_leaves(tree).items():
-            if not np.isfinite(np.asarray(leaf, np.float32)).all():
-                raise ValueError(f"{name}: {path} has entries that are not finite.")
-    x, t, condition = network_inputs(images, cond, 2)
-    network = network_params(params, frozen)
-    traced = jax.make_jaxpr(task.network, return_shape=True)
-    try:
-        program, prediction = traced(network, x, t, condition)
-    except Exception as error:
-        raise ValueError(
-            f"the network does not take images of shape {images.shape[-3:]} with these "
-            f"parameters: {error}"
-        ) from error
-    remedy = " If it is a mean and a variance, Task(variance='ignore') takes the mean."
-    check_prediction(prediction, x, remedy)
-    check_dependence(task, params, program.jaxpr)
 
 
 def _check_finite(results: tuple, ids: Sequence[str], task: Task) -> None:
