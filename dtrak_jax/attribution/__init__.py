@@ -24,6 +24,7 @@ from dtrak_jax.attribution.kernel import (
     absolute,
     effective,
 )
+from dtrak_jax.attribution.layers import LayerWeights, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor
 from dtrak_jax.attribution.retraining import (
@@ -50,6 +51,7 @@ __all__ = [
     "GRID",
     "Damping",
     "Kernels",
+    "LayerWeights",
     "PairSum",
     "Predictions",
     "RemovalSet",
@@ -71,6 +73,7 @@ __all__ = [
     "group_floor",
     "group_scores",
     "influence",
+    "layer_weights",
     "metagradient",
     "near_duplicates",
     "pixel_cosine",

@@ -15,6 +15,7 @@ from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
+from dtrak_jax.attribution.layers import TOP, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.features import Features
@@ -135,6 +136,22 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     )
 
 
+def _layers(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls it with (kernels, weighted query, damping), weights being of a set of queries."""
+    measurement, groups = method.measurement, run.splits.train.groupings
+    kernels, results = run.kernels(measurement), {}
+    top = min(TOP, len(run.splits.train.ids))
+    for name in run.queries:
+        by_layer = run.features_by_layer(name, measurement)
+        fitted = layer_weights(kernels, by_layer, damping=run.damping, top=top)
+        made = score(method, kernels, {name: fitted.query}, run.damping, groups)
+        layers = dict(
+            zip(fitted.names, zip(fitted.weights, fitted.shares), strict=True)
+        )
+        results[name] = dataclasses.replace(made[name], layers=layers)
+    return results
+
+
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
     """Does so for each model, and returns the mean of their scores."""
     members = [_one_model(run, method, folder) for folder in model_folders(run.config)]
@@ -201,6 +218,9 @@ def checkpoint_folders(config: "Config") -> list[str]:
 
 ONE_MODEL = Inputs("features", _one_model, folders=lambda config: [""])
 MODELS = Inputs("features of further models", _models, folders=model_folders)
+LAYERS = Inputs(
+    "features of queries by layer", _layers, folders=lambda config: ["", "layers"]
+)
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())
 CHECKPOINTS = Inputs(
     "features at several checkpoints", _checkpoints, folders=checkpoint_folders

@@ -22,7 +22,13 @@ from dtrak_jax.features.fingerprint import (
     fingerprint,
     noise_words,
 )
-from dtrak_jax.features.gradients import network_inputs, variables
+from dtrak_jax.features.gradients import (
+    LayerGroups,
+    feature_names,
+    network_inputs,
+    variables,
+)
+from dtrak_jax.features.layers import Layers, by_group, groups_of
 from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, Microbatch, microbatches
 from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
@@ -49,6 +55,7 @@ def featurize(
     store: epath.PathLike | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
+    layers: Layers | None = None,
 ) -> Features | dict[str, Features]:
     """Computes phi_j(x) = P grad_params f(x, j) for every image x and pair j of a task.
 
@@ -73,13 +80,17 @@ def featurize(
       store: a folder that keeps the features, and is continued; in memory if None.
       batch_size: noised images at once on each device; limits memory.
       proj_devices: devices of a process that share the columns of a dense projection.
+      layers: groups of parameters, {name: a regular expression of their paths}, each
+        parameter in one; or "blocks", one for each first component of the paths.
 
     Returns:
-      The features; or {measurement: features} if the task has a tuple of them.
+      The features; or {measurement: features} if the task has a tuple of them. With
+      layers {group: features} in place of features: P g with all entries of other groups
+      0, which add up to the features. `layer_weights` takes them, of queries.
 
     Raises:
-      ValueError: wrong images, ids, conditions, parameters or network; or a store that
-        holds other features.
+      ValueError: wrong images, ids, conditions, parameters, layers or network; or a store
+        that holds other features.
       MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
@@ -92,13 +103,19 @@ def featurize(
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
-    _check_size(task, params, projection, batch_size, mesh.size, len(images), store)
+    groups = groups_of(task, params, layers)
+    names = feature_names(task, groups)
+    how = projection, batch_size, mesh.size
+    _check_size(task, params, *how, len(images), store, len(names))
     programs = step_programs(
-        task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
+        *(task, params, images, projection, mesh, batch_size),
+        frozen=frozen,
+        cond=cond,
+        groups=groups,
     )
     layout, network = programs.layout, (params, frozen, programs.sketches)
     hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
-    made_from = fingerprint(task, network, projection, inputs, hashes, role)
+    made_from = fingerprint(task, network, projection, inputs, hashes, role, groups)
     metadata = layout.metadata(len(ids)) | {"fingerprint": made_from, "role": role}
     target = Store.open_or_create(store, metadata | hashes)
     words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)
@@ -106,7 +123,7 @@ def featurize(
     _write_missing(task, programs, parallel.put(network, mesh), target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
-    features = target.features(task.measurements)
+    features = by_group(target.features(names), task, groups)
     return features if isinstance(task.measurement, tuple) else features.popitem()[1]
 
 
@@ -166,6 +183,7 @@ def step_programs(
     *,
     frozen: Params | None = None,
     cond: object = None,
+    groups: LayerGroups = (),
 ) -> StepPrograms:
     """Returns what `featurize` runs on an `example_mesh`.
 
@@ -200,7 +218,7 @@ def step_programs(
     sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = [shape((layout.size, size), np.float32) for size in sizes]
     gradient = dict.fromkeys(task.measurements, parts)
-    function = gradients.projection_function(projection, mesh)
+    function = gradients.projection_function(projection, mesh, groups)
     project = Program(function, (gradient,), mesh)
     return StepPrograms(layout, sketches, step, project, plain)
 
@@ -292,22 +310,25 @@ def _check_size(
     devices: int,
     n: int,
     store: epath.PathLike | None,
+    arrays: int,
 ) -> None:
     """Raises a MemoryError or an OSError if features do not fit this host."""
     p = sum(leaf.size for leaf in variables(task, params, {}))
     warn_of_dim(projection, p)
     layout = Layout.of(task, projection, p, batch_size, devices)
-    measurements = len(task.measurements)
     folder = None if store is None else files.check_folder("store", store)
-    kept = layout.bytes_written(n, measurements)
-    taken = layout.bytes_in_memory(n, measurements)
+    kept = layout.bytes_written(n, arrays)
+    taken = layout.bytes_in_memory(n, arrays)
     if folder is None:
         kept, taken = 0, taken + kept
     elif not files.is_empty(folder):
         kept = 0  # Nobody knows how much of it is there.
     what = f"features of {n} images"
+    measurements = len(task.measurements)
     if measurements > 1:
         what += f" by {measurements} measurements"
+    if arrays > measurements:
+        what += f" and {arrays // measurements} groups of layers"
     what += f" with {layout.per_example} gradients each of dim={layout.dim}"
     host.check_fits(what, taken, kept, folder)
 
