@@ -415,6 +415,9 @@ def test_work_is_counted_in_passes():
     assert passes["attribute"] == 0
     curved = Run(tiny_config(attribution__methods="ekfac"), None)
     assert work.passes(curved)["attribute"] == 3 * 3 * images + 6 * 3 * 30
+    # Features by layer are of queries alone.
+    weighed = Run(tiny_config(attribution__methods="trak-layers"), None)
+    assert work.passes(weighed)["featurize"] == 5 * 3 * (images + 5 + 20)
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

@@ -37,7 +37,7 @@ from dtrak_jax.checks import at_least, between, instance
 from dtrak_jax.features.store import Features
 from dtrak_jax.switches import standard
 
-TOP, RIDGE = 10, 0.01
+TOP, RIDGE = 10, 0.03
 """The strongest training images of a query that weights are to set apart, and the
 penalty of weights that differ, unless others are given."""
 
