@@ -8,6 +8,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.config import FeaturesConfig
+from dtrak_jax.features.projection import DENSE
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -64,7 +65,8 @@ def test_features_by_layer_add_up_to_those_of_the_whole(kind, apart):
     task = task_of(measurement=("loss", "square"), draws=1, per_timestep=apart)
     images, projection = pictures(3), dtrak.Projection(kind, 64)
     whole = dtrak.featurize(task, PARAMS, images, projection)
-    parts = dtrak.featurize(task, PARAMS, images, projection, layers=GROUPS)
+    shared = {"proj_devices": 2 if kind in DENSE else 1, "layers": GROUPS}
+    parts = dtrak.featurize(task, PARAMS, images, projection, **shared)
     assert parts.keys() == whole.keys()
     for name, features in whole.items():
         assert list(parts[name]) == ["inner", "outer"]

@@ -156,25 +156,14 @@ def projection_function(
         return features, {name: squared_norms(g) for name, g in gradients.items()}
 
     def project_groups(gradients):
-        def project_group(mask):
-            masked = {
-                name: [part * mask[i] for i, part in enumerate(parts)]
-                for name, parts in gradients.items()
-            }
-            return project(masked)
-
-        count = len(next(iter(gradients.values())))
-        masks = [[i in members for i in range(count)] for _, members in groups]
-        # One after the other: the entries of a dense projection are made for each.
-        by_group = jax.lax.map(project_group, jnp.array(masks, jnp.float32))
-        return tuple(
-            {
-                f"{name}/{group}": rows[m]
-                for name, rows in made.items()
-                for m, (group, _) in enumerate(groups)
-            }
-            for made in by_group
-        )
+        features, norms = {}, {}
+        for group, members in groups:
+            made = project_all(projection, gradients, axis, members)
+            for name, parts in gradients.items():
+                features[f"{name}/{group}"] = made[name]
+                own = [parts[i] for i in members]
+                norms[f"{name}/{group}"] = squared_norms(own)
+        return features, norms
 
     features = P("data", "proj") if axis else EXAMPLES
     function = project_groups if groups else project
