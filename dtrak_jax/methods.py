@@ -199,11 +199,11 @@ ROWS = (
         JOURNEY,
     ),
     _kernel(
-        *("trak-layers", "TRAK, layers weighed", "loss"),
+        *("trak-layers", "TRAK by layers", "loss"),
         *("trak with weights of layers, learnt without labels", LAYER_WEIGHTS, LAYERS),
     ),
     _kernel(
-        *("dtrak-layers", "D-TRAK, layers weighed", "square"),
+        *("dtrak-layers", "D-TRAK by layers", "square"),
         *("dtrak with weights of layers, learnt without labels", LAYER_WEIGHTS, LAYERS),
     ),
     _kernel("trak-ensemble", "TRAK ensemble", "loss", "trak over models", TRAK, MODELS),
