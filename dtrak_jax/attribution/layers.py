@@ -112,10 +112,10 @@ def layer_weights(
     squares = np.sum(total**2, axis=1)
     parts = products[:, squares > 0] / squares[squares > 0]
     shares = parts.mean(axis=1) if parts.size else np.full(len(names), np.nan)
-    return LayerWeights(names, weights, shares, weighted(by_layer, weights))
+    return LayerWeights(names, weights, shares, _weighted(by_layer, weights))
 
 
-def weighted(by_layer: Mapping[str, Array], weights: np.ndarray) -> Array:
+def _weighted(by_layer: Mapping[str, Array], weights: np.ndarray) -> Array:
     """Returns query features sum_m w_m phi_m(q), which `attribute` takes as queries.
 
     Of `Features` they are in memory, and their fingerprint has the weights. The squared
@@ -173,7 +173,7 @@ def _contributions(
     kernels: Kernels, by_layer: Mapping[str, Array], damping: Damping
 ) -> np.ndarray:
     """Returns c_m(q, n) of every group, float64 [M, q, n]."""
-    whole = weighted(by_layer, np.ones(len(by_layer)))
+    whole = _weighted(by_layer, np.ones(len(by_layer)))
     check_features(kernels.train, whole)
     m, q, n = len(by_layer), whole.shape[-2], kernels.train.shape[-2]
     what = f"scores of {m} groups of layers for {q} queries and {n} training images"
@@ -190,9 +190,8 @@ def contribution_bytes(groups: int, queries: int, n: int) -> int:
 
 def _fitted(contributions: np.ndarray, top: int, ridge: float) -> np.ndarray:
     """Returns the weights of contributions [M, q, n], float64 [M]."""
-    optimiser = optax.adam(RATE)
-    logits = jnp.zeros(len(contributions))
-    state, step = optimiser.init(logits), _step_function(top)
+    logits, step = jnp.zeros(len(contributions)), _step_function(top)
+    state = optax.adam(RATE).init(logits)
     contributions, ridge = jnp.asarray(contributions), jnp.float32(ridge)
     for _ in range(STEPS):
         logits, state = step(logits, state, contributions, ridge)
