@@ -31,7 +31,9 @@ from dtrak_jax.run import Run
 
 HERE = Path(__file__).parent
 METHODS = {"trak-layers": "loss", "dtrak-layers": "square"}
-DAMPINGS = {"label-free": 0.1, "effective": dtrak.effective(0.125)}
+SHARES = {"digits": 0.125, "mnist": 0.05}
+"""For `dtrak.effective`, beside the default damping."""
+
 TOPS = (10, 50, 100)
 
 
@@ -44,17 +46,18 @@ def main(name: str, path: str, workdir: str) -> None:
         features=dataclasses.replace(
             config.features,
             measurements=tuple(METHODS.values()),
-            layers=tuple(f"{name}={pattern}" for name, pattern in modules.items()),
+            layers=tuple("=".join(group) for group in modules.items()),
         ),
         attribution=dataclasses.replace(config.attribution, methods=tuple(METHODS)),
     )
     run = Run.at(config, workdir)
     for feature_set in feature_sets.wanted(run):
         feature_sets.featurize(run, feature_set)
-    rows = [row for method in METHODS for row in compared(run, method)]
+    dampings = {"label-free": 0.1, "effective": dtrak.effective(SHARES[name])}
+    rows = [row for method in METHODS for row in compared(run, method, dampings)]
     path = HERE / "layer_weights.json"
     saved = json.loads(path.read_text()) if path.exists() else {"revision": ""}
-    files.write_json(path, saved | {name: rows})
+    files.write_json(path, saved | {"shares": SHARES, name: rows})
 
 
 def module_patterns(run: Run) -> dict[str, str]:
@@ -67,11 +70,11 @@ def module_patterns(run: Run) -> dict[str, str]:
     return {name.replace("/", "."): f"^{re.escape(name)}/" for name in names}
 
 
-def compared(run: Run, method: str) -> Iterator[dict]:
+def compared(run: Run, method: str, dampings: dict) -> Iterator[dict]:
     """Yields the LDS of plain scores, of those with weights, and of weights by labels."""
     measurement, saved = METHODS[method], files.read_npz(run.outputs)
     kernels = run.kernels(measurement)
-    for queries, (rule, damping) in itertools.product(run.queries, DAMPINGS.items()):
+    for queries, (rule, damping) in itertools.product(run.queries, dampings.items()):
         chosen = saved["query_set"] == queries
         outputs, ids = saved["outputs"][..., chosen], saved["query_ids"][chosen]
         truth = dtrak.RetrainedLosses(outputs, saved["masks"], ids, saved["train_ids"])

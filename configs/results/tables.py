@@ -414,7 +414,7 @@ def layer_weights() -> Lines:
     lines = [["data", "images", "kernel", "λ", "no weights", *heads]]
     ways = [("blocks", 10), ("modules", 10), ("blocks", 50), ("blocks", 100)]
     for data in DATA:
-        rows = read("layer_weights")[data]
+        rows, share = (read("layer_weights")[part] for part in (data, "shares"))
         for plain in (row for row in rows if row["groups"] == "none"):
             same = {k: plain[k] for k in ("method", "queries", "damping_rule")}
             cells = [interval(plain)]
@@ -422,7 +422,8 @@ def layer_weights() -> Lines:
                 gain = pick(rows, groups=groups, top=top, **same)["gain"]
                 cells.append(interval(gain, "value"))
             labelled = pick(rows, groups="blocks by labels", **same)["gain"]
-            rule = {"label-free": "a tenth", "effective": "share .125"}
+            effective = f"share {share[data]:g}".replace("0.", ".")
+            rule = {"label-free": "a tenth", "effective": effective}
             kernel = same["method"].removesuffix("-layers")
             named = [data, same["queries"], kernel, rule[same["damping_rule"]]]
             lines.append([*named, *cells, number(labelled["value"])])
