@@ -1,4 +1,4 @@
-"""Every method on digits, but for `ekfac` and `gauss-newton-cg`: how far its scores can be trusted.
+"""Every method on digits but those of whole gradients and weights of layers: how far are they to be trusted?
 
     dtrak-jax lds configs/digits_benchmark.py --workdir runs/benchmark
     dtrak-jax ablate configs/digits_benchmark.py --workdir runs/benchmark
@@ -26,7 +26,7 @@ def get_config() -> Config:
     methods = tuple(
         name
         for name, row in METHODS.items()
-        if not (row.embeds or row.replays or row.curved)
+        if not (row.embeds or row.replays or row.curved or row.weighs_layers)
     )
     return dataclasses.replace(
         digits,

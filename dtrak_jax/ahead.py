@@ -17,6 +17,7 @@ from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.outputs import timestep_grid
 from dtrak_jax.evaluation.truth import MIN_SUBSETS, check_fraction
 from dtrak_jax.features.gradients import variables
+from dtrak_jax.features.layers import groups_of
 from dtrak_jax.features.projection import warn_of_dim
 from dtrak_jax.methods import METHODS
 from dtrak_jax.models import INDEX
@@ -108,7 +109,8 @@ def sample(run: Run) -> None:
 
 
 def featurize(run: Run) -> None:
-    """Checks that every task can be made, and of kept steps that they were kept."""
+    """Checks that every task can be made, that groups of layers have each parameter once,
+    and of kept steps that they were kept."""
     if not has_network(run):
         return
     for folder in feature_sets.folders(run.config):
@@ -117,6 +119,7 @@ def featurize(run: Run) -> None:
                 p = sum(
                     leaf.size for leaf in variables(features.task, run.param_shapes, {})
                 )
+                groups_of(features.task, run.param_shapes, features.layers)
         except ValueError as error:
             raise ValueError(f"features.{error}") from error
         if folder.startswith("checkpoints/") and not run.config.is_given:

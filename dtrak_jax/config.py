@@ -31,6 +31,7 @@ from dtrak_jax.evaluation.config import (
     CounterfactualConfig,
     EnsembleConfig,
 )
+from dtrak_jax.features.layers import Layers, check_layers
 from dtrak_jax.features.measurements import MEASUREMENTS, MeasurementName
 from dtrak_jax.features.projection import ProjectionKind, check_columns
 from dtrak_jax.features.task import Noise, Strategy
@@ -78,6 +79,9 @@ class FeaturesConfig:
     """Columns of a projected gradient; more are more exact, and take more disk."""
     parameters: str = ""
     """Use only the parameters whose path this regular expression finds."""
+    layers: tuple[str, ...] = free(())
+    """Groups of parameters that methods such as `trak-layers` weigh, each NAME=PATTERN, a
+    regular expression of their paths; empty: one for each block of the network."""
     batch_size: int = free(64)
     """Gradients computed at once on each device; changes results by rounding only. On a
     TPU v5e 8 or more: XLA cuts up the images of smaller batches, which takes a quarter
@@ -100,6 +104,20 @@ class FeaturesConfig:
         check_columns(self.projection, self.dim, self.proj_devices)
         pattern("features.parameters", self.parameters)
         seed("features.seed", self.seed)
+        for text in self.layers:
+            if "=" not in text:
+                raise ValueError(
+                    f"features.layers has {text!r}; it must be NAME=PATTERN."
+                )
+        names = tuple(text.partition("=")[0] for text in self.layers)
+        distinct("features.layers", names)
+        if self.layers:
+            check_layers("features.layers", self.layer_groups)
+
+    @property
+    def layer_groups(self) -> Layers:
+        """The groups of parameters as `featurize` takes them."""
+        return dict(text.partition("=")[::2] for text in self.layers) or "blocks"
 
     @classmethod
     def reference(cls, **changes) -> "FeaturesConfig":

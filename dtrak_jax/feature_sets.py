@@ -17,6 +17,7 @@ from dtrak_jax import diffusion, features, locks, parallel
 from dtrak_jax.config import Config
 from dtrak_jax.digests import digest, short_digest
 from dtrak_jax.features import Features, Projection, Task
+from dtrak_jax.features.layers import Layers
 from dtrak_jax.features.measurements import MEASUREMENTS
 from dtrak_jax.features.store import Store
 from dtrak_jax.methods import METHODS
@@ -35,6 +36,8 @@ class FeatureSet(NamedTuple):
     model: str = ""  # the parameters, see `Run.params`
     images: Callable[[], np.ndarray] | None = None
     """Makes the images, where they are not those of the examples."""
+    layers: Layers | None = None
+    """The groups of parameters whose features are kept apart, see `features.layers`."""
 
 
 def wanted(run: "Run") -> Iterator[FeatureSet]:
@@ -50,11 +53,14 @@ def sets(run: "Run", folder: str) -> Iterator[FeatureSet]:
         if run.is_sampled:
             yield _journey(run)
         return
-    for name in ("train", *run.config.query_sets):
+    model, layers, names = folder, None, ("train", *run.config.query_sets)
+    if folder == "layers":
+        model, layers, names = "", run.config.features.layer_groups, names[1:]
+    for name in names:
         noise = noise_of(run.config.features.noise, name)
         task = run.task(measurement=measurements, noise=noise)
         store = "/".join(filter(None, (place(run), folder, name)))
-        yield FeatureSet(store, name, task, run.projection, folder)
+        yield FeatureSet(store, name, task, run.projection, model, layers=layers)
 
 
 def place(run: "Run") -> str:
@@ -127,7 +133,8 @@ def _journey(run: "Run") -> FeatureSet:
 
 
 def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
-    """Returns the features, by measurement, computed unless they are there."""
+    """Returns the features, by measurement (and group of layers, see `feature_names`),
+    computed unless they are there."""
     store = path(run, feature_set)
     if not parallel.agreed(is_made(run, feature_set)):
         name, space, settings = feature_set.examples, run.space, run.config.features
@@ -145,8 +152,10 @@ def featurize(run: "Run", feature_set: FeatureSet) -> dict[str, Features]:
             store=store,
             batch_size=settings.batch_size,
             proj_devices=settings.proj_devices,
+            layers=feature_set.layers,
         )
-    return Store.load(store).features(feature_set.task.measurements)
+    saved = Store.load(store)
+    return saved.features(saved.phi)
 
 
 def curvature(run: "Run") -> features.Curvature:
@@ -243,5 +252,7 @@ def path(run: "Run", feature_set: FeatureSet) -> epath.Path:
         if feature_set.images
         else "",
     }
+    if feature_set.layers:
+        made_from["layers"] = feature_set.layers
     name = short_digest(repr(made_from).encode())
     return run.workdir / f"{feature_set.store}-{name}"

@@ -42,6 +42,7 @@ from dtrak_jax.attribution.scoring import (
     IDS,
     IMAGES,
     JOURNEY,
+    LAYERS,
     MODELS,
     ONE_MODEL,
     OUTPUTS,
@@ -106,6 +107,11 @@ class Method(NamedTuple):
         return run.output_kernels() if self.of_output else run.kernels(self.measurement)
 
     @property
+    def weighs_layers(self) -> bool:
+        """True if layers have weights, learnt from the queries' features by layer."""
+        return self.inputs is LAYERS
+
+    @property
     def learn(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         """The function if it learns from retrained models, to be scored on unseen ones."""
         return self.function if self.inputs is OUTPUTS else None
@@ -130,6 +136,7 @@ class Method(NamedTuple):
 
 DTRAK, TRAK, RELATIF = "arXiv 2311.00500", "arXiv 2303.14186", "arXiv 2003.11630"
 DAS, EKFAC = "arXiv 2410.18639", "arXiv 2410.13850"
+LAYER_WEIGHTS = "arXiv 2506.05647"
 TRACIN, GAS, DMIN = "arXiv 2002.08484", "arXiv 2201.10055", "arXiv 2412.08637"
 
 
@@ -227,6 +234,14 @@ ROWS = (
         "trak along the sampling trajectory; generated images only",
         "arXiv 2312.06205",
         JOURNEY,
+    ),
+    _kernel(
+        *("trak-layers", "TRAK by layers", "loss"),
+        *("trak with weights of layers, learnt without labels", LAYER_WEIGHTS, LAYERS),
+    ),
+    _kernel(
+        *("dtrak-layers", "D-TRAK by layers", "square"),
+        *("dtrak with weights of layers, learnt without labels", LAYER_WEIGHTS, LAYERS),
     ),
     _kernel("trak-ensemble", "TRAK ensemble", "loss", "trak over models", TRAK, MODELS),
     _kernel(

@@ -225,6 +225,8 @@ def test_attribute_says_what_a_method_needs(stored):
         ("datamodels", "models retrained on subse", "dtrak_jax.attribution.datamodels"),
         ("journey-trak", "features along sampling trajectories", "`attribute`, meth"),
         ("trak-ensemble", "features of further models", "dtrak_jax.ensemble_mean, of"),
+        ("trak-layers", "features of queries by layer", "`attribute`, method 'trak'"),
+        ("gauss-newton", "features, and the Gauss-Newton", "attribute with curvature="),
         ("pixel-dot", "images", "dtrak_jax.attribution.pixel_dot"),
         ("clip-dot", "CLIP's embeddings", "dtrak_jax.attribution.embedding_dot"),
         ("ekfac", "the curvature, and images", "dtrak_jax.attribution.ekfac_influence"),
@@ -282,7 +284,18 @@ class SmallRun:
         array = ts.array(phi.astype(np.float32))
         ids = [f"{examples}{i}" for i in range(len(phi[0]))]
         made, beside = {"noise": "common", "draws": 2}, np.zeros(phi.shape[:-1])
+        made["measurements"] = {measurement: "program"}
         return dtrak.Features(measurement, ids, array, beside, beside, made)
+
+    def features_by_layer(self, examples, measurement):
+        parts = {}
+        for group in ("deep", "last"):
+            name = f"{measurement}/{group}"
+            made = {"measurements": {name: ["program", group]}}
+            part = self.features(examples, name, "layers")
+            fingerprint = part.fingerprint | made
+            parts[group] = dataclasses.replace(part, fingerprint=fingerprint)
+        return parts
 
     def kernels(self, measurement, folder=""):
         train = self.features("train", measurement, folder)
@@ -333,6 +346,8 @@ FOLDERS = {
     "trak-ensemble": MODELS,
     "dtrak-ensemble": MODELS,
     "journey-trak": ["", "journey"],
+    "trak-layers": ["", "layers"],
+    "dtrak-layers": ["", "layers"],
 }
 
 
@@ -356,6 +371,11 @@ def expected_scores(run, name, queries):
         folders = row.folders(run.config)
         models = [run.arrays(queries, row.measurement, folder) for folder in folders]
         return np.mean([row.function(*arrays, 0.2) for arrays in models], axis=0)
+    if row.weighs_layers:
+        train = np.asarray(run.features("train", row.measurement))
+        by_layer = run.features_by_layer(queries, row.measurement)
+        fitted = attribution.layer_weights(train, by_layer, damping=0.2)
+        return row.function(train, np.asarray(fitted.query), 0.2)
     if name == "journey-trak":
         return row.function(*run.arrays("journey", "loss"), 0.2)
     if row.learn:
@@ -400,6 +420,8 @@ def test_every_method_scores_a_run(name):
         assert len(scores.query_ids) == len(run.queries[queries].ids)
         assert scores.damping == (damping_of(run, row) if row.damping else None)
         with_kernels = row.objective or name in ("journey-trak", "gauss-newton")
+        with_kernels = with_kernels or row.weighs_layers
+        assert list(scores.layers) == ["deep", "last"] * row.weighs_layers
         assert (scores.eigenvalues is not None) == bool(with_kernels)
         # Two draws of a timestep for what is made from features.
         has_errors = bool(row.measurement)

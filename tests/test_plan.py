@@ -435,6 +435,9 @@ def test_work_is_counted_in_passes():
     # Four iterations for 25 queries, of ten noised images.
     searching = 4 * 4 * 25 * 10
     assert work.passes(searched)["attribute"] == ekfac_passes + searching
+    # Features by layer are of queries alone.
+    weighed = Run(tiny_config(attribution__methods="trak-layers"), None)
+    assert work.passes(weighed)["featurize"] == 5 * 3 * (images + 5 + 20)
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

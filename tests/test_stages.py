@@ -350,6 +350,53 @@ def test_an_ablation_makes_the_rows_that_it_has_gained(workdir):
         assert (path.stat().st_mtime_ns == stamp) == complete
 
 
+def test_weighted_layers_are_scores_of_weighted_queries(workdir):
+    """As from Python; scores, report and export have the weights."""
+    names = {"attribution__methods": "dtrak dtrak-layers"}
+    names["report__methods"] = "dtrak-layers"
+    for stage in ("report", "export"):
+        type_in(stage, workdir, **names)
+    run = open_run(command("lds", workdir))
+    train, by_layer = (
+        run.kernels("square"),
+        run.features_by_layer("generated", "square"),
+    )
+    whole = np.asarray(run.features("generated", "square"))
+    parts = sum(map(np.asarray, by_layer.values()))
+    np.testing.assert_allclose(parts, whole, atol=1e-6 * np.abs(whole).max())
+    fitted = dtrak.layer_weights(train, by_layer)
+    expected = dtrak.attribute(train, fitted.query, method="dtrak").scores
+    scores = Scores.load(workdir / "scores" / "dtrak-layers-generated.npz")
+    np.testing.assert_allclose(scores.scores, expected, rtol=1e-4, atol=1e-6)
+    assert list(scores.layers) == list(by_layer) == ["b", "w"]
+    weights, shares = zip(*scores.layers.values(), strict=True)
+    np.testing.assert_allclose(weights, fitted.weights, rtol=1e-4)
+    np.testing.assert_allclose(shares, fitted.shares, rtol=1e-4)
+    page = (workdir / "report.html").read_text()
+    assert 'id="layers"' in page and f"<td>{weights[1]:.2f}</td>" in page
+    export = workdir / "export"
+    layers = files.read_json(export / "dtrak-layers-generated.json")["layers"]
+    assert [entry["group"] for entry in layers] == ["b", "w"]
+    assert [entry["weight"] for entry in layers] == [*map(float, weights)]
+    assert files.read_json(export / "dtrak-generated.json")["layers"] is None
+
+
+def test_other_layers_make_other_scores(workdir):
+    """Beside the features by layer that are there, which stay."""
+    names = {"attribution__methods": "dtrak-layers"}
+    before = Scores.load(workdir / "scores" / "dtrak-layers-generated.npz")
+    with pytest.raises(SystemExit):
+        type_in("attribute", workdir, features__layers="b=^b", **names)
+    type_in("attribute", workdir, features__layers="all=.", **names)
+    after = Scores.load(workdir / "scores" / "dtrak-layers-generated.npz")
+    assert list(after.layers) == ["all"]
+    dtrak_scores = Scores.load(workdir / "scores" / "dtrak-generated.npz").scores
+    np.testing.assert_allclose(after.scores, dtrak_scores, rtol=1e-4, atol=1e-6)
+    assert before.made_from != after.made_from
+    folders = (workdir / "features").glob("*/layers/generated-*")
+    assert len(list(folders)) == 2
+
+
 def test_a_report_shows_all_of_it(finished):
     page = (finished / "report.html").read_text()
     for words in ("ceiling", "cross-fitted", "oracle", "other seed"):

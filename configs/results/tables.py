@@ -445,6 +445,42 @@ def cost() -> Lines:
     return lines
 
 
+def layer_weights() -> Lines:
+    """The LDS of scores without weights of layers, and what these add."""
+    heads = ["blocks", "modules", "blocks, top 50", "blocks, top 100", "by labels"]
+    lines = [["data", "images", "kernel", "λ", "no weights", *heads]]
+    ways = [("blocks", 10), ("modules", 10), ("blocks", 50), ("blocks", 100)]
+    for data in DATA:
+        rows, share = (read("layer_weights")[part] for part in (data, "shares"))
+        for plain in (row for row in rows if row["groups"] == "none"):
+            same = {k: plain[k] for k in ("method", "queries", "damping_rule")}
+            cells = [interval(plain)]
+            for groups, top in ways:
+                gain = pick(rows, groups=groups, top=top, **same)["gain"]
+                cells.append(interval(gain, "value"))
+            labelled = pick(rows, groups="blocks by labels", **same)["gain"]
+            effective = f"share {share[data]:g}".replace("0.", ".")
+            rule = {"label-free": "a tenth", "effective": effective}
+            kernel = same["method"].removesuffix("-layers")
+            named = [data, same["queries"], kernel, rule[same["damping_rule"]]]
+            lines.append([*named, *cells, number(labelled["value"])])
+    return lines
+
+
+def layer_shares() -> Lines:
+    """The weight and share of each block of digits' network."""
+    columns = {}
+    for row in read("layer_weights")["digits"]:
+        wanted = row["groups"], row.get("top"), row["damping_rule"]
+        if wanted == ("blocks", 10, "label-free"):
+            columns[f"{row['method']}, {row['queries']}"] = row["layers"]
+    lines = [["block", *columns]]
+    for block in next(iter(columns.values())):
+        pairs = [layers[block] for layers in columns.values()]
+        lines.append([block, *(f"{w:.2f} ({share:.0%})" for w, share in pairs)])
+    return lines
+
+
 def ekfac() -> Lines:
     """The LDS on digits of EK-FAC beside TRAK's."""
     lines = [["method", *SETS]]
@@ -547,6 +583,8 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "cost": cost,
     "ekfac": ekfac,
     "gauss-newton-cg": gauss_newton_cg,
+    "layer weights": layer_weights,
+    "layer shares": layer_shares,
     "covering removals": covering_removals,
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),

@@ -25,6 +25,7 @@ from dtrak_jax.attribution.kernel import (
     absolute,
     effective,
 )
+from dtrak_jax.attribution.layers import LayerWeights, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor
 from dtrak_jax.attribution.retraining import (
@@ -51,6 +52,7 @@ __all__ = [
     "GRID",
     "Damping",
     "Kernels",
+    "LayerWeights",
     "PairSum",
     "Predictions",
     "RemovalSet",
@@ -73,6 +75,7 @@ __all__ = [
     "group_floor",
     "group_scores",
     "influence",
+    "layer_weights",
     "metagradient",
     "near_duplicates",
     "pixel_cosine",

@@ -55,7 +55,8 @@ def check_features(train: Array, query: Array) -> tuple[Array, Array]:
 
     They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
     nothing empty; and come from the same task, parameters and projection, but for the
-    noise of cyclic queries. Independent noise that both may share is an error.
+    noise of cyclic queries and their weights of layers. Independent noise that both may
+    share is an error.
     """
     train, query = as_features(train), as_features(query)
     t, q = tuple(train.shape), tuple(query.shape)
@@ -88,7 +89,10 @@ def check_features(train: Array, query: Array) -> tuple[Array, Array]:
         )
     if (train.fingerprint["noise"], query.fingerprint["noise"]) == ("common", "cyclic"):
         free["noise"] = None
-    differing = files.differences(train.fingerprint | free, query.fingerprint | free)
+    of_train, of_query = train.fingerprint | free, query.fingerprint | free
+    # Weights of layers are on the query's side alone.
+    of_query.pop("layer_weights", None)
+    differing = files.differences(of_train, of_query)
     if differing:
         raise ValueError(
             "training (there) and query (here) features do not belong together: "

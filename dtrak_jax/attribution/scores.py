@@ -39,6 +39,9 @@ NO_ERRORS = (
 BY_GROUPING = ("columns", "group_errors", "group_freedom")
 """The fields that are dicts, a key of the file for each grouping."""
 
+BY_NAME = (*BY_GROUPING, "layers")
+"""All fields that are dicts."""
+
 
 class Top(NamedTuple):
     """The strongest training examples of every query, all [queries, count]."""
@@ -109,6 +112,9 @@ class Scores:
     has none, str [train]; None if nobody looked."""
     freedom: float = 0.0
     """The degrees of freedom of the errors, see `PairSum`; 0 without errors."""
+    layers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """The weight and the share of each group of layers, see `LayerWeights`; {} of a method
+    that weighs none."""
     signed: bool = True
     """False where scores have no sign, such as those of coverage."""
 
@@ -311,7 +317,7 @@ class Scores:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.damping is not None:
             fields["damping"] = json.dumps(self.damping._asdict())
-        for name in BY_GROUPING:
+        for name in BY_NAME:
             by_name = fields.pop(name)
             fields |= {f"{name}/{key}": array for key, array in by_name.items()}
         sign = SIGN if fields.pop("signed") else NO_SIGN
@@ -336,7 +342,7 @@ class Scores:
             saved[name] = str(saved.get(name, ""))
         saved["freedom"] = float(saved.get("freedom", 0))
         saved["signed"] = str(saved.get("sign", SIGN)) != NO_SIGN
-        for name in BY_GROUPING:
+        for name in BY_NAME:
             keys = [key for key in saved if key.startswith(f"{name}/")]
             saved[name] = {key.removeprefix(f"{name}/"): saved[key] for key in keys}
         return cls(**{f.name: saved.get(f.name) for f in dataclasses.fields(cls)})

@@ -15,6 +15,7 @@ from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
 from dtrak_jax.attribution.kernel import Damping, Kernels
+from dtrak_jax.attribution.layers import TOP, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.features import Features
@@ -150,6 +151,23 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
     )
 
 
+def _layers(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls it with (kernels, weighted query, damping), weights being of a set of queries."""
+    measurement, groups = method.measurement, run.splits.train.groupings
+    kernels, results = run.kernels(measurement), {}
+    damping = run.config.attribution.damping_of(method)
+    top = min(TOP, len(run.splits.train.ids))
+    for name in run.queries:
+        by_layer = run.features_by_layer(name, measurement)
+        fitted = layer_weights(kernels, by_layer, damping=damping, top=top)
+        made = score(method, kernels, {name: fitted.query}, damping, groups)
+        layers = dict(
+            zip(fitted.names, zip(fitted.weights, fitted.shares), strict=True)
+        )
+        results[name] = dataclasses.replace(made[name], layers=layers)
+    return results
+
+
 def _models(run: "Run", method: "Method") -> dict[str, Scores]:
     """Does so for each model, and returns the mean of their scores."""
     members = [_one_model(run, method, folder) for folder in model_folders(run.config)]
@@ -220,6 +238,12 @@ MODELS = Inputs(
     *("features of further models", _models),
     folders=model_folders,
     python="dtrak_jax.ensemble_mean, of `attribute` for each model",
+)
+LAYERS = Inputs(
+    "features of queries by layer",
+    _layers,
+    folders=lambda config: ["", "layers"],
+    python="`attribute`, method 'trak', with the query of dtrak_jax.layer_weights",
 )
 GAUSS_NEWTON = Inputs(
     "features, and the Gauss-Newton matrix",

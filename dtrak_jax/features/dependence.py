@@ -1,15 +1,41 @@
-"""The parameters that have a part in a network's output, read off its program."""
+"""The checks of a network: its output, and the parameters that have a part in it."""
 
 import warnings
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from dtrak_jax.digests import named_leaves
-from dtrak_jax.features.gradients import chosen_leaves
+from dtrak_jax.features.gradients import (
+    chosen_leaves,
+    network_inputs,
+    network_params,
+)
 from dtrak_jax.features.task import Task
-from dtrak_jax.network import Params
+from dtrak_jax.network import Params, check_prediction
+
+
+def check_network(task: Task, params: Params, frozen, images, cond) -> None:
+    """Raises a ValueError if parameters or the network's output cannot be right."""
+    for name, tree in (("params", params), ("frozen", frozen)):
+        for path, leaf in named_leaves(tree).items():
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                raise ValueError(f"{name}: {path} has entries that are not finite.")
+    x, t, condition = network_inputs(images, cond, 2)
+    network = network_params(params, frozen)
+    traced = jax.make_jaxpr(task.network, return_shape=True)
+    try:
+        program, prediction = traced(network, x, t, condition)
+    except Exception as error:
+        raise ValueError(
+            f"the network does not take images of shape {images.shape[-3:]} with these "
+            f"parameters: {error}"
+        ) from error
+    remedy = " If it is a mean and a variance, Task(variance='ignore') takes the mean."
+    check_prediction(prediction, x, remedy)
+    check_dependence(task, params, program.jaxpr)
 
 
 def check_dependence(task: Task, params: Params, program: Jaxpr) -> None:

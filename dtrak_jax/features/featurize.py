@@ -12,10 +12,9 @@ from etils import epath
 from dtrak_jax import files, host, parallel
 from dtrak_jax.checks import at_least, instance, one_of
 from dtrak_jax.data.dataset import Dataset
-from dtrak_jax.digests import named_leaves
 from dtrak_jax.features import gradients
 from dtrak_jax.features.arrays import as_arrays, check_rows, ids_of, images_of
-from dtrak_jax.features.dependence import check_dependence
+from dtrak_jax.features.dependence import check_network
 from dtrak_jax.features.factorized import channel_sketches
 from dtrak_jax.features.fingerprint import (
     Role,
@@ -23,13 +22,19 @@ from dtrak_jax.features.fingerprint import (
     fingerprint,
     noise_words,
 )
-from dtrak_jax.features.gradients import network_inputs, network_params, variables
+from dtrak_jax.features.gradients import (
+    LayerGroups,
+    feature_names,
+    network_inputs,
+    variables,
+)
+from dtrak_jax.features.layers import Layers, by_group, groups_of
 from dtrak_jax.features.measurements import check_values
 from dtrak_jax.features.microbatches import Layout, microbatches
 from dtrak_jax.features.projection import Projection, check_columns, warn_of_dim
 from dtrak_jax.features.store import Features, Store
 from dtrak_jax.features.task import Task
-from dtrak_jax.network import Params, check_prediction
+from dtrak_jax.network import Params
 from dtrak_jax.parallel import Program
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard
@@ -50,6 +55,7 @@ def featurize(
     store: epath.PathLike | None = None,
     batch_size: int = 64,
     proj_devices: int = 1,
+    layers: Layers | None = None,
 ) -> Features | dict[str, Features]:
     """Computes phi_j(x) = P grad_params f(x, j) for every image x and pair j of a task.
 
@@ -74,13 +80,17 @@ def featurize(
       store: a folder that keeps the features, and is continued; in memory if None.
       batch_size: noised images at once on each device; limits memory.
       proj_devices: devices of a process that share the columns of a dense projection.
+      layers: groups of parameters, {name: a regular expression of their paths}, each
+        parameter in one; or "blocks", one for each first component of the paths.
 
     Returns:
-      The features; or {measurement: features} if the task has a tuple of them.
+      The features; or {measurement: features} if the task has a tuple of them. With
+      layers {group: features} in place of features: P g with all entries of other groups
+      0, which add up to the features. `layer_weights` takes them, of queries.
 
     Raises:
-      ValueError: wrong images, ids, conditions, parameters, network or tags of layers;
-        or a store that holds other features.
+      ValueError: wrong images, ids, conditions, parameters, layers, network or tags; or a
+        store that holds other features.
       MemoryError, OSError: the features do not fit this host's memory or disk.
       FloatingPointError: a gradient is not finite; names the example.
     """
@@ -93,15 +103,21 @@ def featurize(
     batch_size = at_least("batch_size", batch_size, 1)
     check_columns(projection.kind, projection.dim, proj_devices)
     mesh = example_mesh(jax.local_devices(), proj_devices)
-    _check_size(task, params, projection, batch_size, mesh.size, len(images), store)
+    groups = groups_of(task, params, layers)
+    names = feature_names(task, groups)
+    how = projection, batch_size, mesh.size
+    _check_size(task, params, *how, len(images), store, len(names))
     programs = step_programs(
-        task, params, images, projection, mesh, batch_size, frozen=frozen, cond=cond
+        *(task, params, images, projection, mesh, batch_size),
+        frozen=frozen,
+        cond=cond,
+        groups=groups,
     )
     if programs.sketches:
         gradients.check_tags(task, (params, frozen), images, cond)
     layout, network = programs.layout, (params, frozen, programs.sketches)
     hashes, inputs = example_hashes(ids, images, cond), network_inputs(images, cond, 1)
-    made_from = fingerprint(task, network, projection, inputs, hashes, role)
+    made_from = fingerprint(task, network, projection, inputs, hashes, role, groups)
     metadata = layout.metadata(len(ids)) | {"fingerprint": made_from, "role": role}
     target = Store.open_or_create(store, metadata | hashes)
     words, position = noise_words(hashes, role), np.arange(len(ids), dtype=np.int32)
@@ -109,7 +125,7 @@ def featurize(
     _write_missing(task, programs, parallel.put(network, mesh), target, examples)
     if store is not None:
         parallel.barrier(f"finish {target.folder}")
-    features = target.features(task.measurements)
+    features = by_group(target.features(names), task, groups)
     return features if isinstance(task.measurement, tuple) else features.popitem()[1]
 
 
@@ -133,7 +149,7 @@ def checked(
     params, frozen = map(as_arrays, ("params", "frozen"), network)
     cond = as_arrays("cond", cond)
     check_rows(cond, len(images))
-    _check_network(task, params, frozen, images, cond)
+    check_network(task, params, frozen, images, cond)
     check_values(task.measurements, task.schedule, images.shape[-3:])
     return (params, frozen), ids, images, cond
 
@@ -169,6 +185,7 @@ def step_programs(
     *,
     frozen: Params | None = None,
     cond: object = None,
+    groups: LayerGroups = (),
 ) -> StepPrograms:
     """Returns what `featurize` runs on an `example_mesh`.
 
@@ -195,7 +212,7 @@ def step_programs(
     sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = [shape((layout.size, size), np.float32) for size in sizes]
     gradient = dict.fromkeys(task.measurements, parts)
-    function = gradients.projection_function(projection, mesh)
+    function = gradients.projection_function(projection, mesh, groups)
     project = Program(function, (gradient,), mesh)
     return StepPrograms(layout, sketches, step, project, plain)
 
@@ -287,45 +304,27 @@ def _check_size(
     devices: int,
     n: int,
     store: epath.PathLike | None,
+    arrays: int,
 ) -> None:
     """Raises a MemoryError or an OSError if features do not fit this host."""
     p = sum(leaf.size for leaf in variables(task, params, {}))
     warn_of_dim(projection, p)
     layout = Layout.of(task, projection, p, batch_size, devices)
-    measurements = len(task.measurements)
     folder = None if store is None else files.check_folder("store", store)
-    kept = layout.bytes_written(n, measurements)
-    taken = layout.bytes_in_memory(n, measurements)
+    kept = layout.bytes_written(n, arrays)
+    taken = layout.bytes_in_memory(n, arrays)
     if folder is None:
         kept, taken = 0, taken + kept
     elif not files.is_empty(folder):
         kept = 0  # Nobody knows how much of it is there.
     what = f"features of {n} images"
+    measurements = len(task.measurements)
     if measurements > 1:
         what += f" by {measurements} measurements"
+    if arrays > measurements:
+        what += f" and {arrays // measurements} groups of layers"
     what += f" with {layout.per_example} gradients each of dim={layout.dim}"
     host.check_fits(what, taken, kept, folder)
-
-
-def _check_network(task: Task, params: Params, frozen, images, cond) -> None:
-    """Raises a ValueError if parameters or the network's output cannot be right."""
-    for name, tree in (("params", params), ("frozen", frozen)):
-        for path, leaf in named_leaves(tree).items():
-            if not np.isfinite(np.asarray(leaf, np.float32)).all():
-                raise ValueError(f"{name}: {path} has entries that are not finite.")
-    x, t, condition = network_inputs(images, cond, 2)
-    network = network_params(params, frozen)
-    traced = jax.make_jaxpr(task.network, return_shape=True)
-    try:
-        program, prediction = traced(network, x, t, condition)
-    except Exception as error:
-        raise ValueError(
-            f"the network does not take images of shape {images.shape[-3:]} with these "
-            f"parameters: {error}"
-        ) from error
-    remedy = " If it is a mean and a variance, Task(variance='ignore') takes the mean."
-    check_prediction(prediction, x, remedy)
-    check_dependence(task, params, program.jaxpr)
 
 
 def _check_finite(results: tuple, ids: Sequence[str], task: Task) -> None:

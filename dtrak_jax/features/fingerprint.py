@@ -8,7 +8,12 @@ import jax
 import numpy as np
 
 from dtrak_jax import digests
-from dtrak_jax.features.gradients import Sketches, network_params
+from dtrak_jax.features.gradients import (
+    LayerGroups,
+    Sketches,
+    chosen_leaves,
+    network_params,
+)
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import REFERENCE_SHARD, Task
 from dtrak_jax.network import Params
@@ -58,6 +63,7 @@ def fingerprint(
     inputs: tuple,
     hashes: Hashes,
     role: Role | None = None,
+    groups: LayerGroups = (),
 ) -> dict[str, object]:
     """Returns what features depend on, apart from rounding.
 
@@ -104,6 +110,14 @@ def fingerprint(
     if sketches:
         # The program of the network does not tell which of its operations are layers.
         fields["layers"] = digests.digest_tree(sketches)
+    if groups:
+        programs, paths = fields["measurements"], list(digests.named_leaves(params))
+        leaves = [paths[i] for i in chosen_leaves(task, params)]
+        fields["measurements"] = {
+            f"{name}/{group}": [program, digests.digest(*(leaves[i] for i in members))]
+            for name, program in programs.items()
+            for group, members in groups
+        }
     return fields | examples_fingerprint(hashes)
 
 

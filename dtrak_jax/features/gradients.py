@@ -25,6 +25,9 @@ Sketches = dict[int, tuple[ChannelSketch, ChannelSketch]]
 """{leaf: (P_in, P_out)} of the weights whose gradient G [window, C_in, C_out] is not
 formed, but P_in^T G P_out; see `factorized`."""
 
+LayerGroups = tuple[tuple[str, tuple[int, ...]], ...]
+"""The name of each group of parameters, and its positions among the chosen leaves."""
+
 EXAMPLES = P(("data", "proj"))
 """Microbatches are spread over both axes, so that no gradient is computed twice."""
 
@@ -209,12 +212,24 @@ def addition_function(mesh: jax.sharding.Mesh) -> Callable:
     return sharded(add_gradients, mesh, (EXAMPLES, EXAMPLES), EXAMPLES)
 
 
+def feature_names(task: Task, groups: LayerGroups) -> list[str]:
+    """Returns the names of the features of a gradient: the measurements, or
+    MEASUREMENT/GROUP of each group."""
+    measurements = task.measurements
+    if not groups:
+        return list(measurements)
+    return [f"{name}/{group}" for name in measurements for group, _ in groups]
+
+
 @functools.cache
-def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Callable:
+def projection_function(
+    projection: Projection, mesh: jax.sharding.Mesh, groups: LayerGroups = ()
+) -> Callable:
     """Compiles {measurement: gradient} -> ({measurement: features}, squared norms).
 
     Features are [S, k], the squared norms of the gradients [S]. The devices of "proj"
     share the columns of a dense projection; all others take less time than sending.
+    With groups they are those of each group's part of the gradient, see `feature_names`.
 
     This is a program of its own: in one with the gradients XLA would not write those
     down before adding them up, and read the layers' products in the wrong order.
@@ -228,8 +243,19 @@ def projection_function(projection: Projection, mesh: jax.sharding.Mesh) -> Call
         features = project_all(projection, gradients, axis)
         return features, {name: squared_norms(g) for name, g in gradients.items()}
 
+    def project_groups(gradients):
+        features, norms = {}, {}
+        for group, members in groups:
+            made = project_all(projection, gradients, axis, members)
+            for name, parts in gradients.items():
+                features[f"{name}/{group}"] = made[name]
+                own = [parts[i] for i in members]
+                norms[f"{name}/{group}"] = squared_norms(own)
+        return features, norms
+
     features = P("data", "proj") if axis else EXAMPLES
-    return sharded(project, mesh, (EXAMPLES,), (features, EXAMPLES))
+    function = project_groups if groups else project
+    return sharded(function, mesh, (EXAMPLES,), (features, EXAMPLES))
 
 
 def _gradient(

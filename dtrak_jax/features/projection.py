@@ -6,7 +6,7 @@ of (seed, row, column) whatever the device or tile, and never hold a p x k matri
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -78,6 +78,7 @@ def project_all(
     projection: Projection,
     gradients: dict[str, Sequence[jax.Array]],
     axis: str | None = None,
+    members: Collection[int] | None = None,
 ) -> dict[str, jax.Array]:
     """Projects gradients of the same shapes [n, p] to features [n, k], float32.
 
@@ -88,16 +89,26 @@ def project_all(
       axis: of the mesh whose D devices share the columns of a dense projection, within
         `shard_map`. Each device hands in its gradients, and gets the features of those
         of all devices in its share of the columns [D n, k / D].
+      members: the positions of the parts that count; all others are taken for zeros.
     """
     key = stream(projection.seed, projection.kind)
+    count = len(next(iter(gradients.values())))
+    skipped = set() if members is None else set(range(count)) - set(members)
+    gradients = {
+        name: [jnp.zeros_like(g) if i in skipped else g for i, g in enumerate(parts)]
+        for name, parts in gradients.items()
+    }
     if projection.kind in DENSE:
         return _dense(projection, key, gradients, axis)
     if projection.kind == "none":
         return {name: jnp.concatenate(g, axis=1) for name, g in gradients.items()}
-    return {name: _sketch(projection.dim, key, g) for name, g in gradients.items()}
+    k = projection.dim
+    return {name: _sketch(k, key, g, skipped) for name, g in gradients.items()}
 
 
-def _sketch(k: int, key: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
+def _sketch(
+    k: int, key: jax.Array, parts: Sequence[jax.Array], skipped: Collection[int]
+) -> jax.Array:
     """Lays the entries out as rows of length k, flips signs at random, adds rows up.
 
     Entries that meet have independent signs, and those of one row never meet: this is a
@@ -127,8 +138,10 @@ def _sketch(k: int, key: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
     rows = sum(count for _, count, _ in laid_out)
     signs = _signs(key, rows * k).reshape(-1, 1, k)
     total, start = jnp.zeros((n, k)), 0
-    for part, count, step in laid_out:
-        total = _add_rows(total, part, signs[start : start + count], step)
+    for i, (part, count, step) in enumerate(laid_out):
+        # Rows of zeros need not be added; the last piece is what is left of all parts.
+        if i not in skipped:
+            total = _add_rows(total, part, signs[start : start + count], step)
         start += count
     return total
 

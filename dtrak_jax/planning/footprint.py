@@ -7,9 +7,11 @@ import jax
 
 from dtrak_jax import feature_sets, training
 from dtrak_jax.attribution.kernel import KEPT_ON_DISK, eigh_bytes
+from dtrak_jax.attribution.layers import contribution_bytes
 from dtrak_jax.evaluation.truth import member_names
 from dtrak_jax.feature_sets import FeatureSet
-from dtrak_jax.features.gradients import variables
+from dtrak_jax.features.gradients import LayerGroups, feature_names, variables
+from dtrak_jax.features.layers import groups_of
 from dtrak_jax.features.microbatches import Layout
 from dtrak_jax.features.passes import Draws
 from dtrak_jax.methods import METHODS
@@ -51,16 +53,16 @@ def features(run: Run, stores: Iterable[FeatureSet], besides_made: bool) -> Foot
         if besides_made and feature_sets.is_made(run, feature_set):
             continue
         layout, count = layout_of(run, feature_set), counts[feature_set.examples]
-        measurements = len(feature_set.task.measurements)
-        disk = layout.bytes_written(count, measurements)
-        memory = layout.bytes_in_memory(count, measurements)
+        arrays = len(feature_names(feature_set.task, groups(run, feature_set)))
+        disk = layout.bytes_written(count, arrays)
+        memory = layout.bytes_in_memory(count, arrays)
         total = total.beside(Footprint(disk, memory))
     return total
 
 
 def kernels(run: Run) -> Footprint:
     """Returns the footprint of one model's kernels: n k 4 bytes of features in memory, twice,
-    and min(n, k)^2 8 bytes for each matrix of a decomposition."""
+    and min(n, k)^2 8 bytes for each matrix of a decomposition; and of layers' scores."""
     settings, n, total = run.config.attribution, len(run.chosen.train), Footprint()
     chosen = [METHODS[name] for name in settings.methods]
     own = [row for row in chosen if not (row.curved or row.of_output)]
@@ -74,6 +76,11 @@ def kernels(run: Run) -> Footprint:
             size = 8 * layout.per_example * side**2
             disk = size if size <= KEPT_ON_DISK else 0
         total = total.beside(Footprint(disk, memory))
+    for row in chosen:
+        if row.weighs_layers:
+            count = len(groups(run, next(feature_sets.sets(run, "layers"))))
+            size = contribution_bytes(count, max(run.query_counts.values()), n)
+            total = total.beside(Footprint(0, size))
     return total
 
 
@@ -86,6 +93,11 @@ def gauss_newton(run: Run) -> Footprint:
     matrix, count = 4 * layout.dim**2, layout.per_example
     kept = 2 * count * matrix if 2 * count * matrix <= KEPT_ON_DISK else 0
     return Footprint(count * matrix + kept, eigh_bytes(layout.dim))
+
+
+def groups(run: Run, feature_set: FeatureSet) -> LayerGroups:
+    """Returns the groups of layers whose features are kept apart, if there are any."""
+    return groups_of(feature_set.task, run.param_shapes, feature_set.layers)
 
 
 def curvature(run: Run) -> Footprint:

@@ -19,8 +19,8 @@ rates, each program at the slower of its arithmetic and its bytes: a bfloat16 pr
 for each of float32 (what JAX does on a TPU by default), six at precision "highest", all
 else at the rate of products (random numbers of a dense projection take several times
 as long); no time for the host, input, compiling, checkpoints or communication. A real
-run takes longer. Not planned: features of kept checkpoints, of further models and of
-sampling trajectories, and the stages counterfactual and ablate."""
+run takes longer. Not planned: features of kept checkpoints, of further models, by layer
+and of sampling trajectories, and the stages counterfactual and ablate."""
 
 
 class Row(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dtrak_jax import diffusion
+from dtrak_jax import diffusion, feature_sets
 from dtrak_jax.evaluation.arms import arms
 from dtrak_jax.evaluation.retrain import member_steps
 from dtrak_jax.features.products import batch_of
@@ -61,9 +61,13 @@ def passes(run: Run) -> dict[str, float]:
     forward = -(-cotangents // settings.batch_size)
     matrices = (forward + 2 * cotangents) * pairs * run.counts["train"]
 
-    def gradients(pairs: int, measurements: int) -> int:
+    def gradients(pairs: int, measurements: int, count: int = images) -> int:
         # A forward pass is for all measurements.
-        return (1 + 2 * measurements) * pairs * images
+        return (1 + 2 * measurements) * pairs * count
+
+    # Features by layer are of queries alone.
+    by_layer = len(feature_sets.folders(config).get("layers", ()))
+    stores -= {"layers"}
 
     return {
         "train": 0 if config.is_given else training,
@@ -72,7 +76,8 @@ def passes(run: Run) -> dict[str, float]:
         * config.sample.steps
         * sides(run),
         "retrain": training * models + members * noised * queries,
-        "featurize": len(stores) * gradients(pairs, len(settings.measurements)),
+        "featurize": len(stores) * gradients(pairs, len(settings.measurements))
+        + bool(by_layer) * gradients(pairs, by_layer, queries),
         # A step back of a replay is about four steps for each query.
         "attribute": replays * training * (2 + 4 * queries)
         + bool(curved) * made

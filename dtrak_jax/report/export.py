@@ -136,6 +136,7 @@ def document(
         "comparable": "within a query; the sizes of different queries say nothing",
         "damping": scores.damping and scores.damping._asdict(),
         "lambdas": None if scores.lambdas is None else _numbers(scores.lambdas),
+        "layers": _layers(scores),
         "made_from": scores.made_from,
         "errors": {"degrees_of_freedom": scores.freedom}
         if scores.freedom
@@ -152,6 +153,13 @@ def document(
             name: _grouping(scores, name, standing, shares) for name in scores.columns
         },
     }
+
+
+def _layers(scores: Scores) -> list[dict] | None:
+    """Returns the weight and share of each group of layers; None of a method without."""
+    names = "group", "weight", "share"
+    rows = ((name, *map(float, pair)) for name, pair in scores.layers.items())
+    return [dict(zip(names, row, strict=True)) for row in rows] or None
 
 
 def _ranked(pictures: Scores, row: int, top: int) -> list[tuple[int, dict]]:

@@ -33,6 +33,23 @@ def features(recipe: Recipe | None, scores: Mapping[str, list[Scores]]) -> dict 
     }
 
 
+def layers(scores: Mapping[str, Mapping[str, Scores]]) -> list[dict]:
+    """Returns the weight and share of each group of layers, of the methods that weigh them.
+
+    The scores are {set: {method: those}}.
+    """
+    return [
+        {
+            "method": s.method,
+            "set": name,
+            "rows": [(group, *map(float, pair)) for group, pair in s.layers.items()],
+        }
+        for name, of_set in scores.items()
+        for s in of_set.values()
+        if s.layers
+    ]
+
+
 def measurement(method: str) -> str | None:
     """Returns the measurement of a method; one of a user's own has a method's name."""
     return METHODS[method].measurement if method in METHODS else method

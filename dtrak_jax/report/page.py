@@ -9,7 +9,7 @@ from dtrak_jax.report import text
 from dtrak_jax.report.ablations import ablations
 from dtrak_jax.report.charts import score_histogram, training_curve
 from dtrak_jax.report.counterfactual import counterfactual
-from dtrak_jax.report.features import features
+from dtrak_jax.report.features import features, layers
 from dtrak_jax.report.figures import data_uri
 from dtrak_jax.report.groups import groupings
 from dtrak_jax.report.health import alarm, findings, is_untrained, remaking
@@ -110,4 +110,5 @@ def page(record: Record) -> str:
         studies=record.ablations and ablations(record.ablations),
         curve=record.metrics and training_curve(record.metrics),
         features=features(record.recipe, by_method),
+        layers=layers(scores),
     )
