@@ -178,6 +178,15 @@ def curvature(run: "Run") -> features.Curvature:
     )
 
 
+def by_layer(run: "Run", name: str, measurement: str) -> dict[str, Features]:
+    """Returns the features of a set of queries by group of layers."""
+    saved = Store.load(find(run, name, "layers"))
+    named = [text.partition("/") for text in saved.phi]
+    groups = [group for kind, _, group in named if kind == measurement]
+    loaded = saved.features([f"{measurement}/{group}" for group in groups])
+    return dict(zip(groups, loaded.values(), strict=True))
+
+
 def gauss_newton(run: "Run") -> features.GaussNewton:
     """Returns the main model's Gauss-Newton matrices, computed unless they are there."""
     space, examples = run.space, run.splits.train

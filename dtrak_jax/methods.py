@@ -32,8 +32,8 @@ from dtrak_jax.attribution import (
     tracin,
 )
 from dtrak_jax.attribution.coverage import DAMPINGS
+from dtrak_jax.attribution.damping import GAUSS_NEWTON_DAMPING
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
-from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
 from dtrak_jax.attribution.scoring import (
     CHECKPOINTS,
     CURVATURE,

@@ -29,7 +29,7 @@ from dtrak_jax.encoding.latents import Latents
 from dtrak_jax.encoding.pixels import Pixels
 from dtrak_jax.evaluation import metagradient, truth
 from dtrak_jax.evaluation.truth import RetrainedLosses
-from dtrak_jax.features import Curvature, Features, Projection, Store, Task
+from dtrak_jax.features import Curvature, Features, Projection, Task
 from dtrak_jax.network import Network, Params
 
 
@@ -270,11 +270,7 @@ class Run:
 
     def features_by_layer(self, name: str, measurement: str) -> dict[str, Features]:
         """The features of a set of queries by group of layers."""
-        saved = Store.load(feature_sets.find(self, name, "layers"))
-        named = [text.partition("/") for text in saved.phi]
-        groups = [group for kind, _, group in named if kind == measurement]
-        loaded = saved.features([f"{measurement}/{group}" for group in groups])
-        return dict(zip(groups, loaded.values(), strict=True))
+        return feature_sets.by_layer(self, name, measurement)
 
     @once
     def curvature(self) -> Curvature:

@@ -20,7 +20,7 @@ import numpy as np
 import dtrak_jax as dtrak
 from dtrak_jax import files
 from dtrak_jax.attribution import GRID, Kernels, Predictions, damping_path
-from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING
+from dtrak_jax.attribution.damping import GAUSS_NEWTON_DAMPING
 from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.trust import LDS
 from dtrak_jax.run import Run

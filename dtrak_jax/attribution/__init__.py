@@ -7,6 +7,13 @@ one table.
 
 from dtrak_jax.attribution.conjugate import gauss_newton_influence
 from dtrak_jax.attribution.coverage import Predictions, coverage, predict
+from dtrak_jax.attribution.damping import (
+    DEFAULT_DAMPING,
+    GRID,
+    Damping,
+    absolute,
+    effective,
+)
 from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.attribution.errors import PairSum
@@ -17,14 +24,7 @@ from dtrak_jax.attribution.influence import (
     relative_influence,
     renormalised_influence,
 )
-from dtrak_jax.attribution.kernel import (
-    DEFAULT_DAMPING,
-    GRID,
-    Damping,
-    Kernels,
-    absolute,
-    effective,
-)
+from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.attribution.layers import LayerWeights, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.null import floor, group_floor

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtrak_jax.attribution.coverage import COVERAGE_SHARE
+from dtrak_jax.attribution.damping import GAUSS_NEWTON_DAMPING, Damping, effective
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING
-from dtrak_jax.attribution.kernel import GAUSS_NEWTON_DAMPING, Damping, effective
 from dtrak_jax.checks import at_least, between, check_choices, distinct, free, positive
 from dtrak_jax.methods import METHODS, Method, MethodName
 

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.ekfac import EKFAC_DAMPING, divided
-from dtrak_jax.attribution.kernel import Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.whole import (
     Solve,

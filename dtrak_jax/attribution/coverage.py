@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import scipy.linalg
 
+from dtrak_jax.attribution.damping import DEFAULT_DAMPING, Damping, effective
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.influence import (
     check_subsets,
@@ -30,7 +31,7 @@ from dtrak_jax.attribution.influence import (
     query_pairs,
 )
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels, effective
+from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.checks import instance, one_of
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from dtrak_jax.attribution.kernel import Damping
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.attribution.whole import Solve, System, solve_calls, whole_influence
 from dtrak_jax.data.dataset import Dataset

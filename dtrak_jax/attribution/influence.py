@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution import iterative, linalg
+from dtrak_jax.attribution.damping import DEFAULT_DAMPING, GRID, Damping
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, GRID, Damping, Kernel, Kernels
+from dtrak_jax.attribution.kernel import Kernel, Kernels
 from dtrak_jax.checks import instance, items, shown
 from dtrak_jax.features.store import chunks_of
 from dtrak_jax.switches import standard

@@ -21,24 +21,14 @@ import scipy.optimize
 from etils import epath
 
 from dtrak_jax import files, host, parallel
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.inputs import Array, as_features, by_pair
 from dtrak_jax.attribution.linalg import gram_matrix
-from dtrak_jax.checks import instance, one_of, positive
+from dtrak_jax.checks import instance, one_of
 from dtrak_jax.digests import digest
 from dtrak_jax.features.output_curvature import GaussNewton
 from dtrak_jax.features.store import Features
 from dtrak_jax.progress import progress
-
-GRID = tuple(10.0**e for e in np.arange(-4, 1.01, 0.25))
-"""Values of lambda worth trying, in units of the mean eigenvalue."""
-
-DEFAULT_DAMPING = 0.1
-"""lambda in these units. It was chosen without labels of any kind: on digits the linear
-datamodeling score is within 8% of its best for anything from .01 to .3."""
-
-GAUSS_NEWTON_DAMPING = 0.001
-"""lambda in these units where a Gauss-Newton matrix is the kernel. On digits the linear
-datamodeling score rises as lambda falls, and changes little below this."""
 
 MATRICES = {"evd": 4, "evr": 3}
 """The m x m float64 matrices in memory while a driver works, with one to spare."""
@@ -46,52 +36,6 @@ MATRICES = {"evd": 4, "evr": 3}
 KEPT_IN_MEMORY, KEPT_ON_DISK = 2**30, 10 * 2**30
 """The bytes of eigenvectors, of all pairs together, that `Kernels` keeps in memory, and up
 to which it keeps them on disk: the 8.6 GB of the paper's CIFAR-10, and not much more."""
-
-
-class Damping(NamedTuple):
-    """lambda: `value` times the kernel's mean eigenvalue, or `value` itself, or by the share
-    `value` of min(n, k), see `effective`."""
-
-    value: float
-    absolute: bool = False
-    share: bool = False
-
-    @classmethod
-    def of(cls, damping: "float | Damping") -> "Damping":
-        """Returns a damping that may be given as a number of mean eigenvalues; above 0."""
-        given = damping if isinstance(damping, Damping) else cls(damping)
-        value = positive("damping", given.value)
-        if given.share and value >= 1:
-            raise ValueError(f"the share of min(n, k) is {value}; it must be below 1.")
-        return given._replace(value=value)
-
-    @property
-    def words(self) -> str:
-        """The damping in words, such as "damping 0.1"."""
-        kind = "share" if self.share else "λ =" if self.absolute else "damping"
-        return f"{kind} {self.value:g}"
-
-
-def absolute(value: float) -> Damping:
-    """Returns lambda itself, in the units of Phi^T Phi, as the paper gives it."""
-    return Damping.of(Damping(value, absolute=True))
-
-
-def effective(share: float) -> Damping:
-    """Returns the lambda of each kernel at which its effective dimension is a share of
-    min(n, k).
-
-    With the kernel's eigenvalues e_i lambda solves
-
-      sum_i e_i / (e_i + lambda) = share min(n, k)
-
-    (Hastie and Tibshirani 1990, "Generalized Additive Models", section 3.5, call it the
-    degrees of freedom). It is a function of the features alone, and every pair has its
-    own, so that no timestep is damped more than others. Of a pooled kernel it is the
-    geometric mean of its pairs' lambdas. A twentieth, coverage's default, was best for it
-    on digits, and a fiftieth on MNIST: see configs/results/README.md.
-    """
-    return Damping.of(Damping(share, share=True))
 
 
 class Kernel(NamedTuple):

@@ -24,6 +24,7 @@ import optax
 import tensorstore as ts
 
 from dtrak_jax import files, host
+from dtrak_jax.attribution.damping import DEFAULT_DAMPING, Damping
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import (
     Array,
@@ -32,7 +33,7 @@ from dtrak_jax.attribution.inputs import (
     check_features,
     joined,
 )
-from dtrak_jax.attribution.kernel import DEFAULT_DAMPING, Damping, Kernels
+from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.checks import at_least, between, instance
 from dtrak_jax.features.store import Features
 from dtrak_jax.switches import standard

@@ -11,6 +11,7 @@ import scipy.stats
 from etils import epath
 
 from dtrak_jax import files
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.duplicates import COUNTED_ONCE, merge, once_in_each_group
 from dtrak_jax.attribution.groups import (
     Shares,
@@ -21,7 +22,6 @@ from dtrak_jax.attribution.groups import (
     overall,
     shares,
 )
-from dtrak_jax.attribution.kernel import Damping
 from dtrak_jax.checks import at_least, between, instance, one_of, shown
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dtrak_jax.attribution.coverage import coverage
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.errors import PairSum, draws_of, summed
 from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
 from dtrak_jax.attribution.inputs import Array, check_features, example_ids, joined
-from dtrak_jax.attribution.kernel import Damping, Kernels
+from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.attribution.layers import TOP, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.scores import Scores

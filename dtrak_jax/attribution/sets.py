@@ -26,10 +26,11 @@ import scipy.linalg
 
 from dtrak_jax import host
 from dtrak_jax.attribution.coverage import By, damping_by
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.groups import check_column
 from dtrak_jax.attribution.influence import solution
 from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
-from dtrak_jax.attribution.kernel import Damping, Kernel, Kernels
+from dtrak_jax.attribution.kernel import Kernel, Kernels
 from dtrak_jax.checks import at_least, real_numbers
 from dtrak_jax.progress import progress
 from dtrak_jax.switches import standard

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtrak_jax import parallel
+from dtrak_jax.attribution.damping import Damping
 from dtrak_jax.attribution.errors import PairSum, summed
 from dtrak_jax.attribution.groups import check_columns
-from dtrak_jax.attribution.kernel import Damping
 from dtrak_jax.attribution.scores import Scores
 from dtrak_jax.checks import at_least, instance, positive
 from dtrak_jax.data.dataset import Dataset
