@@ -33,7 +33,7 @@ STUDIES = {
 }
 """For columns and draws of noise, the cotangents of each noised image; 0 are all."""
 
-DAMPINGS = (1e-4, GAUSS_NEWTON_DAMPING, 1e-2, 1e-1)
+DAMPINGS = (GAUSS_NEWTON_DAMPING, 1e-2, 1e-1)
 
 
 def main(data: str, folder: str) -> None:

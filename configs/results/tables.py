@@ -417,7 +417,7 @@ def damping_rules() -> Lines:
 
 def gauss_newton() -> Lines:
     """The LDS with Gauss-Newton matrices, beside TRAK's of the same features."""
-    heads = ["λ a tenth of it", "ten times", "less TRAK", "less TRAK, pooled"]
+    heads = ["ten times λ", "100 times", "less TRAK", "less TRAK, pooled"]
     lines = [["data", "images", "columns", "kernel", "gradients", "LDS", *heads]]
     for row in read("gauss_newton")["rows"]:
         said = f"TRAK, {row['kernel']}"
@@ -426,7 +426,7 @@ def gauss_newton() -> Lines:
         own = [row.get(f"less_{kernel}") for kernel in ("apart", "pooled")]
         compared = [interval(one, "value") if one else "" for one in own]
         beside = row.get("by_damping", {})
-        others = [number(beside[d]) if d in beside else "" for d in ("0.0001", "0.01")]
+        others = [number(beside[d]) if d in beside else "" for d in ("0.01", "0.1")]
         named = row["data"], row["queries"], str(row["dim"]), said
         cells = str(row["gradients"]), interval(row), *others
         lines.append([*named, *cells, *compared])

@@ -14,8 +14,9 @@ DEFAULT_DAMPING = 0.1
 datamodeling score is within 8% of its best for anything from .01 to .3."""
 
 GAUSS_NEWTON_DAMPING = 0.001
-"""lambda in these units where a Gauss-Newton matrix is the kernel. On digits the linear
-datamodeling score rises as lambda falls, and changes little below this."""
+"""lambda in these units where a Gauss-Newton matrix is the kernel. On digits and MNIST ten
+times as much changes the linear datamodeling score by a hundredth or less; and no matrix up
+to 8,192 x 8,192 has eigenvalues so large that this is below their rounding errors."""
 
 
 class Damping(NamedTuple):
