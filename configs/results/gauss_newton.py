@@ -28,7 +28,7 @@ from dtrak_jax.run import Run
 HERE = Path(__file__).parent
 FILE = HERE / "gauss_newton.json"
 STUDIES = {
-    "digits": {(2048, 1): (1, 4, 16, 0), (4096, 2): (16,)},
+    "digits": {(2048, 1): (1, 4, 16, 0), (4096, 2): (16,), (4096, 16): ()},
     "mnist": {(2048, 1): (1, 8), (4096, 1): (16,)},
 }
 """For columns and draws of noise, the cotangents of each noised image; 0 are all."""
@@ -50,7 +50,7 @@ def main(data: str, folder: str) -> None:
     for (dim, draws), counts in STUDIES[data].items():
         settings = {"data": data, "dim": dim, "draws": draws}
         done = [row for row in result["rows"] if settings.items() <= row.items()]
-        if {row["cotangents"] for row in done} >= {*counts}:
+        if done and {row["cotangents"] for row in done} >= {*counts}:
             continue
         rows = list(compared(run, dim, draws, counts, truth))
         others = [row for row in result["rows"] if row not in done]

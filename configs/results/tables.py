@@ -87,6 +87,13 @@ COVERING = {
 }
 """The removals by coverage."""
 
+CURVED = {
+    "gauss-newton": "gauss-newton, the highest scores",
+    "trak": "trak, the highest scores",
+}
+"""The removals by scores with the curvature of the output, and those of the same gradients
+without it."""
+
 
 def main() -> None:
     """Rewrites every document."""
@@ -161,7 +168,7 @@ def methods() -> Lines:
     key = {"data": "digits", "queries": "validation", "dim": 2048, "cotangents": 16}
     elsewhere.append(pick(read("gauss_newton")["rows"], **key))
     rows = validation["rows"] + [
-        row | {"method": name, "damping_rule": None}
+        row | {"method": name, "damping_rule": None, "transform": "linear"}
         for name, row in zip(
             ("coverage", "ekfac", "gauss-newton"), elsewhere, strict=True
         )
@@ -527,12 +534,12 @@ def set_differences(result: str) -> Lines:
     )
 
 
-def covering_removals() -> Lines:
-    """What removal by coverage did, and how much more than others on the same pictures."""
-    result = read("digits_coverage_counterfactual")
+def removals_beside_sets(of: str, said: dict[str, str]) -> Lines:
+    """What some removals did, and how much more than others on the same pictures."""
+    result = read(of)
     queries = result["settings"]["queries"]
     lines = [["removed", "", *MEASURED.values()]]
-    for name, text in COVERING.items():
+    for name, text in said.items():
         own = [pick(removed(result["summary"], name), metric=m) for m in MEASURED]
         cells = [interval(row, "mean", "mean_low", "mean_high") for row in own]
         lines.append([text, "", *cells])
@@ -540,7 +547,7 @@ def covering_removals() -> Lines:
     others = [row for row in others if row.get("query") in queries]
     pairs = [
         (text, removed(result["rows"], name), IN_SETS[other], removed(others, other))
-        for name, text in COVERING.items()
+        for name, text in said.items()
         for other in ("trak-set", "pixel-cosine", "dtrak")
     ]
     _, *compared = differences(pairs)
@@ -585,7 +592,12 @@ TABLES: dict[str, Callable[[], Lines]] = {
     "gauss-newton-cg": gauss_newton_cg,
     "layer weights": layer_weights,
     "layer shares": layer_shares,
-    "covering removals": covering_removals,
+    "covering removals": lambda: removals_beside_sets(
+        "digits_coverage_counterfactual", COVERING
+    ),
+    "gauss-newton removals": lambda: removals_beside_sets(
+        "digits_gauss_newton_counterfactual", CURVED
+    ),
     "sets": lambda: sets("digits_sets_counterfactual"),
     "set differences": lambda: set_differences("digits_sets_counterfactual"),
     "small sets": lambda: sets("digits_small_sets_counterfactual"),
