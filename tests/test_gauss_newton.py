@@ -118,8 +118,15 @@ def test_a_store_is_continued_and_no_other_is_taken(
     assert asked == [1]
     np.testing.assert_array_equal(all_of(made), expected)
     for task, changes in ((task_of(seed=1), {}), (task_of(), {"cotangents": 2})):
-        with pytest.raises(ValueError, match="has Gauss-Newton matrices of another"):
+        with pytest.raises(ValueError, match="0.npz is not this Gauss-Newton matrix"):
             dtrak.gauss_newton(task, *how, store=tmp_path, **changes)
+    (tmp_path / "0.npz").write_bytes((tmp_path / "1.npz").read_bytes())
+    with pytest.raises(ValueError, match="0.npz is not this Gauss-Newton matrix"):
+        dtrak.gauss_newton(task_of(), *how, store=tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metadata.json").touch()
+    with pytest.raises(ValueError, match="holds no Gauss-Newton matrices but 'metada"):
+        dtrak.gauss_newton(task_of(), *how, store=tmp_path / "other")
 
 
 def test_influence_takes_it_in_place_of_the_kernel(params, both, tmp_path):
@@ -172,6 +179,13 @@ def test_what_is_refused(params, both):
         dtrak.attribute(train, query, curvature=made, solver="cg")
     with pytest.raises(TypeError, match="curvature is .*; it must be GaussNewton"):
         dtrak.attribute(train, query, curvature=np.ones((2, 8, 8)))
+    independent = task_of(noise="independent")
+    without = dtrak.featurize(independent, params, both[0], SKETCH)
+    of_train = dtrak.gauss_newton(independent, params, both[0], SKETCH)
+    with pytest.raises(
+        ValueError, match="noise_of is 'train' there and 'picture' here"
+    ):
+        Kernels(without, curvature=of_train)
     squares = dtrak.featurize(task_of("square"), params, both[0], SKETCH)
     others = dtrak.featurize(task_of("square"), params, both[1], SKETCH)
     with pytest.raises(ValueError, match="needs features of the measurement 'loss'"):

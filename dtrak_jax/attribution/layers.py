@@ -76,13 +76,12 @@ def layer_weights(
 ) -> LayerWeights:
     """Fits weights of layers to the queries, without labels; see the module for tau_w.
 
-    They minimise the mean over queries q of
+    They lower, by Adam from equal weights, the mean over queries q of
 
       -(mean of the `top` highest tau_w(q, .)) / ||tau_w(q, .)||_2 + ridge mean_m w_m^2,
 
     the highest chosen anew in each step: those layers count more in whose scores some
-    training images stand out from all others (arXiv 2506.05647; softmax weights, by Adam
-    from equal ones). Contributions c_m are made once, [M, queries, n] in memory.
+    training images stand out from all others (arXiv 2506.05647; softmax weights). Contributions c_m are made once, [M, queries, n] in memory.
 
     Args:
       train: features of the training set, of whole gradients, or their `Kernels`.
@@ -100,6 +99,7 @@ def layer_weights(
       ValueError: features that do not belong together, or wrong settings.
       MemoryError: contributions do not fit this host.
     """
+    instance("by_layer", by_layer, Mapping)
     kernels, names = Kernels.of(train), tuple(by_layer)
     n = kernels.train.shape[-2]
     top = at_least("top", top, 1, n)

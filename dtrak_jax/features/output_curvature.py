@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -71,8 +72,8 @@ class GaussNewton:
             )
         if not isinstance(train, Features):
             return
-        # Examples without a role have the noise of their own content.
-        free = dict.fromkeys(("measurements", "noise_of"))
+        # Independent noise is that of the role "train" here.
+        free = {"measurements": None}
         differing = files.differences(self.fingerprint | free, train.fingerprint | free)
         if differing:
             raise ValueError(
@@ -106,7 +107,8 @@ def gauss_newton(
 
     Args:
       task, params, images, projection, frozen, ids, cond, bounds: those of `featurize`, of
-        the training set; the measurement does not matter.
+        the training set with role "train", which decides independent noise; the
+        measurement does not matter.
       cotangents: random ones for each image and pair, a function of the task's seed, the
         image's id, the pair and their number; 0 takes the D unit vectors, without chance.
         With n of them in all, H has rank n: below k what it misses counts as 0.
@@ -150,20 +152,21 @@ def gauss_newton(
     made = GaussNewton(shape, made_from, count, lambda pair: kept[pair])
     folder = None if store is None else files.check_folder("store", store)
     if folder is not None:
+        _check_store(folder, pairs)
         made = dataclasses.replace(made, matrix=lambda pair: _read(folder, pair))
     words, position = noise_words(hashes, "train"), np.arange(len(ids), dtype=np.int32)
     shared = jax.tree.map(
         lambda column: column[parallel.share(len(ids))], (images, words, position, cond)
     )
     on_mesh, kept = parallel.put(network, mesh), {}
-    missing = [pair for pair in range(pairs) if not _is_kept(folder, pair, made.digest)]
+    missing = [pair for pair in range(pairs) if not _is_kept(folder, pair, made)]
     of_pair = 1 if task.per_timestep else len(task.pairs)
     amount = len(missing) * of_pair * programs.blocks * len(shared[0])
     with progress(None, "gauss-newton", amount, "image") as bar:
         for pair in missing:
             averaged = [pair] if task.per_timestep else range(len(task.pairs))
-            total = np.zeros((mesh.size, k, k), np.float32)
-            total = parallel.put(total, mesh, EXAMPLES)
+            spread = jax.NamedSharding(mesh, EXAMPLES)
+            total = jnp.zeros((mesh.size, k, k), jnp.float32, device=spread)
             for one in averaged:
                 total = _add_pair(programs, on_mesh, shared, one, total, bar.update)
             matrix = _over_processes(total) / (programs.cotangents * len(averaged))
@@ -172,7 +175,7 @@ def gauss_newton(
                     "the Gauss-Newton matrix is not finite; is the model trained, and "
                     "are its predictions of a reasonable size?"
                 )
-            _keep(folder, kept, pair, matrix, made.digest)
+            _keep(folder, kept, pair, matrix, made)
     return made
 
 
@@ -227,31 +230,50 @@ def _check_size(shape: tuple[int, ...], store: epath.PathLike | None) -> None:
         host.check_fits(what, 3 * one, whole, files.check_folder("store", store))
 
 
+def _check_store(folder: epath.Path, pairs: int) -> None:
+    """Raises a ValueError if a folder holds anything but matrices of pairs."""
+    names = {_path(folder, pair).name for pair in range(pairs)}
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if parallel.agreed(there and not there & names):
+        raise ValueError(
+            f"store is {folder}, which holds no Gauss-Newton matrices but {min(there)!r}; "
+            "name a folder that is new or empty."
+        )
+
+
 def _path(folder: epath.Path, pair: int) -> epath.Path:
     return folder / f"{pair}.npz"
 
 
-def _is_kept(folder: epath.Path | None, pair: int, made_from: str) -> bool:
+def _is_kept(folder: epath.Path | None, pair: int, made: GaussNewton) -> bool:
     """Returns whether a matrix is there, or raises a ValueError if it is another one."""
-    if folder is None or not parallel.agreed(_path(folder, pair).exists()):
+    if folder is None:
         return False
-    saved = files.read_npz(_path(folder, pair))
-    if parallel.agreed(str(saved.get("made_from")) == made_from):
+    path = _path(folder, pair)
+    if not parallel.agreed(path.exists()):
+        return False
+    made_from = str(files.read_npz(path).get("made_from"))
+    if parallel.agreed(made_from == f"{made.digest} {pair}"):
         return True
     raise ValueError(
-        f"{folder} has Gauss-Newton matrices of another network, task, projection or "
-        "other images; name another store, or delete it."
+        f"{path} is not this Gauss-Newton matrix: the network, parameters, images, task, "
+        "projection or number of cotangents are others. Name another store, or delete it."
     )
 
 
 def _keep(
-    folder: epath.Path | None, kept: dict, pair: int, matrix: np.ndarray, made_from: str
+    folder: epath.Path | None,
+    kept: dict,
+    pair: int,
+    matrix: np.ndarray,
+    made: GaussNewton,
 ) -> None:
     """Keeps a matrix in memory, or on the disk if there is a folder."""
     if folder is None:
         kept[pair] = matrix
         return
     if parallel.is_main_process():
+        made_from = f"{made.digest} {pair}"
         files.write_npz(_path(folder, pair), matrix=matrix, made_from=made_from)
     parallel.barrier(f"write {_path(folder, pair)}")
 

@@ -75,15 +75,7 @@ def output_programs(
     network = jax.tree.map(
         lambda leaf: shape(leaf.shape, leaf.dtype), (params, frozen, sketches)
     )
-    x, _, condition = network_inputs(images, cond, layout.size)
-    microbatch = Microbatch(
-        x=shape((layout.size, 1, *x.shape[1:]), np.float32),
-        words=shape((layout.size, 2), np.uint32),
-        position=shape((layout.size,), np.int32),
-        pair=shape((layout.size, 1), np.int32),
-        weight=shape((layout.size, 1), np.float32),
-        cond=condition,
-    )
+    microbatch = gradients.microbatch_of(images, cond, layout.size)
     rows, k = layout.size * width, layout.dim
     sizes = [leaf.size for leaf in variables(task, params, sketches)]
     parts = {"output": [shape((rows, size), np.float32) for size in sizes]}
