@@ -42,8 +42,7 @@ def read(name: str) -> list[dict]:
     rows = json.loads((HERE / f"{name}.json").read_text())["rows"]
     if name == "cost":
         return [row for row in rows if row["damping_rule"] == "cross-fitted"]
-    wanted = {"data": "digits", "method": "gauss-newton"}
-    return [row for row in rows if wanted.items() <= row.items()]
+    return [row for row in rows if row["data"] == "digits"]
 
 
 def draw(axes: Axes, rows: list[dict], made: list[dict]) -> None:
@@ -53,8 +52,13 @@ def draw(axes: Axes, rows: list[dict], made: list[dict]) -> None:
             own = [r for r in rows if (r["way"], r["kernel"]) == (way, kernel)]
             said = f"{label}{', pooled' if kernel == 'pooled' else ''}"
             line(axes, own, said, color=colour, marker=marker, linestyle=style)
-    for dim in dict.fromkeys(row["dim"] for row in made):
-        own = [row for row in made if row["dim"] == dim]
+    key = {"method": "trak", "kernel": "pooled", "dim": 4096}
+    own = [row for row in made if key.items() <= row.items()]
+    _, colour, _ = WAYS["one model"]
+    line(axes, own, "one model, pooled, 4,096 columns", color=colour, marker="*")
+    matrices = [row for row in made if row["method"] == "gauss-newton"]
+    for dim in dict.fromkeys(row["dim"] for row in matrices):
+        own = [row for row in matrices if row["dim"] == dim]
         label = f"Gauss-Newton matrices, {dim:,} columns"
         line(axes, own, label, color=CURVATURE, marker="D" if dim > 2048 else "P")
     best = max(row["lds"] for row in [*rows, *made])
