@@ -5,6 +5,7 @@ are made from, so that none are taken for others, and those of other settings, m
 pictures stay beside them.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -189,7 +190,12 @@ def by_layer(run: "Run", name: str, measurement: str) -> dict[str, Features]:
 
 def gauss_newton(run: "Run") -> features.GaussNewton:
     """Returns the main model's Gauss-Newton matrices, computed unless they are there."""
-    space, examples = run.space, run.splits.train
+    space, examples, store = run.space, run.splits.train, gauss_newton_path(run)
+    made = None
+    with contextlib.suppress(FileNotFoundError):
+        made = features.GaussNewton.load(store)
+    if parallel.agreed(made is not None):
+        return made
     return features.gauss_newton(
         run.task(
             measurement="loss", noise=noise_of(run.config.features.noise, "train")
@@ -202,7 +208,7 @@ def gauss_newton(run: "Run") -> features.GaussNewton:
         cond=space.cond("train"),
         bounds=space.bounds or (-math.inf, math.inf),
         cotangents=run.config.attribution.gauss_newton_cotangents,
-        store=gauss_newton_path(run),
+        store=store,
         batch_size=run.config.features.batch_size,
     )
 

@@ -117,11 +117,14 @@ def test_a_store_is_continued_and_no_other_is_taken(
     made = dtrak.gauss_newton(task_of(), *how, store=tmp_path)
     assert asked == [1]
     np.testing.assert_array_equal(all_of(made), expected)
+    loaded = dtrak.features.GaussNewton.load(tmp_path)
+    np.testing.assert_array_equal(all_of(loaded), expected)
+    assert (loaded.digest, loaded.shape) == (made.digest, made.shape)
     for task, changes in ((task_of(seed=1), {}), (task_of(), {"cotangents": 2})):
-        with pytest.raises(ValueError, match="0.npz is not this Gauss-Newton matrix"):
+        with pytest.raises(ValueError, match="0.npz is another Gauss-Newton matrix: "):
             dtrak.gauss_newton(task, *how, store=tmp_path, **changes)
     (tmp_path / "0.npz").write_bytes((tmp_path / "1.npz").read_bytes())
-    with pytest.raises(ValueError, match="0.npz is not this Gauss-Newton matrix"):
+    with pytest.raises(ValueError, match="0.npz is another Gauss-Newton matrix: "):
         dtrak.gauss_newton(task_of(), *how, store=tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metadata.json").touch()

@@ -15,6 +15,7 @@ for all, one or a few would show the same few directions of the output every tim
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -56,11 +57,33 @@ class GaussNewton:
     matrix: Callable[[int], np.ndarray] = dataclasses.field(repr=False)
     """Returns H_j, float32 [k, k]."""
 
+    @classmethod
+    def load(cls, store: epath.PathLike) -> "GaussNewton":
+        """Returns the matrices of a store, as `gauss_newton` left it.
+
+        Raises:
+          FileNotFoundError: one of them is missing.
+        """
+        folder = files.check_folder("store", store)
+        first = files.read_npz(_path(folder, 0))
+        made_from = json.loads(str(first["made_from"]))
+        cotangents, _ = made_from.pop("cotangents"), made_from.pop("pair")
+        shape = first["matrix"].shape
+        if made_from["per_timestep"]:
+            shape = (len(made_from["timesteps"]) * made_from["draws"], *shape)
+        for pair in range(shape[0] if made_from["per_timestep"] else 1):
+            if not _path(folder, pair).exists():
+                raise FileNotFoundError(f"there is no {_path(folder, pair)}.")
+        return cls(shape, made_from, cotangents, functools.partial(_read, folder))
+
     @property
     def digest(self) -> str:
         """A hash of all that decides the values."""
-        made_from = self.fingerprint | {"cotangents": self.cotangents}
-        return digest(json.dumps(made_from, sort_keys=True))
+        return digest(json.dumps(self.made_from(0), sort_keys=True))
+
+    def made_from(self, pair: int) -> dict[str, object]:
+        """Returns all that decides the matrix of a pair."""
+        return self.fingerprint | {"cotangents": self.cotangents, "pair": pair}
 
     def check(self, train: Features | np.ndarray) -> None:
         """Raises a ValueError unless features of a training set belong to it."""
@@ -153,7 +176,7 @@ def gauss_newton(
     folder = None if store is None else files.check_folder("store", store)
     if folder is not None:
         _check_store(folder, pairs)
-        made = dataclasses.replace(made, matrix=lambda pair: _read(folder, pair))
+        made = dataclasses.replace(made, matrix=functools.partial(_read, folder))
     words, position = noise_words(hashes, "train"), np.arange(len(ids), dtype=np.int32)
     shared = jax.tree.map(
         lambda column: column[parallel.share(len(ids))], (images, words, position, cond)
@@ -234,7 +257,7 @@ def _check_store(folder: epath.Path, pairs: int) -> None:
     """Raises a ValueError if a folder holds anything but matrices of pairs."""
     names = {_path(folder, pair).name for pair in range(pairs)}
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if parallel.agreed(there and not there & names):
+    if parallel.agreed(bool(there) and not there & names):
         raise ValueError(
             f"store is {folder}, which holds no Gauss-Newton matrices but {min(there)!r}; "
             "name a folder that is new or empty."
@@ -252,12 +275,13 @@ def _is_kept(folder: epath.Path | None, pair: int, made: GaussNewton) -> bool:
     path = _path(folder, pair)
     if not parallel.agreed(path.exists()):
         return False
-    made_from = str(files.read_npz(path).get("made_from"))
-    if parallel.agreed(made_from == f"{made.digest} {pair}"):
+    saved = json.loads(str(files.read_npz(path).get("made_from", "{}")))
+    differing = files.differences(saved, json.loads(json.dumps(made.made_from(pair))))
+    if not parallel.agreed(bool(differing)):
         return True
     raise ValueError(
-        f"{path} is not this Gauss-Newton matrix: the network, parameters, images, task, "
-        "projection or number of cotangents are others. Name another store, or delete it."
+        f"{path} is another Gauss-Newton matrix: {differing[0]}. Name another store, or "
+        "delete it."
     )
 
 
@@ -273,7 +297,7 @@ def _keep(
         kept[pair] = matrix
         return
     if parallel.is_main_process():
-        made_from = f"{made.digest} {pair}"
+        made_from = json.dumps(made.made_from(pair))
         files.write_npz(_path(folder, pair), matrix=matrix, made_from=made_from)
     parallel.barrier(f"write {_path(folder, pair)}")
 

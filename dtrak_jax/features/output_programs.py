@@ -88,7 +88,7 @@ def output_programs(
         count,
         width,
         Program(pulled, (*network, numbers, microbatch), mesh),
-        Program(gradients.projection_function(projection, mesh), (parts,), mesh),
+        Program(gradients.projection_function(projection, mesh, ()), (parts,), mesh),
         Program(
             add_function(mesh), (shape((mesh.size, k, k), np.float32), features), mesh
         ),
