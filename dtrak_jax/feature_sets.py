@@ -197,9 +197,7 @@ def gauss_newton(run: "Run") -> features.GaussNewton:
     if parallel.agreed(made is not None):
         return made
     return features.gauss_newton(
-        run.task(
-            measurement="loss", noise=noise_of(run.config.features.noise, "train")
-        ),
+        gauss_newton_task(run),
         run.params(),
         space.x("train"),
         run.projection,
@@ -213,11 +211,16 @@ def gauss_newton(run: "Run") -> features.GaussNewton:
     )
 
 
+def gauss_newton_task(run: "Run") -> Task:
+    """Returns the task of the training images' features of the loss."""
+    noise = noise_of(run.config.features.noise, "train")
+    return run.task(measurement="loss", noise=noise)
+
+
 def gauss_newton_path(run: "Run") -> epath.Path:
     """Returns the folder of the Gauss-Newton matrices, named by what decides them."""
     cotangents = run.config.attribution.gauss_newton_cotangents or "all"
-    noise = noise_of(run.config.features.noise, "train")
-    task = run.task(measurement="loss", noise=noise)
+    task = gauss_newton_task(run)
     name = place(run).replace("features", "gauss-newton", 1)
     return path(run, FeatureSet(f"{name}-{cotangents}", "train", task, run.projection))
 

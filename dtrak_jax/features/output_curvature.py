@@ -172,16 +172,18 @@ def gauss_newton(
     k, pairs = programs.layout.dim, len(task.pairs) if task.per_timestep else 1
     shape = (pairs, k, k) if task.per_timestep else (k, k)
     _check_size(shape, store)
-    made = GaussNewton(shape, made_from, count, lambda pair: kept[pair])
-    folder = None if store is None else files.check_folder("store", store)
-    if folder is not None:
+    folder, kept = None, {}
+    matrix = kept.__getitem__
+    if store is not None:
+        folder = files.check_folder("store", store)
         _check_store(folder, pairs)
-        made = dataclasses.replace(made, matrix=functools.partial(_read, folder))
+        matrix = functools.partial(_read, folder)
+    made = GaussNewton(shape, made_from, count, matrix)
     words, position = noise_words(hashes, "train"), np.arange(len(ids), dtype=np.int32)
     shared = jax.tree.map(
         lambda column: column[parallel.share(len(ids))], (images, words, position, cond)
     )
-    on_mesh, kept = parallel.put(network, mesh), {}
+    on_mesh = parallel.put(network, mesh)
     missing = [pair for pair in range(pairs) if not _is_kept(folder, pair, made)]
     of_pair = 1 if task.per_timestep else len(task.pairs)
     amount = len(missing) * of_pair * programs.blocks * len(shared[0])
@@ -213,14 +215,11 @@ def _add_pair(
     """Returns the total [devices, k, k] with the sum over this process's images."""
     layout, width, n = programs.layout, programs.width, len(examples[0])
     for first in range(0, programs.blocks * width, width):
-        numbers, done, under_way = (
-            np.arange(first, first + width, dtype=np.int32),
-            0,
-            [],
-        )
-        for (microbatch,) in microbatches(layout, examples, pair) if n else ():
+        numbers, under_way = np.arange(first, first + width, dtype=np.int32), []
+        starts = range(0, n, layout.size)
+        for start, (microbatch,) in zip(starts, microbatches(layout, examples, pair)):
             # What fills up the last microbatch counts as nothing.
-            left = np.arange(done, done + layout.size)[:, None] < n
+            left = np.arange(start, start + layout.size)[:, None] < n
             microbatch = microbatch._replace(weight=left.astype(np.float32))
             parts = programs.gradients.function(*network, numbers, microbatch)
             features, _ = programs.project.function({"output": parts})
@@ -228,8 +227,7 @@ def _add_pair(
             # Two rounds under way keep the devices busy; more would take memory.
             under_way = [*under_way[-1:], features]
             jax.block_until_ready(under_way[0])
-            before, done = done, min(done + layout.size, n)
-            advance(done - before)
+            advance(min(layout.size, n - start))
     return total
 
 
