@@ -42,7 +42,7 @@ class AttributionConfig:
     """The noised images of the Gauss-Newton matrix of `gauss-newton-cg`, spread over training
     images, and in turn over timesteps and draws; 0 takes all."""
     gauss_newton_cotangents: int = free(16)
-    """Those that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
+    """The cotangents that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
     gauss_newton_damping: float = free(GAUSS_NEWTON_DAMPING)
     """The damping of `gauss-newton`, in units of the matrix's mean eigenvalue."""
     coverage_share: float = free(COVERAGE_SHARE)

@@ -46,7 +46,7 @@ Parts = list[np.ndarray]
 
 
 class System(NamedTuple):
-    """What the equations (G + Lambda) u = g of queries are made of."""
+    """The parts of the equations (G + Lambda) u = g of queries."""
 
     curvature: Curvature
     mesh: jax.sharding.Mesh
