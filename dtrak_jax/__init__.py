@@ -40,6 +40,7 @@ from dtrak_jax.features import (
     featurize,
     gauss_newton,
     merge,
+    probes,
 )
 from dtrak_jax.models.tags import layer
 
@@ -80,6 +81,7 @@ __all__ = [
     "models",
     "near_duplicates",
     "predict",
+    "probes",
     "removal_set",
     "retrain",
     "scaled_linear_schedule",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dtrak_jax.attribution import Damping, Kernels, Scores
 from dtrak_jax.attribution.inputs import Array
-from dtrak_jax.attribution.scoring import GAUSS_NEWTON, ONE_MODEL, score
+from dtrak_jax.attribution.scoring import GAUSS_NEWTON, ONE_MODEL, PROBES, score
 from dtrak_jax.checks import instance, one_of
 from dtrak_jax.data import look_alikes
 from dtrak_jax.features import Features, GaussNewton
@@ -16,7 +16,7 @@ from dtrak_jax.switches import standard
 @standard()
 def attribute(
     train: Array | Kernels,
-    query: Array | dict[str, Array],
+    query: Array | Mapping[str, Array | Mapping[str, Array]],
     *,
     method: str | None = None,
     damping: float | Damping | None = None,
@@ -40,7 +40,8 @@ def attribute(
       train: features of the training set, [T, n, k] or [n, k]; or `Kernels`, to share
         what is decomposed with other calls.
       query: of the queries, [T, q, k] or [q, k], computed with the same task,
-        parameters and projection; or several sets of them by name.
+        parameters and projection; or several sets of them by name. Of "das", {probe:
+        features}, as `featurize` returns them for `dtrak_jax.probes(count)`.
       method: its name; None takes the kernel method of the features' measurement.
       damping: lambda_j in units of that kernel's mean eigenvalue,
         trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)` or `effective(share)`;
@@ -50,7 +51,7 @@ def attribute(
         1e-5, at a price for every query (see `attribution.iterative.solve`).
       curvature: H_j of `gauss_newton`, made with the same task, parameters, projection and
         training images: it stands in place of Phi_j^T Phi_j, and the method is
-        "gauss-newton". Features are those of the loss.
+        "gauss-newton", or "das" if it is named. Training features are of the loss.
       groups: {grouping: the name of each training example's group [n]}, such as
         {"contributor": [...]}; `scores.group("contributor")` adds up their scores.
       draws: the noise draws of each timestep, which arrays do not say: their pairs are
@@ -71,21 +72,25 @@ def attribute(
     kernels = Kernels.of(train, solver, curvature)
     row = _choose(kernels, method)
     damping = row.damping if damping is None else Damping.of(damping)
-    queries = query if isinstance(query, dict) else {"": query}
+    several = isinstance(query, Mapping)
+    if row.probed:
+        several = several and all(isinstance(each, Mapping) for each in query.values())
+    queries = query if several else {"": query}
     scores = score(row, kernels, queries, damping, groups, draws)
     for name, column in next(iter(scores.values())).columns.items():
         if text := look_alikes(name, column):
             warnings.warn(text, stacklevel=3)
-    return scores if isinstance(query, dict) else scores[""]
+    return scores if several else scores[""]
 
 
 def _choose(kernels: Kernels, method: str | None) -> Method:
     """Returns the row of a method, once the features are sure to fit it."""
-    train, inputs = kernels.train, GAUSS_NEWTON if kernels.curvature else ONE_MODEL
+    train = kernels.train
+    inputs = (GAUSS_NEWTON, PROBES) if kernels.curvature else (ONE_MODEL,)
     measurement = train.measurement if isinstance(train, Features) else None
-    rows = {name: row for name, row in METHODS.items() if row.inputs is inputs}
+    rows = {name: row for name, row in METHODS.items() if row.inputs in inputs}
     if kernels.curvature and method is None:
-        (method,) = rows
+        method = "gauss-newton"
     if method is None:
         for row in rows.values():
             if row.kernel and row.measurement == measurement:

@@ -57,6 +57,9 @@ def sets(run: "Run", folder: str) -> Iterator[FeatureSet]:
     model, layers, names = folder, None, ("train", *run.config.query_sets)
     if folder == "layers":
         model, layers, names = "", run.config.features.layer_groups, names[1:]
+    if folder == "probes":
+        measurements = features.probes(run.config.attribution.das_probes)
+        model, names = "", names[1:]
     for name in names:
         noise = noise_of(run.config.features.noise, name)
         task = run.task(measurement=measurements, noise=noise)

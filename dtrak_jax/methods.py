@@ -13,6 +13,7 @@ from dtrak_jax.attribution import (
     Kernels,
     Scores,
     coverage,
+    das,
     datamodels,
     ekfac_influence,
     embedding_cosine,
@@ -46,6 +47,7 @@ from dtrak_jax.attribution.scoring import (
     MODELS,
     ONE_MODEL,
     OUTPUTS,
+    PROBES,
     REPLAY,
     SEARCH,
     Inputs,
@@ -100,7 +102,12 @@ class Method(NamedTuple):
     @property
     def of_output(self) -> bool:
         """True if its kernels are Gauss-Newton matrices of the network's output."""
-        return self.inputs is GAUSS_NEWTON
+        return self.inputs in (GAUSS_NEWTON, PROBES)
+
+    @property
+    def probed(self) -> bool:
+        """True if its queries' features are those of several probes of the output."""
+        return self.inputs is PROBES
 
     def kernels(self, run: "Run") -> Kernels:
         """Returns the kernels of one model, of a method that has them."""
@@ -218,6 +225,16 @@ ROWS = (
         "loss",
         damping=Damping(GAUSS_NEWTON_DAMPING),
         decomposed=True,
+    ),
+    Method(
+        "das",
+        "DAS",
+        das,
+        "how far the output moves without the image, with that matrix",
+        *(DAS, PROBES, "loss"),
+        damping=Damping(GAUSS_NEWTON_DAMPING),
+        decomposed=True,
+        signed=False,
     ),
     Method(
         "gauss-newton-cg",

@@ -1,12 +1,14 @@
 """Gauss-Newton matrices of the output, and influence by them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from conftest import apply, init
 
 import dtrak_jax as dtrak
-from dtrak_jax.attribution import Damping, Kernels, damping_path, influence
+from dtrak_jax.attribution import Damping, Kernels, damping_path, das, influence
 from dtrak_jax.features import output_curvature as matrices
 
 SKETCH = dtrak.Projection("sketch", 8)
@@ -161,6 +163,90 @@ def test_influence_takes_it_in_place_of_the_kernel(params, both, tmp_path):
     (path,) = damping_path(kernels, query, [0.01], pooled=True)
     whole = inverse(h.sum(axis=0), 0.01)
     close(path, np.einsum("jqk,kl,jnl->qn", g, whole, phi))
+
+
+def test_probes_are_the_cotangents_of_the_matrix(params, both):
+    """Of the same images and role they add up to it: P J^T c, E c c^T = (2/D) I."""
+    how, task = (both[0], SKETCH), task_of(draws=2)
+    made = dtrak.gauss_newton(task, params, *how, cotangents=3)
+    probed = task_of(dtrak.probes(3), draws=2)
+    found = dtrak.featurize(probed, params, *how, role="train")
+    assert list(found) == ["probe0", "probe1", "probe2"]
+    rows = np.stack([np.asarray(phi, np.float64) for phi in found.values()])
+    close(np.einsum("vjnk,vjnl->jkl", rows, rows) / 3, all_of(made))
+    # Each image has others, and a query others than a training image of its name.
+    alone = dtrak.featurize(probed, params, *how, role="query")["probe1"]
+    assert not np.allclose(alone, rows[1], rtol=0.1)
+
+
+def test_das_is_the_movement_of_a_linear_model_without_an_image():
+    """Ridge regression, by finite differences of its solution in an image's weight."""
+
+    def linear(params, x, t, cond):
+        return (x.reshape(len(x), 4) @ params).reshape(x.shape)
+
+    rng, ridge, step = np.random.default_rng(4), 0.3, 1e-4
+    images = rng.uniform(-1, 1, (11, 2, 2, 1)).astype(np.float32)
+    task = dtrak.Task(linear, dtrak.linear_schedule(), "loss", timesteps=(300,))
+    inputs, targets = np.empty((2, 11, 4))
+    for n, image in enumerate(images):
+        words = np.zeros(2, np.uint32)
+        eps = task.eps(0, words, n, image.shape)
+        x = task.schedule.add_noise(image[None], eps[None], np.array([300]))
+        inputs[n], targets[n] = np.ravel(x), np.ravel(eps)
+
+    def solved(weights):
+        gram = np.einsum("n,ni,nj->ij", weights, inputs[:9], inputs[:9]) / 2
+        right = np.einsum("n,ni,nj->ij", weights, inputs[:9], targets[:9]) / 2
+        return np.linalg.solve(gram + ridge * np.eye(4), right)
+
+    change = step * np.eye(9)
+    moved = [(solved(1 + d) - solved(1 - d)) / 2 / step for d in change]
+    expected = np.mean((inputs[9:] @ np.stack(moved)) ** 2, axis=2).T
+
+    params = solved(np.ones(9)).astype(np.float32)
+    how = params, images[:9], dtrak.Projection("none")
+    kernels = Kernels(
+        dtrak.featurize(task, *how),
+        curvature=dtrak.gauss_newton(task, *how, cotangents=0),
+    )
+    # The output's entries, as cotangents whose mean outer product is (2/D) I.
+    entries = dataclasses.replace(task, measurement=tuple(map(entry, range(4))))
+    rows = dtrak.featurize(entries, params, images[9:], dtrak.Projection("none"))
+    probes = [np.sqrt(2) * np.asarray(phi) for phi in rows.values()]
+    close(das(kernels, probes, dtrak.absolute(ridge)), expected, 1e-3)
+
+
+def test_attribute_takes_features_of_probes(params, both):
+    task, probed = task_of(draws=2), task_of(dtrak.probes(3), draws=2)
+    train = dtrak.featurize(task, params, both[0], SKETCH)
+    query = dtrak.featurize(probed, params, both[1], SKETCH)
+    made = dtrak.gauss_newton(task, params, both[0], SKETCH)
+    how = {"method": "das", "curvature": made}
+    scores = dtrak.attribute(train, query, **how)
+    phi, h = np.asarray(train, np.float64), all_of(made)
+    g = np.stack([np.asarray(each, np.float64) for each in query.values()])
+    unit = np.trace(h, axis1=1, axis2=2)[:, None, None] / 8
+    inverse = np.linalg.inv(h + 0.001 * unit * np.eye(8))
+    expected = np.einsum("vjqk,jkl,jnl->vjqn", g, inverse, phi) ** 2 / 2
+    close(scores.scores, expected.mean(axis=0).sum(axis=0))
+    assert (scores.damping, scores.signed) == (Damping(0.001), False)
+    assert scores.freedom and (scores.errors > 0).all()
+    several = dtrak.attribute(train, {"a": query, "b": query}, **how)
+    close(several["b"].scores, scores.scores)
+    with pytest.raises(TypeError, match="query is Features.*; it must be dict"):
+        dtrak.attribute(train, query["probe0"], **how)
+    of_loss = dtrak.featurize(task, params, both[1], SKETCH)
+    with pytest.raises(ValueError, match="'loss'; das takes those of dtrak_jax.probes"):
+        dtrak.attribute(train, {"loss": of_loss}, **how)
+    with pytest.raises(ValueError, match="2 probes of different queries"):
+        others = dtrak.featurize(probed, params, both[0], SKETCH)
+        mixed = {"probe0": query["probe0"], "probe1": others["probe1"]}
+        dtrak.attribute(train, mixed, **how)
+    with pytest.raises(ValueError, match="das takes the Gauss-Newton matrix in place"):
+        das(Kernels(train), list(query.values()))
+    with pytest.raises(ValueError, match="count is 0"):
+        dtrak.probes(0)
 
 
 def test_what_is_refused(params, both):

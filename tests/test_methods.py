@@ -227,6 +227,7 @@ def test_attribute_says_what_a_method_needs(stored):
         ("trak-ensemble", "features of further models", "dtrak_jax.ensemble_mean, of"),
         ("trak-layers", "features of queries by layer", "`attribute`, method 'trak'"),
         ("gauss-newton", "features, and the Gauss-Newton", "attribute with curvature="),
+        ("das", "features of probes, and that matrix", "attribute with curvature="),
         ("pixel-dot", "images", "dtrak_jax.attribution.pixel_dot"),
         ("clip-dot", "CLIP's embeddings", "dtrak_jax.attribution.embedding_dot"),
         ("ekfac", "the curvature, and images", "dtrak_jax.attribution.ekfac_influence"),
@@ -284,7 +285,8 @@ class SmallRun:
         array = ts.array(phi.astype(np.float32))
         ids = [f"{examples}{i}" for i in range(len(phi[0]))]
         made, beside = {"noise": "common", "draws": 2}, np.zeros(phi.shape[:-1])
-        made["measurements"] = {measurement: "program"}
+        program = measurement if folder == "probes" else "program"
+        made["measurements"] = {measurement: program}
         return dtrak.Features(measurement, ids, array, beside, beside, made)
 
     def features_by_layer(self, examples, measurement):
@@ -348,6 +350,7 @@ FOLDERS = {
     "journey-trak": ["", "journey"],
     "trak-layers": ["", "layers"],
     "dtrak-layers": ["", "layers"],
+    "das": ["", "probes"],
 }
 
 
@@ -355,7 +358,7 @@ def damping_of(run, row):
     """Returns the lambda of a method: curvature and coverage have their own."""
     by_name = {"coverage": dtrak.effective(0.3)}
     by_name |= dict.fromkeys(
-        ("ekfac", "gauss-newton", "gauss-newton-cg"), Damping(0.001)
+        ("ekfac", "gauss-newton", "gauss-newton-cg", "das"), Damping(0.001)
     )
     return by_name.get(row.name, Damping(0.2))
 
@@ -392,6 +395,9 @@ def expected_scores(run, name, queries):
     if name == "gauss-newton":
         query = run.features(queries, "loss")
         return row.function(run.output_kernels(), query, 0.001)
+    if name == "das":
+        probes = [run.features(queries, f"probe{v}", "probes") for v in range(8)]
+        return row.function(run.output_kernels(), probes, 0.001)
     if name == "random":
         return row.function(run.splits.train.ids, run.queries[queries].ids)
     return row.function(
@@ -419,7 +425,7 @@ def test_every_method_scores_a_run(name):
         assert len(scores.train_ids) == 15
         assert len(scores.query_ids) == len(run.queries[queries].ids)
         assert scores.damping == (damping_of(run, row) if row.damping else None)
-        with_kernels = row.objective or name in ("journey-trak", "gauss-newton")
+        with_kernels = row.objective or row.of_output or name == "journey-trak"
         with_kernels = with_kernels or row.weighs_layers
         assert list(scores.layers) == ["deep", "last"] * row.weighs_layers
         assert (scores.eigenvalues is not None) == bool(with_kernels)

@@ -438,6 +438,10 @@ def test_work_is_counted_in_passes():
     # Features by layer are of queries alone.
     weighed = Run(tiny_config(attribution__methods="trak-layers"), None)
     assert work.passes(weighed)["featurize"] == 5 * 3 * (images + 5 + 20)
+    probed = Run(tiny_config(attribution__methods="trak das"), None)
+    expected = 5 * 3 * images + (1 + 2 * 8) * 3 * (5 + 20)
+    assert work.passes(probed)["featurize"] == expected
+    assert work.passes(probed)["attribute"] == (8 + 2 * 16) * 3 * 30
     assert work.describe("train", run) == "12 steps of 64 images"
     assert work.describe("retrain", run) == "5 x 2 models of 6 steps, 1 of 12"
 

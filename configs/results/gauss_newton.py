@@ -10,6 +10,7 @@ gauss_newton.json has the LDS of both kinds of scores from the same features.
 
 import dataclasses
 import json
+import math
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from dtrak_jax.attribution import GRID, Kernels, Predictions, damping_path
 from dtrak_jax.attribution.damping import GAUSS_NEWTON_DAMPING
 from dtrak_jax.evaluation import datamodeling
 from dtrak_jax.evaluation.trust import LDS
+from dtrak_jax.features import GaussNewton
 from dtrak_jax.run import Run
 
 HERE = Path(__file__).parent
@@ -38,12 +40,7 @@ DAMPINGS = (GAUSS_NEWTON_DAMPING, 1e-2, 1e-1)
 
 def main(data: str, folder: str) -> None:
     """Computes what is missing, and writes the rows of a data set."""
-    name = {"digits": "digits_benchmark"}.get(data, data)
-    config = runpy.run_path(str(HERE.parent / f"{name}.py"))["get_config"]()
-    # MNIST's subsets have a model each.
-    ensemble = dataclasses.replace(config.ensemble, seeds=1)
-    run = Run.at(dataclasses.replace(config, ensemble=ensemble), folder)
-    truth = digits_truth() if data == "digits" else run.truth()
+    run, truth = opened(data, folder)
     result = (
         json.loads(FILE.read_text()) if FILE.exists() else {"revision": "", "rows": []}
     )
@@ -56,6 +53,16 @@ def main(data: str, folder: str) -> None:
         others = [row for row in result["rows"] if row not in done]
         result["rows"] = others + [settings | row for row in rows]
         files.write_json(FILE, result)
+
+
+def opened(data: str, folder: str) -> tuple[Run, dict[str, dtrak.RetrainedLosses]]:
+    """Returns the run, and the losses of retrained models by set of queries."""
+    name = {"digits": "digits_benchmark"}.get(data, data)
+    config = runpy.run_path(str(HERE.parent / f"{name}.py"))["get_config"]()
+    # MNIST's subsets have a model each.
+    ensemble = dataclasses.replace(config.ensemble, seeds=1)
+    run = Run.at(dataclasses.replace(config, ensemble=ensemble), folder)
+    return run, digits_truth() if data == "digits" else run.truth()
 
 
 def digits_truth() -> dict[str, dtrak.RetrainedLosses]:
@@ -74,21 +81,8 @@ def compared(
     run: Run, dim: int, draws: int, counts: tuple, truth: dict
 ) -> Iterator[dict]:
     """Yields the LDS of TRAK, and of each number of cotangents."""
-    task = run.task(measurement="loss", draws=draws)
-    projection = dtrak.Projection("sketch", dim, run.config.features.seed)
-    folder = run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
-    sets = {"train": run.splits.train, **run.queries}
-    params = run.params()
-    features = {
-        name: dtrak.featurize(
-            *(task, params, images.images, projection),
-            ids=images.ids,
-            store=folder / name,
-            batch_size=32,
-        )
-        for name, images in sets.items()
-    }
-    train, pairs = features.pop("train"), len(task.pairs)
+    train, *queries = (featurized(run, dim, draws, name) for name in ("train", *truth))
+    features, (pairs, *_) = dict(zip(truth, queries, strict=True)), train.shape
     own, baseline = Kernels(train), {}
     for name, query in features.items():
         for kernel in ("apart", "pooled"):
@@ -101,19 +95,12 @@ def compared(
             made = {"cotangents": None, "kernel": kernel, "damping": damping}
             yield row("trak", name, lds) | made | {"gradients": pairs}
     for count in counts:
-        made = dtrak.gauss_newton(
-            *(task, params, sets["train"].images, projection),
-            ids=sets["train"].ids,
-            cotangents=count,
-            store=folder / f"cotangents-{count}",
-            batch_size=64,
-        )
-        kernels = Kernels(train, curvature=made)
+        kernels = Kernels(train, curvature=matrices(run, dim, draws, count))
         for name, query in features.items():
             found = predicted(kernels, query, DAMPINGS, False, truth[name])
             values = found[GAUSS_NEWTON_DAMPING][1]
             lds = of(values, train, query, truth[name])
-            cotangents = count or sets["train"].images[0].size
+            cotangents = count or math.prod(run.network.shape)
             described = {"cotangents": count, "kernel": "apart"}
             described["damping"] = GAUSS_NEWTON_DAMPING
             described["by_damping"] = {
@@ -124,6 +111,40 @@ def compared(
                 described[f"less_{kernel}"] = less._asdict()
             gradients = {"gradients": pairs * (1 + cotangents)}
             yield row("gauss-newton", name, lds) | described | gradients
+
+
+def featurized(run: Run, dim: int, draws: int, name: str, measurement="loss"):
+    """Returns the features of "train" or of a set of queries, which the run keeps."""
+    kept = name if measurement == "loss" else f"{name}-{len(measurement)}-probes"
+    examples, task = run.examples(name), run.task(measurement=measurement, draws=draws)
+    return dtrak.featurize(
+        *(task, run.params(), examples.images, projection(run, dim)),
+        ids=examples.ids,
+        store=folder_of(run, dim, draws) / kept,
+        batch_size=32,
+    )
+
+
+def matrices(run: Run, dim: int, draws: int, cotangents: int) -> GaussNewton:
+    """Returns Gauss-Newton matrices of the training images, which the run keeps."""
+    train, task = run.splits.train, run.task(measurement="loss", draws=draws)
+    return dtrak.gauss_newton(
+        *(task, run.params(), train.images, projection(run, dim)),
+        ids=train.ids,
+        cotangents=cotangents,
+        store=folder_of(run, dim, draws) / f"cotangents-{cotangents}",
+        batch_size=64,
+    )
+
+
+def projection(run: Run, dim: int) -> dtrak.Projection:
+    """Returns the run's projection with so many columns."""
+    return dtrak.Projection("sketch", dim, run.config.features.seed)
+
+
+def folder_of(run: Run, dim: int, draws: int) -> Path:
+    """Returns where features and matrices are kept."""
+    return run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
 
 
 def predicted(

@@ -14,6 +14,7 @@ from dtrak_jax.attribution.damping import (
     absolute,
     effective,
 )
+from dtrak_jax.attribution.das import das
 from dtrak_jax.attribution.duplicates import near_duplicates
 from dtrak_jax.attribution.ekfac import ekfac_influence
 from dtrak_jax.attribution.errors import PairSum
@@ -60,6 +61,7 @@ __all__ = [
     "absolute",
     "coverage",
     "damping_path",
+    "das",
     "datamodels",
     "effective",
     "ekfac_influence",

@@ -18,7 +18,8 @@ class AttributionConfig:
     """The methods of attribution; `dtrak-jax methods` lists them."""
     damping: float = free(0.1)
     """The damping lambda, in units of the kernel's mean eigenvalue unless `absolute` or
-    `share`; `ekfac`, `gauss-newton`, `gauss-newton-cg` and `coverage` have one of their own."""
+    `share`; `ekfac`, `gauss-newton`, `das`, `gauss-newton-cg` and `coverage` have one of
+    their own."""
     absolute: bool = free(False)
     """Take `damping` as lambda itself."""
     share: bool = free(False)
@@ -42,9 +43,12 @@ class AttributionConfig:
     """The noised images of the Gauss-Newton matrix of `gauss-newton-cg`, spread over training
     images, and in turn over timesteps and draws; 0 takes all."""
     gauss_newton_cotangents: int = free(16)
-    """The cotangents that make the Gauss-Newton matrices of `gauss-newton`; 0 as above."""
+    """The cotangents that make the Gauss-Newton matrices of `gauss-newton` and `das`; 0 as
+    above."""
     gauss_newton_damping: float = free(GAUSS_NEWTON_DAMPING)
-    """The damping of `gauss-newton`, in units of the matrix's mean eigenvalue."""
+    """The damping of `gauss-newton` and `das`, in units of the matrix's mean eigenvalue."""
+    das_probes: int = free(8)
+    """The random cotangents of each query, timestep and draw that `das` takes."""
     coverage_share: float = free(COVERAGE_SHARE)
     """The damping of `coverage`: the share of min(n, k) that a kernel's effective dimension
     is (dtrak.effective). 0 takes that of the other methods, `damping`."""
@@ -69,6 +73,7 @@ class AttributionConfig:
         between("attribution.coverage_share", self.coverage_share, 0, 0.99)
         positive("attribution.gauss_newton_damping", self.gauss_newton_damping)
         between("attribution.ggn_tolerance", self.ggn_tolerance, 0, 1)
+        at_least("attribution.das_probes", self.das_probes, 1)
         counts = "cotangents", "gauss_newton_cotangents", "ggn_iterations", "ggn_images"
         for name in counts:
             at_least(f"attribution.{name}", getattr(self, name), 0)

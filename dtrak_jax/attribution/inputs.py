@@ -50,13 +50,16 @@ def joined(sets: Sequence[Array]) -> Array:
     return np.concatenate([np.asarray(features) for features in sets], axis=-2)
 
 
-def check_features(train: Array, query: Array) -> tuple[Array, Array]:
+def check_features(
+    train: Array, query: Array, probed: bool = False
+) -> tuple[Array, Array]:
     """Returns both as features or arrays, or raises a ValueError unless they fit.
 
     They must have the shapes [T, n, k] and [T, q, k], or [n, k] and [q, k], with
     nothing empty; and come from the same task, parameters and projection, but for the
-    noise of cyclic queries and their weights of layers. Independent noise that both may
-    share is an error.
+    noise of cyclic queries and their weights of layers; `probed` queries are of a probe,
+    whatever the training set's measurement. Independent noise that both may share is an
+    error.
     """
     train, query = as_features(train), as_features(query)
     t, q = tuple(train.shape), tuple(query.shape)
@@ -92,6 +95,9 @@ def check_features(train: Array, query: Array) -> tuple[Array, Array]:
     of_train, of_query = train.fingerprint | free, query.fingerprint | free
     # Weights of layers are on the query's side alone.
     of_query.pop("layer_weights", None)
+    if probed:
+        _check_probe(query)
+        of_query["measurements"] = of_train["measurements"]
     differing = files.differences(of_train, of_query)
     if differing:
         raise ValueError(
@@ -99,3 +105,12 @@ def check_features(train: Array, query: Array) -> tuple[Array, Array]:
             f"{differing[0]}."
         )
     return train, query
+
+
+def _check_probe(query: Features) -> None:
+    """Raises a ValueError unless the features are of one of `probes`."""
+    if query.fingerprint["measurements"] != {query.measurement: query.measurement}:
+        raise ValueError(
+            f"query features are of {query.measurement!r}; das takes those of "
+            "dtrak_jax.probes(count) as the task's measurement."
+        )

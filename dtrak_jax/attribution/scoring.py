@@ -1,6 +1,7 @@
 """From the features of one model, or the artefacts of a run, to `Scores`."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from dtrak_jax.attribution.coverage import coverage
 from dtrak_jax.attribution.damping import Damping
+from dtrak_jax.attribution.das import das
 from dtrak_jax.attribution.errors import PairSum, draws_of, summed
 from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
@@ -19,7 +21,8 @@ from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.attribution.layers import TOP, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.features import Features
+from dtrak_jax.checks import instance
+from dtrak_jax.features import Features, probes
 from dtrak_jax.training import kept_steps
 
 if TYPE_CHECKING:
@@ -47,26 +50,29 @@ class Inputs(NamedTuple):
 def score(
     method: "Method",
     kernels: Kernels,
-    queries: dict[str, Array],
+    queries: Mapping[str, Array | Mapping[str, Array]],
     damping: Damping | None,
     groups: Mapping[str, Sequence[str]] | None = None,
     draws: int | None = None,
 ) -> dict[str, Scores]:
     """Returns the scores for each set of queries, by a method of one model's features.
 
-    All sets are scored at once, so that no kernel is decomposed twice. `groups` and
-    `draws` are those of `attribute`; a method without a damping needs none.
+    All sets are scored at once, so that no kernel is decomposed twice. A set of a method
+    that is `probed` is {probe: features}. `groups` and `draws` are those of `attribute`;
+    a method without a damping needs none.
     """
     if not queries:
         raise ValueError("query is {}; it must have one set of queries or more.")
-    queries = {
-        name: check_features(kernels.train, query)[1] for name, query in queries.items()
-    }
+    sets = [
+        _parts(kernels.train, method, name, query) for name, query in queries.items()
+    ]
     train_ids = example_ids(kernels.train)
     columns = check_columns(groups, len(train_ids))
-    total = PairSum(draws_of([kernels.train, *queries.values()], draws), columns)
+    every = itertools.chain([kernels.train], *sets)
+    total = PairSum(draws_of(list(every), draws), columns)
     _warn_of_slots(kernels.train)
-    query = joined(list(queries.values()))
+    query = list(map(joined, zip(*sets, strict=True)))
+    query = query if method.probed else query[0]
     fields = {"train_ids": train_ids, "method": method.name, "columns": columns}
     fields["signed"] = method.signed
     if method.damping:
@@ -74,19 +80,39 @@ def score(
         fields["damping"] = damping
     else:
         method.function(kernels.train, query, total)
-    if method.function in (influence, coverage):
+    if method.function in (influence, coverage, das):
         made = kernels.seen.values()
         fields["lambdas"] = np.array([kernel.lambda_of(damping) for kernel in made])
         if kernels.solver == "eigh":
             fields["eigenvalues"] = np.array([kernel.eigenvalues for kernel in made])
     results, start = {}, 0
-    for name, query in queries.items():
-        ids = example_ids(query)
+    for name, parts in zip(queries, sets, strict=True):
+        ids = example_ids(parts[0])
         rows = slice(start, start + len(ids))
         results[name] = summed(total, rows, query_ids=ids, **fields)
         _warn_of_equal(results[name].scores, ids)
         start = rows.stop
     return results
+
+
+def _parts(train: Array, method: "Method", name: str, query) -> list[Array]:
+    """Returns the features of a set of queries, as many as there are probes of it; else one.
+
+    Raises:
+      TypeError, ValueError: it is not what the method takes, or does not fit the training
+        features.
+    """
+    if not method.probed:
+        return [check_features(train, query)[1]]
+    instance("query", query, Mapping)
+    parts = [check_features(train, each, probed=True)[1] for each in query.values()]
+    if len({tuple(example_ids(part)) for part in parts}) != 1:
+        where = f" of {name!r}" if name else ""
+        raise ValueError(
+            f"query{where} has {len(parts)} probes of different queries; give what "
+            "`featurize` returns for a task whose measurement is dtrak_jax.probes(count)."
+        )
+    return parts
 
 
 def _warn_of_slots(train: Array) -> None:
@@ -127,6 +153,18 @@ def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scor
 def _output_kernels(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with (kernels, query, damping), these being of the output."""
     queries = {name: run.features(name, method.measurement) for name in run.queries}
+    damping = run.config.attribution.damping_of(method)
+    groups = run.splits.train.groupings
+    return score(method, run.output_kernels(), queries, damping, groups)
+
+
+def _probes(run: "Run", method: "Method") -> dict[str, Scores]:
+    """Calls the function with (kernels, queries' features of each probe, damping)."""
+    names = [probe.__name__ for probe in probes(run.config.attribution.das_probes)]
+    queries = {
+        name: {probe: run.features(name, probe, "probes") for probe in names}
+        for name in run.queries
+    }
     damping = run.config.attribution.damping_of(method)
     groups = run.splits.train.groupings
     return score(method, run.output_kernels(), queries, damping, groups)
@@ -250,6 +288,12 @@ GAUSS_NEWTON = Inputs(
     "features, and the Gauss-Newton matrix",
     _output_kernels,
     folders=lambda config: [""],
+    python="attribute with curvature=dtrak_jax.gauss_newton(...)",
+)
+PROBES = Inputs(
+    "features of probes, and that matrix",
+    _probes,
+    folders=lambda config: ["", "probes"],
     python="attribute with curvature=dtrak_jax.gauss_newton(...)",
 )
 CURVATURE = Inputs("the curvature, and images", _curvature, needs=())

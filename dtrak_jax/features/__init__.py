@@ -8,6 +8,7 @@ from dtrak_jax.features.featurize import (
     featurize,
     step_programs,
 )
+from dtrak_jax.features.measurements import probes
 from dtrak_jax.features.merge import merge
 from dtrak_jax.features.output_curvature import GaussNewton, gauss_newton
 from dtrak_jax.features.projection import Projection
@@ -29,5 +30,6 @@ __all__ = [
     "featurize",
     "gauss_newton",
     "merge",
+    "probes",
     "step_programs",
 ]

@@ -14,6 +14,7 @@ from dtrak_jax.features.gradients import (
     chosen_leaves,
     network_params,
 )
+from dtrak_jax.features.measurements import Probe
 from dtrak_jax.features.projection import Projection
 from dtrak_jax.features.task import REFERENCE_SHARD, Task
 from dtrak_jax.network import Params
@@ -73,6 +74,7 @@ def fingerprint(
     (params, frozen, sketches), (x, t, cond) = network, inputs
     scalar = jax.ShapeDtypeStruct((), np.int32)
     raw, reference = projection.kind == "none", task.noise == "reference"
+    random = any(isinstance(f, Probe) for f in task.measurements.values())
     fields = {
         "format": FORMAT,
         "dtrak_jax": metadata.version("dtrak-jax"),
@@ -85,7 +87,9 @@ def fingerprint(
         "schedule": digests.digest(digests.settings_text(task.schedule)),
         "measurements": {
             # The function's name, that of a lambda, is part of the program's text.
-            name: digests.digest_program(
+            name: name
+            if isinstance(f, Probe)
+            else digests.digest_program(
                 lambda p, y, s, f=f: f(p, y, s, task.schedule), x, x, scalar
             )
             for name, f in task.measurements.items()
@@ -103,7 +107,7 @@ def fingerprint(
     }
     if frozen is not None:
         fields["frozen"] = digests.digest_tree(frozen)
-    if task.noise == "independent":
+    if task.noise == "independent" or random:
         fields["noise_of"] = role or "picture"
     if reference:
         fields["noise_shard"] = REFERENCE_SHARD

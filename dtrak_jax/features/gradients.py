@@ -11,6 +11,7 @@ import numpy as np
 
 from dtrak_jax.digests import named_leaves
 from dtrak_jax.features.convolutions import weight_gradients_as_products
+from dtrak_jax.features.measurements import value_of
 from dtrak_jax.features.microbatches import Microbatch
 from dtrak_jax.features.projection import DENSE, Projection, project_all
 from dtrak_jax.features.task import Task
@@ -273,10 +274,12 @@ def _gradient(
         # A sum over many noised images is fastest as the convolution that it is.
         pull_back = weight_gradients_as_products(pull_back)
     weight = item.weight.reshape((copies,) + (1,) * (prediction.ndim - 1))
+    keys = jax.vmap(task.cotangent_key, (0, None))(item.pair, item.words)
     gradients = {}
     for name, measure in task.measurements.items():
-        per_image = jax.vmap(jax.grad(measure), (0, 0, 0, None))
-        (pulled,) = pull_back(weight * per_image(prediction, target, t, task.schedule))
+        value = functools.partial(value_of, measure, schedule=task.schedule)
+        cotangents = jax.vmap(jax.grad(value))(prediction, target, t, keys)
+        (pulled,) = pull_back(weight * cotangents)
         gradients[name] = [leaf.reshape(-1).astype(jnp.float32) for leaf in pulled]
     error = jnp.mean((prediction - target) ** 2, axis=tuple(range(1, prediction.ndim)))
     return gradients, error

@@ -5,6 +5,9 @@ its timestep and the schedule, and returns a scalar. Names and formulas are thos
 "Intriguing Properties of Data Attribution on Diffusion Models" (D-TRAK, section 4).
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dtrak_jax.checks import one_of
+from dtrak_jax.checks import at_least, one_of
 from dtrak_jax.diffusion.schedule import Schedule
+from dtrak_jax.rng import fold_in, normal, stream
 
 Measurement = Callable[[jax.Array, jax.Array, jax.Array, Schedule], jax.Array]
 
@@ -57,6 +61,57 @@ def elbo(prediction, target, t, schedule):
     return weight * jnp.mean((prediction - target) ** 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """The inner product of the prediction with a random cotangent c = eta sqrt(2/D), eta ~
+    N(0, I), another one for each image and pair, so that E c c^T = (2/D) I."""
+
+    number: int
+
+    @property
+    def __name__(self) -> str:
+        return f"probe{self.number}"
+
+    def __call__(self, prediction: jax.Array, key: jax.Array) -> jax.Array:
+        """Returns <c, prediction> for an image's key, a number."""
+        key = fold_in(key, self.number)
+        return jnp.vdot(random_cotangent(key, prediction), prediction)
+
+
+def probes(count: int = 8) -> tuple[Probe, ...]:
+    """Returns random readouts of the whole output, to be a task's measurements.
+
+    Their gradients are P J^T c, J the derivative of the prediction of D entries; c is
+    random, see `Probe`. Features of queries by them are what the method "das" takes:
+
+      task = dtrak.Task(apply, schedule, dtrak.probes(8), ...)
+      queries = dtrak.featurize(task, params, images, projection)  # {name: features}
+
+    Raises:
+      ValueError: a count below 1.
+    """
+    return tuple(map(Probe, range(at_least("count", count, 1))))
+
+
+def random_cotangent(key: jax.Array, prediction: jax.Array) -> jax.Array:
+    """Returns c = eta sqrt(2/D), eta ~ N(0, I), for a prediction of D entries."""
+    return math.sqrt(2 / prediction.size) * normal(key, prediction.shape)
+
+
+def value_of(
+    measure: Measurement | Probe,
+    prediction: jax.Array,
+    target: jax.Array,
+    t: jax.Array,
+    key: jax.Array,
+    schedule: Schedule,
+) -> jax.Array:
+    """Returns a measurement of one noised image; those but `Probe` leave nothing to chance."""
+    if isinstance(measure, Probe):
+        return measure(prediction, key)
+    return measure(prediction, target, t, schedule)
+
+
 FUNCTIONS = {f.__name__: f for f in (loss, square, mean, l1, l2, linf, elbo)}
 
 MEASUREMENTS = {name: name for name in FUNCTIONS} | {
@@ -75,7 +130,7 @@ RESERVED = (*FUNCTIONS, "losses")
 MeasurementName = Literal[tuple(MEASUREMENTS)]
 
 
-def named(measurement: str | Measurement) -> tuple[str, Measurement]:
+def named(measurement: str | Measurement | Probe) -> tuple[str, Measurement | Probe]:
     """Returns a measurement's name and function, given either, or an alias.
 
     Raises:
@@ -101,13 +156,17 @@ def named(measurement: str | Measurement) -> tuple[str, Measurement]:
 
 
 def check_values(
-    measurements: dict[str, Measurement], schedule: Schedule, shape: tuple[int, ...]
+    measurements: dict[str, Measurement | Probe],
+    schedule: Schedule,
+    shape: tuple[int, ...],
 ) -> None:
     """Raises a ValueError unless every measurement is a number of floating point."""
     x = jax.ShapeDtypeStruct(shape, np.float32)
-    t = jax.ShapeDtypeStruct((), np.int32)
+    given = x, x, jax.ShapeDtypeStruct((), np.int32), stream(0, "cotangent")
     for name, f in measurements.items():
-        value = jax.eval_shape(lambda p, y, t, f=f: f(p, y, t, schedule), x, x, t)
+        value = jax.eval_shape(
+            functools.partial(value_of, f, schedule=schedule), *given
+        )
         dtype = getattr(value, "dtype", np.dtype(object))
         scalar = getattr(value, "shape", None) == ()
         if not (scalar and jnp.issubdtype(dtype, np.floating)):

@@ -21,12 +21,13 @@ from dtrak_jax.features.gradients import (
     tagged_layers,
     variables,
 )
+from dtrak_jax.features.measurements import random_cotangent
 from dtrak_jax.features.microbatches import Layout, Microbatch
 from dtrak_jax.features.task import Task
 from dtrak_jax.models.tags import Tags
 from dtrak_jax.network import Params
 from dtrak_jax.parallel import P, Program, sharded
-from dtrak_jax.rng import fold_in, normal, stream
+from dtrak_jax.rng import fold_in
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -202,11 +203,8 @@ def cotangent(
     It is eta sqrt(2/D), eta ~ N(0, I) by the task's seed, the pair, the image's words and
     the number; or, exactly, sqrt(2) times the unit vector of the number.
     """
-    size = prediction.size
     if exact:
-        c = math.sqrt(2) * jax.nn.one_hot(number, size)
-    else:
-        t, draw = jnp.asarray(task.pairs, jnp.int32)[pair]
-        key = fold_in(stream(task.seed, "cotangent"), t, draw, *words, number)
-        c = math.sqrt(2 / size) * normal(key, (size,))
-    return c.reshape(prediction.shape)
+        c = math.sqrt(2) * jax.nn.one_hot(number, prediction.size)
+        return c.reshape(prediction.shape)
+    key = fold_in(task.cotangent_key(pair, words), number)
+    return random_cotangent(key, prediction)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtrak_jax.checks import at_least, function, instance, one_of, pattern, seed
 from dtrak_jax.diffusion.schedule import Schedule, in_own_time
-from dtrak_jax.features.measurements import Measurement, named
+from dtrak_jax.features.measurements import Measurement, Probe, named
 from dtrak_jax.network import Apply, mean_of
 from dtrak_jax.rng import fold_in, normal, stream
 
@@ -40,7 +40,8 @@ class Task:
         In flow matching t is in the network's own unit, see `Schedule.times`.
       schedule: the noise schedule that the network was trained with.
       measurement: f: a name, a function (prediction, target, t, schedule) -> scalar of
-        one image, or a tuple of them, whose gradients then share one forward pass.
+        one image, or a tuple of them, whose gradients then share one forward pass; or
+        the random ones of `probes`.
       timesteps: their number K, or the timesteps themselves.
       strategy: the choice of K of T timesteps: "uniform", floor(i T / K) for i < K; or
         "cumulative", the first K. Where K does not divide T, the paper's code takes
@@ -71,7 +72,7 @@ class Task:
 
     apply: Callable
     schedule: Schedule
-    measurement: str | Measurement | tuple[str | Measurement, ...] = "square"
+    measurement: str | Measurement | tuple[str | Measurement | Probe, ...] = "square"
     timesteps: int | tuple[int, ...] = 10
     strategy: Strategy = "uniform"
     noise: Noise = "common"
@@ -140,7 +141,7 @@ class Task:
         return mean_of(apply) if self.variance == "ignore" else apply
 
     @functools.cached_property
-    def measurements(self) -> dict[str, Measurement]:
+    def measurements(self) -> dict[str, Measurement | Probe]:
         """The measurements by name."""
         several = isinstance(self.measurement, tuple)
         entries = list(map(named, self.measurement if several else (self.measurement,)))
@@ -184,3 +185,8 @@ class Task:
         if self.noise == "reference":
             key = fold_in(key, position % REFERENCE_SHARD % self.noise_batch)
         return normal(key, shape)
+
+    def cotangent_key(self, pair: jax.Array, words: jax.Array) -> jax.Array:
+        """Returns the key of the random cotangents of one image at one pair, see `eps`."""
+        t, draw = jnp.asarray(self.pairs, jnp.int32)[pair]
+        return fold_in(stream(self.seed, "cotangent"), t, draw, *words)

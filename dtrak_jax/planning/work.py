@@ -65,9 +65,10 @@ def passes(run: Run) -> dict[str, float]:
         # A forward pass is for all measurements.
         return (1 + 2 * measurements) * pairs * count
 
-    # Features by layer are of queries alone.
+    # Features by layer, and those of probes, are of queries alone.
     by_layer = len(feature_sets.folders(config).get("layers", ()))
-    stores -= {"layers"}
+    probes = config.attribution.das_probes if "probes" in stores else 0
+    stores -= {"layers", "probes"}
 
     return {
         "train": 0 if config.is_given else training,
@@ -77,7 +78,8 @@ def passes(run: Run) -> dict[str, float]:
         * sides(run),
         "retrain": training * models + members * noised * queries,
         "featurize": len(stores) * gradients(pairs, len(settings.measurements))
-        + bool(by_layer) * gradients(pairs, by_layer, queries),
+        + bool(by_layer) * gradients(pairs, by_layer, queries)
+        + bool(probes) * gradients(pairs, probes, queries),
         # A step back of a replay is about four steps for each query.
         "attribute": replays * training * (2 + 4 * queries)
         + bool(curved) * made
