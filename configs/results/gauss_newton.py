@@ -9,13 +9,13 @@ gauss_newton.json has the LDS of both kinds of scores from the same features.
 """
 
 import dataclasses
-import json
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from studies import estimate, featurize, saved, truths
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
@@ -43,10 +43,9 @@ def main(data: str, folder: str) -> None:
     # MNIST's subsets have a model each.
     ensemble = dataclasses.replace(config.ensemble, seeds=1)
     run = Run.at(dataclasses.replace(config, ensemble=ensemble), folder)
-    truth = digits_truth() if data == "digits" else run.truth()
-    result = (
-        json.loads(FILE.read_text()) if FILE.exists() else {"revision": "", "rows": []}
-    )
+    truth = truths() if data == "digits" else run.truth()
+    result = saved(FILE)
+    result.setdefault("rows", [])
     for (dim, draws), counts in STUDIES[data].items():
         settings = {"data": data, "dim": dim, "draws": draws}
         done = [row for row in result["rows"] if settings.items() <= row.items()]
@@ -58,18 +57,6 @@ def main(data: str, folder: str) -> None:
         files.write_json(FILE, result)
 
 
-def digits_truth() -> dict[str, dtrak.RetrainedLosses]:
-    """Returns the losses of 128 models, by set of queries."""
-    saved, truth = files.read_npz(HERE / "digits_outputs.npz"), {}
-    for name in ("validation", "generated"):
-        of_set = saved["query_set"] == name
-        losses, ids = saved["outputs"][:, :, of_set], saved["query_ids"][of_set]
-        truth[name] = dtrak.RetrainedLosses(
-            losses, saved["masks"], ids, saved["train_ids"]
-        )
-    return truth
-
-
 def compared(
     run: Run, dim: int, draws: int, counts: tuple, truth: dict
 ) -> Iterator[dict]:
@@ -77,17 +64,8 @@ def compared(
     task = run.task(measurement="loss", draws=draws)
     projection = dtrak.Projection("sketch", dim, run.config.features.seed)
     folder = run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
-    sets = {"train": run.splits.train, **run.queries}
-    params = run.params()
-    features = {
-        name: dtrak.featurize(
-            *(task, params, images.images, projection),
-            ids=images.ids,
-            store=folder / name,
-            batch_size=32,
-        )
-        for name, images in sets.items()
-    }
+    examples, params = run.splits.train, run.params()
+    features = featurize(run, task, params, projection, folder)
     train, pairs = features.pop("train"), len(task.pairs)
     own, baseline = Kernels(train), {}
     for name, query in features.items():
@@ -99,11 +77,12 @@ def compared(
                 found[damping][1], train, query, truth[name]
             )
             made = {"cotangents": None, "kernel": kernel, "damping": damping}
-            yield row("trak", name, lds) | made | {"gradients": pairs}
+            named = {"method": "trak", "queries": name}
+            yield named | estimate(lds) | made | {"gradients": pairs}
     for count in counts:
         made = dtrak.gauss_newton(
-            *(task, params, sets["train"].images, projection),
-            ids=sets["train"].ids,
+            *(task, params, examples.images, projection),
+            ids=examples.ids,
             cotangents=count,
             store=folder / f"cotangents-{count}",
             batch_size=64,
@@ -113,7 +92,7 @@ def compared(
             found = predicted(kernels, query, DAMPINGS, False, truth[name])
             values = found[GAUSS_NEWTON_DAMPING][1]
             lds = of(values, train, query, truth[name])
-            cotangents = count or sets["train"].images[0].size
+            cotangents = count or examples.images[0].size
             described = {"cotangents": count, "kernel": "apart"}
             described["damping"] = GAUSS_NEWTON_DAMPING
             described["by_damping"] = {
@@ -123,7 +102,8 @@ def compared(
                 less = lds.less(baseline[kernel, name])
                 described[f"less_{kernel}"] = less._asdict()
             gradients = {"gradients": pairs * (1 + cotangents)}
-            yield row("gauss-newton", name, lds) | described | gradients
+            named = {"method": "gauss-newton", "queries": name}
+            yield named | estimate(lds) | described | gradients
 
 
 def predicted(
@@ -143,12 +123,6 @@ def of(values: np.ndarray, train, query, truth) -> LDS:
     """Returns the LDS of predictions [subsets, queries], with its interval."""
     ids = np.array(train.ids), np.array(query.ids)
     return dtrak.lds(Predictions(values, truth.masks, *ids), truth)
-
-
-def row(method: str, queries: str, lds) -> dict:
-    """Returns what a row says of an LDS."""
-    named = {"method": method, "queries": queries}
-    return named | {"lds": lds.value, "low": lds.low, "high": lds.high}
 
 
 if __name__ == "__main__":
