@@ -237,13 +237,21 @@ class Store:
                 "again to finish them."
             )
         fingerprint, losses = self.metadata["fingerprint"], self.losses.read().result()
+        programs = fingerprint["measurements"]
+        # By layer there is also a digest of each group's parameters.
+        groups = {
+            name.rpartition("/")[2]: made[1]
+            for name, made in programs.items()
+            if isinstance(made, list)
+        }
+        shared = fingerprint | ({"groups": groups} if groups else {})
 
         def features(name: str) -> Features:
             norms = self.squared_norms[name].read().result()
-            alone = {"measurements": {name: fingerprint["measurements"][name]}}
+            alone = {"measurements": {name: programs[name]}}
             return Features(
                 *(name, ids, self.phi[name], norms, losses),
-                fingerprint | alone,
+                shared | alone,
                 self.folder,
                 self.metadata.get("role"),
             )
