@@ -60,19 +60,25 @@ class Features:
         return np.asarray(self[...], dtype=dtype)
 
     def __getitem__(self, index) -> np.ndarray:
+        store = f"their store {self.folder}" if self.folder else "their store"
         try:
             array = self.phi[index].read().result()
         except ValueError as error:
             raise ValueError(
-                f"the features {self.measurement!r} are damaged: {error}. Delete their "
-                "store and run featurize again."
+                f"the features {self.measurement!r} are damaged: {error}. Delete {store} "
+                "and run featurize again."
             ) from error
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"rows of the features {self.measurement!r} are missing; delete their "
-                "store and run featurize again."
+        if np.isfinite(array).all():
+            return array
+        if self.folder and not (self.folder / "metadata.json").exists():
+            raise FileNotFoundError(
+                f"the features {self.measurement!r} cannot be read: {store} is gone; run "
+                "featurize again."
             )
-        return array
+        raise ValueError(
+            f"rows of the features {self.measurement!r} are missing; delete {store} and "
+            "run featurize again."
+        )
 
     def by_pair(self) -> Iterator[np.ndarray]:
         """Yields each pair's features [n, k] in turn; just one array if averaged."""
