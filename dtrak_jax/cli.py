@@ -207,3 +207,7 @@ def keep_compilations() -> None:
 def parse(arguments: Sequence[str]) -> tuple[str, Config | None, argparse.Namespace]:
     """Returns (command, config, options) of a command line; see `arguments.parse`."""
     return command_line.parse(arguments, COMMANDS)
+
+
+if __name__ == "__main__":
+    main()

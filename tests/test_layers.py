@@ -168,6 +168,12 @@ def test_what_does_not_belong_together(sets):
     train, query, by_layer = sets
     weigh = dtrak.layer_weights
     fitted = weigh(train, by_layer)
+    last = by_layer["last"]
+    # As of groups of these names with other parameters.
+    groups = dict.fromkeys(last.fingerprint["groups"], "other")
+    other_groups = dataclasses.replace(
+        last, fingerprint=last.fingerprint | {"groups": groups}
+    )
     with pytest.raises(ValueError, match="layer_weights is {'deep'"):
         dtrak.attribute(fitted.query, query)
     with pytest.raises(ValueError, match="measurements is"):
@@ -176,6 +182,10 @@ def test_what_does_not_belong_together(sets):
         ({}, "by_layer is {}"),
         ({"all": query}, "features of 'loss'; they must be those of one measurement"),
         (by_layer | {"scale": np.ones((4, 2, 64))}, "all must have one and the same"),
+        # Without a part of the gradient, or with one twice.
+        ({k: by_layer[k] for k in ("deep", "last")}, "each group once.*, scale:"),
+        (by_layer | {"more": by_layer["last"]}, "groups deep, last, scale, last;"),
+        (by_layer | {"last": other_groups}, r"by_layer\['last'\].*groups is {'deep'"),
     ):
         with pytest.raises(ValueError, match=words):
             weigh(train, given)

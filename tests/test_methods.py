@@ -294,6 +294,7 @@ class SmallRun:
         for group in ("deep", "last"):
             name = f"{measurement}/{group}"
             made = {"measurements": {name: ["program", group]}}
+            made["groups"] = {"deep": "deep", "last": "last"}
             part = self.features(examples, name, "layers")
             fingerprint = part.fingerprint | made
             parts[group] = dataclasses.replace(part, fingerprint=fingerprint)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -565,8 +566,12 @@ def test_a_profile_is_a_trace(simple, whole, tmp_path):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_methods_are_listed(capsys):
-    cli.main(["methods"])
+@pytest.mark.parametrize("module", ["__main__", "cli"])
+def test_methods_are_listed(module, monkeypatch, capsys):
+    """By the package as a program, and by the module of the command line."""
+    monkeypatch.setattr(sys, "argv", ["dtrak-jax", "methods"])
+    path = Path(dtrak.__file__).with_name(f"{module}.py")
+    runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out
     assert all(name in printed for name in methods.METHODS)
 

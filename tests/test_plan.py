@@ -360,7 +360,8 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     # Two devices train them together.
     changes = {
         "ensemble__models": "2",
-        "attribution__methods": "dtrak trak ekfac gauss-newton gauss-newton-cg",
+        "attribution__methods": "dtrak trak trak-layers ekfac gauss-newton "
+        "gauss-newton-cg",
         "attribution__ggn_iterations": "2",
         "attribution__ggn_tolerance": "0",
         "attribution__ggn_images": "31",
@@ -374,7 +375,7 @@ def test_stages_call_what_is_planned_and_as_often(tmp_path, monkeypatch):
     for stage in ("retrain", "attribute"):
         pipeline.run(stage, config, tmp_path / "run")
     assert {function: function.calls for function in expected} == expected
-    assert len(expected) == 18
+    assert len(expected) == 20
 
 
 def test_processes_share_the_steps_of_all_stages_but_training(monkeypatch):

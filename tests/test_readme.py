@@ -10,8 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import jax
+import lds_tables
 import numpy as np
 import pytest
+import tables
 from conftest import TINY, png
 
 import dtrak_jax as dtrak
@@ -153,31 +155,28 @@ def test_links(document):
             assert parts.fragment in anchors(path), target
 
 
-TABLES = runpy.run_path(str(RESULTS / "tables.py"))
-
-
 def test_all_tables_are_in_documents():
     shown = [
         found.group(2)
-        for document in TABLES["DOCUMENTS"]
-        for found in TABLES["TABLE"].finditer(document.read_text())
+        for document in tables.DOCUMENTS
+        for found in tables.TABLE.finditer(document.read_text())
     ]
-    assert set(shown) == set(TABLES["TABLES"])
+    assert set(shown) == set(tables.TABLES)
 
 
 def test_every_measured_method_is_in_the_readme():
-    shown = {method for names in TABLES["METHODS"] for method in names}
+    shown = {method for names in lds_tables.METHODS for method in names}
     measured = json.loads((RESULTS / "digits_lds.json").read_text())["queries"]
     rows = {row["method"] for one in measured.values() for row in one["rows"]}
     elsewhere = {"coverage", "ekfac", "gauss-newton"}
     assert rows - {"constant"} | elsewhere == shown <= set(METHODS)
 
 
-@pytest.mark.parametrize("document", TABLES["DOCUMENTS"], ids=name)
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=name)
 def test_tables_are_the_committed_results(document):
     """Otherwise run `python configs/results/tables.py`."""
     text = document.read_text()
-    assert TABLES["filled"](text) == text
+    assert tables.filled(text) == text
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_tables_are_the_committed_results(document):
 )
 def test_no_result_is_typed_by_hand(document):
     """Decimals stand in tables, which are made from the results."""
-    text = TABLES["TABLE"].sub("", prose(document))
+    text = tables.TABLE.sub("", prose(document))
     assert not re.findall(r"(?<![\w.])[−-]?\.\d\d+", text)
 
 

@@ -136,11 +136,15 @@ def test_damaged_stores_are_refused(images, tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             np.asarray(dtrak.Features.load(store, "loss"))
     chunk.unlink()
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=f"missing; delete their store {store} "):
         np.asarray(dtrak.Features.load(store, "loss"))
+    loaded = dtrak.Features.load(store, "loss")
     (store / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         featurize(images, store=store)
+    shutil.rmtree(store)
+    with pytest.raises(FileNotFoundError, match=f"their store {store} is gone"):
+        np.asarray(loaded)
     photos.mkdir()
     (photos / "cat.png").touch()
     with pytest.raises(ValueError, match="holds no feature store"):

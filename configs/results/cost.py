@@ -12,15 +12,14 @@ draws, shows it beside gauss_newton.json.
 """
 
 import itertools
-import json
 import runpy
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from studies import featurize, saved, truths
 
-import dtrak_jax as dtrak
 from dtrak_jax import files, training
 from dtrak_jax.attribution import GRID, Kernels, damping_path
 from dtrak_jax.evaluation.lds import damping_rows
@@ -46,8 +45,7 @@ def main(folder: str) -> None:
     """Computes the rows of every way, and writes them."""
     config = runpy.run_path(str(HERE.parent / "digits_benchmark.py"))["get_config"]()
     run = Run.at(config, folder)
-    truth = runpy.run_path(str(HERE / "gauss_newton.py"))["digits_truth"]()
-    paths, rows = {}, []
+    truth, paths, rows = truths(), {}, []
     for way, choices in WAYS.items():
         for models, timesteps, draws in choices:
             for model, pooled in itertools.product(models, (False, True)):
@@ -64,8 +62,7 @@ def main(folder: str) -> None:
                     made |= {"gradients": len(models) * timesteps * draws}
                     made |= {"kernel": "pooled" if pooled else "apart"}
                     rows.append(made | found)
-        revision = json.loads(FILE.read_text())["revision"] if FILE.exists() else ""
-        files.write_json(FILE, {"revision": revision, "rows": rows})
+        files.write_json(FILE, saved(FILE) | {"rows": rows})
 
 
 def path_of(
@@ -83,16 +80,7 @@ def path_of(
         params = run.params(model)
     name = f"{model.replace('/', '-') or 'main'}-{timesteps}-{draws}"
     folder = run.workdir / "cost-study" / name
-    sets = {"train": run.splits.train, **run.queries}
-    features = {
-        name: dtrak.featurize(
-            *(task, params, images.images, run.projection),
-            ids=images.ids,
-            store=folder / name,
-            batch_size=32,
-        )
-        for name, images in sets.items()
-    }
+    features = featurize(run, task, params, run.projection, folder)
     kernels = Kernels(features.pop("train"))
     return {
         name: damping_path(

@@ -10,24 +10,22 @@ the loss's own kernel in place of the Gauss-Newton matrix.
 """
 
 import dataclasses
-import json
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
+from gauss_newton import matrices, of, opened, study
+from studies import estimate, featurize, saved
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
-from dtrak_jax.attribution import Kernels, Predictions, das
+from dtrak_jax.attribution import Kernels, das
 from dtrak_jax.attribution.damping import DEFAULT_DAMPING, GAUSS_NEWTON_DAMPING
 from dtrak_jax.attribution.influence import pair_scores
 from dtrak_jax.attribution.inputs import by_pair
 from dtrak_jax.run import Run
 
-HERE = Path(__file__).parent
-FILE = HERE / "das.json"
+FILE = Path(__file__).parent / "das.json"
 STUDIES = {"digits": ((2048, 1), (4096, 2)), "mnist": ((4096, 1),)}
 """The columns and draws of noise of each data set."""
 
@@ -40,47 +38,45 @@ PROBES = (1, 2, 4, 8, 16)
 
 def main(data: str, folder: str) -> None:
     """Computes what is missing, and writes the rows of a data set."""
-    study = runpy.run_path(str(HERE / "gauss_newton.py"))
-    run, truth = study["opened"](data, folder)
-    empty = {"revision": "", "rows": []}
-    result = json.loads(FILE.read_text()) if FILE.exists() else empty
+    run, truth = opened(data, folder)
+    result = {"rows": []} | saved(FILE)
     for dim, draws in STUDIES[data]:
         settings = {"data": data, "dim": dim, "draws": draws}
         if any(settings.items() <= row.items() for row in result["rows"]):
             continue
-        for row in compared(study, run, dim, draws, truth):
-            result["rows"].append(settings | row)
+        result["rows"] += [settings | row for row in compared(run, dim, draws, truth)]
         files.write_json(FILE, result)
 
 
-def compared(
-    study: dict, run: Run, dim: int, draws: int, truth: dict
-) -> Iterator[dict]:
+def compared(run: Run, dim: int, draws: int, truth: dict) -> Iterator[dict]:
     """Yields the LDS of each kind of scores, and how far it is above that of signed ones."""
-    featurized, how = study["featurized"], (run, dim, draws)
-    train = featurized(*how, "train")
-    made = study["matrices"](*how, COTANGENTS)
+    task, projection, folder = study(run, dim, draws)
+    features = featurize(run, task, run.params(), projection, folder)
+    probed = dataclasses.replace(task, measurement=dtrak.probes(max(PROBES)))
+    how = probed, run.params(), projection, folder / "probes", run.queries
+    by_probe = featurize(run, *how)
+    train = features.pop("train")
+    made = matrices(run, COTANGENTS, task, projection, folder)
     kernels = Kernels(train, curvature=made)
     # The loss's own kernel, in the place of the Gauss-Newton matrix.
     own = [phi.T @ phi for phi in by_pair(train)]
     own = dataclasses.replace(made, matrix=own.__getitem__)
-    for name, losses in truth.items():
-        query = featurized(*how, name)
-        probes = list(featurized(*how, name, dtrak.probes(max(PROBES))).values())
+    for name, query in features.items():
+        probes = list(by_probe[name].values())
         signed = list(pair_scores(kernels, query, GAUSS_NEWTON_DAMPING))
         scores = {("gauss-newton", 0): sum(signed)}
         scores["gauss-newton squared", 0] = sum(tau**2 for tau in signed)
         for count in PROBES:
             scores["das", count] = das(kernels, probes[:count])
-        owned = Kernels(train, curvature=own), probes
-        scores["das by own kernels", max(PROBES)] = das(*owned, DEFAULT_DAMPING)
-        ids, baseline = (np.array(train.ids), np.array(query.ids)), None
+        owned = das(Kernels(train, curvature=own), probes, DEFAULT_DAMPING)
+        scores["das by own kernels", max(PROBES)] = owned
+        baseline = None
         for (method, count), tau in scores.items():
-            values = losses.masks @ tau.T
-            lds = dtrak.lds(Predictions(values, losses.masks, *ids), losses)
+            lds = of(truth[name].masks @ tau.T, train, query, truth[name])
             baseline = baseline or lds
-            made_with = {"probes": count, "less_signed": lds.less(baseline)._asdict()}
-            yield study["row"](method, name, lds) | made_with
+            made_with = {"method": method, "probes": count, "queries": name}
+            less = {"less_signed": lds.less(baseline)._asdict()}
+            yield made_with | estimate(lds) | less
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of the scores that are there.
 
 import collections
 import functools
-import json
 import re
 import runpy
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from studies import estimate, saved, truths
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
@@ -57,8 +57,7 @@ def main(run_folder: Path, workdir: Path, until_now: bool) -> None:
     settings = {"images": IMAGES, "cotangents": 1, "timesteps": list(run.task().grid)}
     result = {"settings": settings, "rows": list(rows(run, found))}
     path = HERE / "digits_gauss_newton_cg.json"
-    revision = json.loads(path.read_text())["revision"] if path.exists() else ""
-    files.write_json(path, {"revision": revision} | result)
+    files.write_json(path, saved(path) | result)
 
 
 def wanted() -> Iterator[tuple[tuple, int]]:
@@ -118,7 +117,6 @@ def kept(path: Path, make: Callable[[], dict]) -> dict[str, np.ndarray]:
 def rows(run: Run, found: Found) -> Iterator[dict]:
     """Yields the LDS of each method's scores, and how much more it is than that of TRAK and
     of EK-FAC with the same damping, on the same queries."""
-    saved = np.load(HERE / "digits_outputs.npz")
     for (method, damping, iterations), parts in found.items():
         row = {"method": method, "damping": damping, "iterations": iterations}
         row["count"] = PART * len(parts)
@@ -129,27 +127,18 @@ def rows(run: Run, found: Found) -> Iterator[dict]:
             row["residual"] = float(np.median(np.array(left, float)))
         others = {"ekfac": ("ekfac", damping, 0), "trak": ("trak", 0.1, 0)}
         for name, examples in run.queries.items():
-            of_set = np.flatnonzero(saved["query_set"] == name)[: row["count"]]
-            ids = saved["query_ids"][of_set]
-            if list(ids) != list(examples.ids[: row["count"]]):
+            truth = truths(count=row["count"])[name]
+            if list(truth.query_ids) != list(examples.ids[: row["count"]]):
                 raise ValueError(
                     f"{name}: the losses are of other queries than the run's."
                 )
-            truth = dtrak.RetrainedLosses(
-                saved["outputs"][:, :, of_set], saved["masks"], ids, saved["train_ids"]
-            )
 
             def lds(parts: list, name=name, truth=truth) -> LDS:
                 whole = np.concatenate([part[name] for part in parts])
                 return dtrak.lds(whole[: len(truth.query_ids)], truth)
 
             own = lds(parts)
-            scored = {
-                "queries": name,
-                "lds": own.value,
-                "low": own.low,
-                "high": own.high,
-            }
+            scored = {"queries": name} | estimate(own)
             for other, key in others.items():
                 if other != method and len(found.get(key, ())) >= len(parts):
                     scored[f"less_{other}"] = less(own, lds(found[key]))

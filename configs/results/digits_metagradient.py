@@ -9,7 +9,6 @@ came out. With `--until-now` it is made of the subsets that are there.
 """
 
 import itertools
-import json
 import runpy
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from studies import estimate, saved
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
@@ -60,8 +60,7 @@ def main(workdir: Path, until_now: bool) -> None:
     ]
     result = {"settings": settings, "processor_seconds": seconds, "rows": rows}
     path = HERE / "digits_metagradient.json"
-    revision = json.loads(path.read_text())["revision"] if path.exists() else ""
-    files.write_json(path, {"revision": revision} | result)
+    files.write_json(path, saved(path) | result)
 
 
 def kept(path: Path, make: Callable[[], dict]) -> dict[str, np.ndarray]:
@@ -159,12 +158,7 @@ def compared(workdir: Path, dropped: int, scores: dict, whole: np.ndarray) -> It
         by_method = {method: dtrak.lds(own, truth) for method, own in scores.items()}
         for method, own in by_method.items():
             row = {"dropped": dropped, "seed": name, "subsets": len(masks)}
-            row |= {
-                "method": method,
-                "lds": own.value,
-                "low": own.low,
-                "high": own.high,
-            }
+            row |= {"method": method} | estimate(own)
             if name == "same" and method == "metagradient":
                 predicted = (~masks).astype(float) @ scores[method].T
                 row["change"] = against(predicted, outputs - whole)

@@ -9,7 +9,6 @@ gauss_newton.json has the LDS of both kinds of scores from the same features.
 """
 
 import dataclasses
-import json
 import math
 import runpy
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from studies import estimate, featurize, saved, truths
 
 import dtrak_jax as dtrak
 from dtrak_jax import files
@@ -41,9 +41,8 @@ DAMPINGS = (GAUSS_NEWTON_DAMPING, 1e-2, 1e-1)
 def main(data: str, folder: str) -> None:
     """Computes what is missing, and writes the rows of a data set."""
     run, truth = opened(data, folder)
-    result = (
-        json.loads(FILE.read_text()) if FILE.exists() else {"revision": "", "rows": []}
-    )
+    result = saved(FILE)
+    result.setdefault("rows", [])
     for (dim, draws), counts in STUDIES[data].items():
         settings = {"data": data, "dim": dim, "draws": draws}
         done = [row for row in result["rows"] if settings.items() <= row.items()]
@@ -62,27 +61,16 @@ def opened(data: str, folder: str) -> tuple[Run, dict[str, dtrak.RetrainedLosses
     # MNIST's subsets have a model each.
     ensemble = dataclasses.replace(config.ensemble, seeds=1)
     run = Run.at(dataclasses.replace(config, ensemble=ensemble), folder)
-    return run, digits_truth() if data == "digits" else run.truth()
-
-
-def digits_truth() -> dict[str, dtrak.RetrainedLosses]:
-    """Returns the losses of 128 models, by set of queries."""
-    saved, truth = files.read_npz(HERE / "digits_outputs.npz"), {}
-    for name in ("validation", "generated"):
-        of_set = saved["query_set"] == name
-        losses, ids = saved["outputs"][:, :, of_set], saved["query_ids"][of_set]
-        truth[name] = dtrak.RetrainedLosses(
-            losses, saved["masks"], ids, saved["train_ids"]
-        )
-    return truth
+    return run, truths() if data == "digits" else run.truth()
 
 
 def compared(
     run: Run, dim: int, draws: int, counts: tuple, truth: dict
 ) -> Iterator[dict]:
     """Yields the LDS of TRAK, and of each number of cotangents."""
-    train, *queries = (featurized(run, dim, draws, name) for name in ("train", *truth))
-    features, (pairs, *_) = dict(zip(truth, queries, strict=True)), train.shape
+    task, *how = study(run, dim, draws)
+    features = featurize(run, task, run.params(), *how)
+    train, pairs = features.pop("train"), len(task.pairs)
     own, baseline = Kernels(train), {}
     for name, query in features.items():
         for kernel in ("apart", "pooled"):
@@ -93,9 +81,10 @@ def compared(
                 found[damping][1], train, query, truth[name]
             )
             made = {"cotangents": None, "kernel": kernel, "damping": damping}
-            yield row("trak", name, lds) | made | {"gradients": pairs}
+            named = {"method": "trak", "queries": name}
+            yield named | estimate(lds) | made | {"gradients": pairs}
     for count in counts:
-        kernels = Kernels(train, curvature=matrices(run, dim, draws, count))
+        kernels = Kernels(train, curvature=matrices(run, count, task, *how))
         for name, query in features.items():
             found = predicted(kernels, query, DAMPINGS, False, truth[name])
             values = found[GAUSS_NEWTON_DAMPING][1]
@@ -110,41 +99,33 @@ def compared(
                 less = lds.less(baseline[kernel, name])
                 described[f"less_{kernel}"] = less._asdict()
             gradients = {"gradients": pairs * (1 + cotangents)}
-            yield row("gauss-newton", name, lds) | described | gradients
+            named = {"method": "gauss-newton", "queries": name}
+            yield named | estimate(lds) | described | gradients
 
 
-def featurized(run: Run, dim: int, draws: int, name: str, measurement="loss"):
-    """Returns the features of "train" or of a set of queries, which the run keeps."""
-    kept = name if measurement == "loss" else f"{name}-{len(measurement)}-probes"
-    examples, task = run.examples(name), run.task(measurement=measurement, draws=draws)
-    return dtrak.featurize(
-        *(task, run.params(), examples.images, projection(run, dim)),
-        ids=examples.ids,
-        store=folder_of(run, dim, draws) / kept,
-        batch_size=32,
-    )
+def study(run: Run, dim: int, draws: int) -> tuple[dtrak.Task, dtrak.Projection, Path]:
+    """Returns the task, the projection, and the folder of their features and matrices."""
+    projection = dtrak.Projection("sketch", dim, run.config.features.seed)
+    folder = run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
+    return run.task(measurement="loss", draws=draws), projection, folder
 
 
-def matrices(run: Run, dim: int, draws: int, cotangents: int) -> GaussNewton:
-    """Returns Gauss-Newton matrices of the training images, which the run keeps."""
-    train, task = run.splits.train, run.task(measurement="loss", draws=draws)
+def matrices(
+    run: Run,
+    cotangents: int,
+    task: dtrak.Task,
+    projection: dtrak.Projection,
+    folder: Path,
+) -> GaussNewton:
+    """Returns the training images' Gauss-Newton matrices, kept in the folder."""
+    train = run.splits.train
     return dtrak.gauss_newton(
-        *(task, run.params(), train.images, projection(run, dim)),
+        *(task, run.params(), train.images, projection),
         ids=train.ids,
         cotangents=cotangents,
-        store=folder_of(run, dim, draws) / f"cotangents-{cotangents}",
+        store=folder / f"cotangents-{cotangents}",
         batch_size=64,
     )
-
-
-def projection(run: Run, dim: int) -> dtrak.Projection:
-    """Returns the run's projection with so many columns."""
-    return dtrak.Projection("sketch", dim, run.config.features.seed)
-
-
-def folder_of(run: Run, dim: int, draws: int) -> Path:
-    """Returns where features and matrices are kept."""
-    return run.workdir / "gauss-newton-study" / f"{dim}-{draws}"
 
 
 def predicted(
@@ -164,12 +145,6 @@ def of(values: np.ndarray, train, query, truth) -> LDS:
     """Returns the LDS of predictions [subsets, queries], with its interval."""
     ids = np.array(train.ids), np.array(query.ids)
     return dtrak.lds(Predictions(values, truth.masks, *ids), truth)
-
-
-def row(method: str, queries: str, lds) -> dict:
-    """Returns what a row says of an LDS."""
-    named = {"method": method, "queries": queries}
-    return named | {"lds": lds.value, "low": lds.low, "high": lds.high}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ digits_outputs.npz. What comes out replaces the part NAME of layer_weights.json.
 
 import dataclasses
 import itertools
-import json
 import re
 import runpy
 import sys
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from studies import estimate, saved, truths
 
 import dtrak_jax as dtrak
 from dtrak_jax import feature_sets, files
@@ -56,8 +56,7 @@ def main(name: str, path: str, workdir: str) -> None:
     dampings = {"label-free": 0.1, "effective": dtrak.effective(SHARES[name])}
     rows = [row for method in METHODS for row in compared(run, method, dampings)]
     path = HERE / "layer_weights.json"
-    saved = json.loads(path.read_text()) if path.exists() else {"revision": ""}
-    files.write_json(path, saved | {"shares": SHARES, name: rows})
+    files.write_json(path, saved(path) | {"shares": SHARES, name: rows})
 
 
 def module_patterns(run: Run) -> dict[str, str]:
@@ -72,12 +71,10 @@ def module_patterns(run: Run) -> dict[str, str]:
 
 def compared(run: Run, method: str, dampings: dict) -> Iterator[dict]:
     """Yields the LDS of plain scores, of those with weights, and of weights by labels."""
-    measurement, saved = METHODS[method], files.read_npz(run.outputs)
+    measurement, by_queries = METHODS[method], truths(run.outputs)
     kernels = run.kernels(measurement)
     for queries, (rule, damping) in itertools.product(run.queries, dampings.items()):
-        chosen = saved["query_set"] == queries
-        outputs, ids = saved["outputs"][..., chosen], saved["query_ids"][chosen]
-        truth = dtrak.RetrainedLosses(outputs, saved["masks"], ids, saved["train_ids"])
+        truth = by_queries[queries]
         by_module = run.features_by_layer(queries, measurement)
         of_method = {"method": method, "queries": queries, "damping_rule": rule}
         plain = influence(kernels, run.features(queries, measurement), damping)
@@ -101,11 +98,6 @@ def compared(run: Run, method: str, dampings: dict) -> Iterator[dict]:
                 yield row
             print(method, queries, rule, groups, row["gain"], flush=True)
         yield of_method | labelled(kernels, joined(by_module), damping, truth, plain)
-
-
-def estimate(found: dtrak.evaluation.trust.LDS) -> dict[str, float]:
-    """Returns an LDS and its interval."""
-    return {"lds": found.value, "low": found.low, "high": found.high}
 
 
 def joined(by_module: dict[str, dtrak.Features]) -> dict[str, np.ndarray]:

@@ -38,7 +38,8 @@ class AttributionConfig:
     ggn_iterations: int = free(20)
     """The iterations of `gauss-newton-cg` for each query, at most; with 0 it is `ekfac`."""
     ggn_tolerance: float = free(0.01)
-    """A query of `gauss-newton-cg` is done once its residual is this part of its gradient."""
+    """A query of `gauss-newton-cg` is done once its residual is this part of its gradient;
+    with 0 all iterations are made."""
     ggn_images: int = free(0)
     """The noised images of the Gauss-Newton matrix of `gauss-newton-cg`, spread over training
     images, and in turn over timesteps and draws; 0 takes all."""

@@ -96,7 +96,8 @@ def gauss_newton_influence(
       damping: Lambda, the same as that of `ekfac_influence`, in units of F's eigenvalues.
       iterations: at most so many.
       tolerance: a query is done once |g - (G + Lambda) u| is at most this part of |g|.
-        A warning tells how many queries had all iterations and are not done.
+        A warning tells how many queries had all iterations and are not done. 0 asks for all
+        iterations, of which no warning tells.
       curvature_images: of so many noised images G is the mean, spread evenly over training
         images, and in turn over pairs that it is of; 0 takes each image at each of these.
       curvature, train, query, ids, cond, query_ids, query_cond, bounds, groups, batch_size:
@@ -130,7 +131,8 @@ def gauss_newton_influence(
         groups=groups,
         batch_size=batch_size,
     )
-    _warn_of_residuals(relative, iterations, tolerance)
+    if iterations and tolerance:
+        _warn_of_residuals(relative, iterations, tolerance)
     return results
 
 
@@ -144,7 +146,7 @@ def _warn_of_residuals(
     row[0, : len(of_process)] = of_process
     relative = parallel.gather(row, processes)
     relative = relative[np.isfinite(relative)]
-    if iterations and (relative > tolerance).any():
+    if (relative > tolerance).any():
         warnings.warn(
             f"conjugate gradients stopped after {counted(iterations, 'iteration')}, where "
             f"{(relative > tolerance).sum()} of {len(relative)} residuals are above "

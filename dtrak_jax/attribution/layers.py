@@ -86,7 +86,8 @@ def layer_weights(
     Args:
       train: features of the training set, of whole gradients, or their `Kernels`.
       by_layer: {group: features of the queries}, of `featurize(..., layers=...)` with
-        the same task, parameters and projection.
+        the same task, parameters and projection. All groups must be there, as plain
+        arrays are taken to be.
       damping: as of `attribute`.
       top: k, of the training images.
       ridge: a larger one keeps weights closer to each other.
@@ -96,7 +97,8 @@ def layer_weights(
       it together.
 
     Raises:
-      ValueError: features that do not belong together, or wrong settings.
+      ValueError: features that do not belong together, a group is missing, or wrong
+        settings.
       MemoryError: contributions do not fit this host.
     """
     instance("by_layer", by_layer, Mapping)
@@ -121,10 +123,37 @@ def _weighted(by_layer: Mapping[str, Array], weights: np.ndarray) -> Array:
 
     Of `Features` they are in memory, and their fingerprint has the weights. The squared
     norms are those of weighted gradients, sum_m w_m^2 |g_m|^2.
+    """
+    sets = _checked(by_layer)
+    rows = zip(*map(by_pair, sets), strict=True)
+    pairs = [sum(w * phi for w, phi in zip(weights, row, strict=True)) for row in rows]
+    phi = np.array(pairs if len(sets[0].shape) == 3 else pairs[0], np.float32)
+    if not all(isinstance(features, Features) for features in sets):
+        return phi
+    first = sets[0]
+    measured, _, _ = first.measurement.rpartition("/")
+    # What follows the measurement's program is of the group.
+    program, *_ = first.fingerprint["measurements"][first.measurement]
+    made = first.fingerprint | {"measurements": {measured: program}}
+    made["layer_weights"] = dict(zip(by_layer, map(float, weights), strict=True))
+    del made["groups"]
+    norms = sum(w**2 * f.squared_norms for w, f in zip(weights, sets, strict=True))
+    return dataclasses.replace(
+        first,
+        measurement=measured,
+        phi=ts.array(phi),
+        squared_norms=norms.astype(np.float32),
+        fingerprint=made,
+        folder=None,
+    )
+
+
+def _checked(by_layer: Mapping[str, Array]) -> list[Array]:
+    """Returns the features of all groups, of one shape.
 
     Raises:
       ValueError: there are no groups, or their features are of different tasks, examples
-        or shapes.
+        or shapes; or, of `Features`, not those of every group.
     """
     instance("by_layer", by_layer, Mapping)
     if not by_layer:
@@ -135,18 +164,15 @@ def _weighted(by_layer: Mapping[str, Array], weights: np.ndarray) -> Array:
         raise ValueError(
             f"by_layer has shapes {shapes}; all must have one and the same."
         )
-    rows = zip(*map(by_pair, sets), strict=True)
-    pairs = [sum(w * phi for w, phi in zip(weights, row, strict=True)) for row in rows]
-    phi = np.array(pairs if len(sets[0].shape) == 3 else pairs[0], np.float32)
     if not all(isinstance(features, Features) for features in sets):
-        return phi
-    first = sets[0]
+        return sets
     made_with = [f.fingerprint | {"measurements": None} for f in sets]
-    measured = [f.measurement.rpartition("/")[0] for f in sets]
-    if not all(measured) or len(set(measured)) > 1:
-        given = ", ".join(repr(f.measurement) for f in sets)
+    parts = [f.measurement.rpartition("/") for f in sets]
+    measured, given = {kind for kind, *_ in parts}, [group for *_, group in parts]
+    if "" in measured or len(measured) > 1:
+        names = ", ".join(repr(f.measurement) for f in sets)
         raise ValueError(
-            f"by_layer has features of {given}; they must be those of one measurement "
+            f"by_layer has features of {names}; they must be those of one measurement "
             "that featurize(..., layers=...) returns."
         )
     for name, made in zip(by_layer, made_with, strict=True):
@@ -155,19 +181,13 @@ def _weighted(by_layer: Mapping[str, Array], weights: np.ndarray) -> Array:
                 f"by_layer[{name!r}] (here) and the first (there) do not belong "
                 f"together: {differing[0]}."
             )
-    # What follows the measurement's program is of the group.
-    program, *_ = first.fingerprint["measurements"][first.measurement]
-    made = {"measurements": {measured[0]: program}}
-    made["layer_weights"] = dict(zip(by_layer, map(float, weights), strict=True))
-    norms = sum(w**2 * f.squared_norms for w, f in zip(weights, sets, strict=True))
-    return dataclasses.replace(
-        first,
-        measurement=measured[0],
-        phi=ts.array(phi),
-        squared_norms=norms.astype(np.float32),
-        fingerprint=first.fingerprint | made,
-        folder=None,
-    )
+    groups = made_with[0]["groups"]
+    if sorted(given) != sorted(groups):
+        raise ValueError(
+            f"by_layer has features of the groups {', '.join(given)}; they must be those "
+            f"of each group once, {', '.join(groups)}: all parameters have a part."
+        )
+    return sets
 
 
 def _contributions(

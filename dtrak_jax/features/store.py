@@ -60,19 +60,25 @@ class Features:
         return np.asarray(self[...], dtype=dtype)
 
     def __getitem__(self, index) -> np.ndarray:
+        store = f"their store {self.folder}" if self.folder else "their store"
         try:
             array = self.phi[index].read().result()
         except ValueError as error:
             raise ValueError(
-                f"the features {self.measurement!r} are damaged: {error}. Delete their "
-                "store and run featurize again."
+                f"the features {self.measurement!r} are damaged: {error}. Delete {store} "
+                "and run featurize again."
             ) from error
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"rows of the features {self.measurement!r} are missing; delete their "
-                "store and run featurize again."
+        if np.isfinite(array).all():
+            return array
+        if self.folder and not (self.folder / "metadata.json").exists():
+            raise FileNotFoundError(
+                f"the features {self.measurement!r} cannot be read: {store} is gone; run "
+                "featurize again."
             )
-        return array
+        raise ValueError(
+            f"rows of the features {self.measurement!r} are missing; delete {store} and "
+            "run featurize again."
+        )
 
     def by_pair(self) -> Iterator[np.ndarray]:
         """Yields each pair's features [n, k] in turn; just one array if averaged."""
@@ -237,13 +243,21 @@ class Store:
                 "again to finish them."
             )
         fingerprint, losses = self.metadata["fingerprint"], self.losses.read().result()
+        programs = fingerprint["measurements"]
+        # By layer there is also a digest of each group's parameters.
+        groups = {
+            name.rpartition("/")[2]: made[1]
+            for name, made in programs.items()
+            if isinstance(made, list)
+        }
+        shared = fingerprint | ({"groups": groups} if groups else {})
 
         def features(name: str) -> Features:
             norms = self.squared_norms[name].read().result()
-            alone = {"measurements": {name: fingerprint["measurements"][name]}}
+            alone = {"measurements": {name: programs[name]}}
             return Features(
                 *(name, ids, self.phi[name], norms, losses),
-                fingerprint | alone,
+                shared | alone,
                 self.folder,
                 self.metadata.get("role"),
             )

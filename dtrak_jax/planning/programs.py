@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dtrak_jax import diffusion, training
+from dtrak_jax import diffusion, feature_sets, training
 from dtrak_jax.attribution.conjugate import VECTORS, search_calls
 from dtrak_jax.attribution.ekfac import divide_calls
 from dtrak_jax.attribution.kernel import eigh_bytes
@@ -25,14 +25,22 @@ from dtrak_jax.encoding.encode import (
 )
 from dtrak_jax.evaluation.outputs import losses_program
 from dtrak_jax.evaluation.retrain import member_steps
-from dtrak_jax.features import Projection, StepPrograms, example_mesh, step_programs
+from dtrak_jax.features import (
+    Projection,
+    StepPrograms,
+    Task,
+    example_mesh,
+    step_programs,
+)
 from dtrak_jax.features.curvature import block_shapes
+from dtrak_jax.features.gradients import LayerGroups, feature_names
 from dtrak_jax.features.output_programs import output_programs
 from dtrak_jax.features.passes import Draws, pass_programs
 from dtrak_jax.features.products import batch_of, product_program
 from dtrak_jax.methods import METHODS
 from dtrak_jax.network import network_params
 from dtrak_jax.parallel import Program
+from dtrak_jax.planning import footprint
 from dtrak_jax.planning.topology import Topology
 from dtrak_jax.run import Run
 
@@ -123,22 +131,29 @@ def sample(run: Run, topology: Topology) -> list[Planned]:
 
 
 def featurize(run: Run, topology: Topology) -> list[Planned]:
-    """Returns a step of gradients and their projection, for each set of examples."""
-    programs = _features(run, topology)
-    layout = programs.layout
-    step, noised = f"{run.config.features.batch_size} noised images on a device", 1.0
-    if not layout.apart:
-        step = f"{layout.pairs} noised images of one image on a device"
-        # The last microbatch of an example is filled up to the size of the others.
-        noised = layout.pairs / layout.copies
+    """Returns a step of gradients and their projection, for each set of features that the
+    config's methods need."""
+    made: dict[tuple, StepPrograms] = {}
     steps = []
-    for examples, count in run.counts.items():
+    for feature_set in feature_sets.wanted(run):
+        how = feature_set.task, footprint.groups(run, feature_set)
+        if how not in made:
+            made[how] = _features(run, topology, *how)
+        programs, layout = made[how], made[how].layout
+        count = run.counts[feature_set.examples]
+        step = f"{run.config.features.batch_size} noised images on a device"
+        noised = 1.0
+        if not layout.apart:
+            step = f"{layout.pairs} noised images of one image on a device"
+            # The last microbatch of an example is filled up to the size of the others.
+            noised = layout.pairs / layout.copies
         rounds = layout.rounds(count, topology.processes)
         gradients = programs.gradients, rounds * layout.parts
-        written = layout.bytes_written(count, len(run.task().measurements))
+        written = layout.bytes_written(count, len(feature_names(*how)))
+        name = feature_set.store.removeprefix(f"{feature_sets.place(run)}/")
         steps.append(
             Planned(
-                f"featurize {examples}",
+                f"featurize {name}",
                 step,
                 [gradients, (programs.project, rounds)],
                 *(written, written),
@@ -149,13 +164,15 @@ def featurize(run: Run, topology: Topology) -> list[Planned]:
     return steps
 
 
-def _features(run: Run, topology: Topology) -> StepPrograms:
+def _features(
+    run: Run, topology: Topology, task: Task, groups: LayerGroups = ()
+) -> StepPrograms:
     """Returns the programs of featurize on a process's devices."""
     settings = run.config.features
     mesh = example_mesh(topology.local, settings.proj_devices)
     given = run.space.shapes
     return step_programs(
-        run.task(),
+        task,
         run.param_shapes,
         given.x,
         run.projection,
@@ -163,6 +180,7 @@ def _features(run: Run, topology: Topology) -> StepPrograms:
         settings.batch_size,
         frozen=given.frozen,
         cond=given.cond,
+        groups=groups,
     )
 
 
@@ -259,7 +277,7 @@ def _kernels(run: Run, topology: Topology) -> list[Planned]:
     methods = [m for m, row in chosen.items() if row.kernel and not row.of_output]
     if not methods:
         return []
-    n, layout = run.counts["train"], _features(run, topology).layout
+    n, layout = run.counts["train"], _features(run, topology, run.task()).layout
     program, calls = gram_program(n, layout.dim, topology.devices)
     calls *= layout.per_example * len({METHODS[name].measurement for name in methods})
     side, columns = program.arguments[1].shape
