@@ -239,6 +239,8 @@ def test_attribute_takes_features_of_probes(params, both):
     of_loss = dtrak.featurize(task, params, both[1], SKETCH)
     with pytest.raises(ValueError, match="'loss'; das takes those of dtrak_jax.probes"):
         dtrak.attribute(train, {"loss": of_loss}, **how)
+    with pytest.raises(ValueError, match="'probe0'; only method 'das' takes those of"):
+        dtrak.attribute(train, query, curvature=made)
     with pytest.raises(ValueError, match="2 probes of different queries"):
         others = dtrak.featurize(probed, params, both[0], SKETCH)
         mixed = {"probe0": query["probe0"], "probe1": others["probe1"]}

@@ -176,7 +176,7 @@ def test_what_does_not_belong_together(sets):
     )
     with pytest.raises(ValueError, match="layer_weights is {'deep'"):
         dtrak.attribute(fitted.query, query)
-    with pytest.raises(ValueError, match="measurements is"):
+    with pytest.raises(ValueError, match="layers give dtrak_jax.layer_weights"):
         dtrak.attribute(train, by_layer["deep"])
     for given, words in (
         ({}, "by_layer is {}"),

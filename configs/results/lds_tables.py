@@ -156,6 +156,25 @@ def gauss_newton() -> Lines:
     return lines
 
 
+def das() -> Lines:
+    """The LDS of DAS by the number of probes, beside signed scores by the same matrices."""
+    counts = (1, 2, 4, 8, 16)
+    heads = ["one probe", *(f"{count} probes" for count in counts[1:])]
+    heads = ["signed", "squared", *heads, "16, less signed", "16, loss's kernel"]
+    lines, rows = [["data", "images", "columns", *heads]], read("das")["rows"]
+    keys = "data", "queries", "dim"
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        named = dict(zip(keys, key, strict=True))
+        kinds = [("gauss-newton", 0), ("gauss-newton squared", 0)]
+        kinds += [("das", count) for count in counts]
+        cells = [pick(rows, **named, method=m, probes=c) for m, c in kinds]
+        own = pick(rows, **named, method="das by own kernels")
+        less = interval(cells[-1]["less_signed"], "value")
+        lds = [number(row["lds"]) for row in (*cells, own)]
+        lines.append([*map(str, key), *lds[:-1], less, lds[-1]])
+    return lines
+
+
 def gauss_newton_cg() -> Lines:
     """The LDS on digits of conjugate gradients on the Gauss-Newton matrix, beside EK-FAC and
     TRAK on the same queries."""
@@ -240,6 +259,7 @@ TABLES = {
     "metagradients": metagradients,
     "damping rules": damping_rules,
     "gauss-newton": gauss_newton,
+    "das": das,
     "gauss-newton-cg": gauss_newton_cg,
     "ekfac": ekfac,
     "cost": cost,

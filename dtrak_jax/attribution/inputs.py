@@ -95,8 +95,8 @@ def check_features(
     of_train, of_query = train.fingerprint | free, query.fingerprint | free
     # Weights of layers are on the query's side alone.
     of_query.pop("layer_weights", None)
+    _check_kind(query, probed)
     if probed:
-        _check_probe(query)
         of_query["measurements"] = of_train["measurements"]
     differing = files.differences(of_train, of_query)
     if differing:
@@ -107,10 +107,20 @@ def check_features(
     return train, query
 
 
-def _check_probe(query: Features) -> None:
-    """Raises a ValueError unless the features are of one of `probes`."""
-    if query.fingerprint["measurements"] != {query.measurement: query.measurement}:
-        raise ValueError(
-            f"query features are of {query.measurement!r}; das takes those of "
-            "dtrak_jax.probes(count) as the task's measurement."
+def _check_kind(query: Features, probed: bool) -> None:
+    """Raises a ValueError unless features are of a probe where those are asked for, and
+    elsewhere of a measurement of whole gradients."""
+    name = query.measurement
+    # A probe's program is its name.
+    is_probe = query.fingerprint["measurements"] == {name: name}
+    needed = None
+    if probed and not is_probe:
+        needed = "das takes those of dtrak_jax.probes(count) as the task's measurement"
+    elif is_probe and not probed:
+        needed = "only method 'das' takes those of probes, with curvature=..."
+    elif "/" in name:
+        needed = (
+            "of groups of layers give dtrak_jax.layer_weights(train, by_layer).query"
         )
+    if needed:
+        raise ValueError(f"query features are of {name!r}; {needed}.")
