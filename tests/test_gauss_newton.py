@@ -234,6 +234,9 @@ def test_attribute_takes_features_of_probes(params, both):
     assert scores.freedom and (scores.errors > 0).all()
     several = dtrak.attribute(train, {"a": query, "b": query}, **how)
     close(several["b"].scores, scores.scores)
+    with pytest.raises(ValueError, match="query has sets of 1 and 3 probes"):
+        one = {"probe0": query["probe0"]}
+        dtrak.attribute(train, {"a": query, "b": one}, **how)
     with pytest.raises(TypeError, match="query is Features.*; it must be dict"):
         dtrak.attribute(train, query["probe0"], **how)
     of_loss = dtrak.featurize(task, params, both[1], SKETCH)

@@ -34,9 +34,10 @@ def das(
 ) -> np.ndarray:
     """Returns sum_j (1/2V) sum_v (g_jv(q)^T (H_j + lambda_j I)^-1 phi_j(n))^2, float64 [q, n].
 
-    "Diffusion Attribution Score" (Lin et al., arXiv 2410.18639) in full: its code takes
-    the mean of the output as the only readout, and the loss's own kernel. There are V
-    probes, whose chance is in the standard errors, since each draw has others.
+    "Diffusion Attribution Score" (Lin et al., arXiv 2410.18639, equation 16) for the whole
+    output, in whose place its code has the mean of the output, and without the leverage of
+    n. There are V probes, whose chance is in the standard errors, since each draw has
+    others.
 
     Args:
       kernels: those of features of the loss, with the curvature of `gauss_newton`.

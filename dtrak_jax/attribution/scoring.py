@@ -66,6 +66,11 @@ def score(
     sets = [
         _parts(kernels.train, method, name, query) for name, query in queries.items()
     ]
+    if len(counts := {len(parts) for parts in sets}) > 1:
+        raise ValueError(
+            f"query has sets of {' and '.join(map(str, sorted(counts)))} probes; all must "
+            "have as many."
+        )
     train_ids = example_ids(kernels.train)
     columns = check_columns(groups, len(train_ids))
     every = itertools.chain([kernels.train], *sets)
