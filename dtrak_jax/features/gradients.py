@@ -143,8 +143,10 @@ def check_tags(task: Task, network: tuple, images, cond) -> None:
     t = np.full(1, task.grid[len(task.grid) // 2], np.int32)
     given = x, t, jax.tree.map(lambda column: column[:1], cond)
     outputs = {i: [use.outputs for use in tags.uses[i]] for i in sorted(tags.by_hand)}
-    shapes = jax.tree.map(lambda use: (use.shape, use.dtype), outputs)
-    made = _tagged_gradients(task, shapes, params, frozen, given, cotangent)
+    outputs = jax.tree.map(
+        lambda use: jax.ShapeDtypeStruct(use.shape, use.dtype), outputs
+    )
+    made = _tagged_gradients(task, outputs, params, frozen, given, cotangent)
     for i, (told, true) in jax.device_get(made).items():
         apart, size = np.linalg.norm(told - true), np.linalg.norm(true)
         if apart > MISMATCH * size:  # What is not finite tells nothing.
@@ -157,34 +159,45 @@ def check_tags(task: Task, network: tuple, images, cond) -> None:
             )
 
 
-def _tagged_gradients(task: Task, shapes, params, frozen, inputs, cotangent) -> dict:
+def _tagged_gradients(task: Task, outputs, params, frozen, inputs, cotangent) -> dict:
     """Returns {weight: its gradient as its tag says, and the true one} of those whose uses
     have outputs of these shapes."""
 
     @jax.jit
     def gradients(params, frozen, inputs, cotangent):
-        indices, values = chosen_leaves(task, params), variables(task, params, {})
-        taps = {i: [jnp.zeros(*use) for use in uses] for i, uses in shapes.items()}
-
-        def predict(values, taps):
-            tags = Tags({}, {}, {i: list(arrays) for i, arrays in taps.items()})
-            prediction = predict_with(task, params, frozen, tags, inputs, values)
-            return prediction, {
-                i: [use.patches() for use in tags.uses[i]] for i in taps
-            }
-
-        _, pull_back, patches = jax.vjp(predict, values, taps, has_aux=True)
+        how = task, params, frozen, inputs, outputs
+        _, pull_back, patches = vjp_of_layers(*how, chosen_leaves(task, params))
         true, deltas = pull_back(cotangent)
-        true = dict(zip(indices, true, strict=True))
 
         def told(i):
             flat = (delta.reshape(-1, delta.shape[-1]) for delta in deltas[i])
             pairs = zip(patches[i], flat, strict=True)
             return sum(jnp.einsum("pi,po->io", *p, precision="highest") for p in pairs)
 
-        return {i: (told(i).reshape(true[i].shape), true[i]) for i in taps}
+        return {i: (told(i).reshape(true[i].shape), true[i]) for i in outputs}
 
     return gradients(params, frozen, inputs, cotangent)
+
+
+def vjp_of_layers(task: Task, params, frozen, inputs, outputs, leaves) -> tuple:
+    """Differentiates the prediction by some of the chosen leaves, which are named by their
+    indices, and by the outputs of tagged layers, of shapes {weight: one of each use}.
+
+    Returns the prediction; the function that makes of its cotangent {leaf: gradient} and
+    {weight: the gradient of each output}; and {weight: the patches of each use}.
+    """
+    values = variables(task, params, {})
+    chosen = dict(zip(chosen_leaves(task, params), values, strict=True))
+    taps = jax.tree.map(lambda use: jnp.zeros(use.shape, use.dtype), outputs)
+
+    def predict(differentiated, taps):
+        tags = Tags({}, {}, {i: list(arrays) for i, arrays in taps.items()})
+        values = (chosen | differentiated).values()
+        prediction = predict_with(task, params, frozen, tags, inputs, values)
+        return prediction, {i: [use.patches() for use in tags.uses[i]] for i in taps}
+
+    differentiated = {i: chosen[i] for i in leaves}
+    return jax.vjp(predict, differentiated, taps, has_aux=True)
 
 
 @functools.cache

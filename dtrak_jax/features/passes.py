@@ -17,14 +17,13 @@ from dtrak_jax.features.gradients import (
     microbatch_of,
     network_inputs,
     noised,
-    predict_with,
     tagged_layers,
     variables,
+    vjp_of_layers,
 )
 from dtrak_jax.features.measurements import random_cotangent
 from dtrak_jax.features.microbatches import Layout, Microbatch
 from dtrak_jax.features.task import Task
-from dtrak_jax.models.tags import Tags
 from dtrak_jax.network import Params
 from dtrak_jax.parallel import P, Program, sharded
 from dtrak_jax.rng import fold_in
@@ -166,28 +165,20 @@ def _draw(draws: Draws, params, frozen, item: Microbatch) -> tuple[dict, dict]:
     task, (pair,) = draws.task, item.pair // draws.cotangents
     number = item.pair[0] % draws.cotangents
     inputs, _ = noised(task, item._replace(pair=pair[None]))
-    leaves, taps = variables(task, params, {}), dict(draws.outputs)
-    chosen = dict(zip(chosen_leaves(task, params), leaves, strict=True))
-    others = {i: leaf for i, leaf in chosen.items() if i not in taps}
-    taps = jax.tree.map(lambda use: jnp.zeros(use.shape, use.dtype), taps)
-
-    def predict(others, taps):
-        tags = Tags({}, {}, {i: list(arrays) for i, arrays in taps.items()})
-        values = (chosen | others).values()
-        prediction = predict_with(task, params, frozen, tags, inputs, values)
-        return prediction, {i: [use.patches() for use in tags.uses[i]] for i in taps}
-
-    prediction, pull_back, patches = jax.vjp(predict, others, taps, has_aux=True)
+    outputs = dict(draws.outputs)
+    others = [i for i in chosen_leaves(task, params) if i not in outputs]
+    how = task, params, frozen, inputs, outputs, others
+    prediction, pull_back, patches = vjp_of_layers(*how)
     c = cotangent(task, pair, item.words, number, prediction, draws.exact)
     # A gradient of a layer that is not tagged may be a convolution.
     pull_back = weight_gradients_as_products(pull_back)
-    others, deltas = pull_back(c)
+    gradients, deltas = pull_back(c)
 
     def flat(delta: jax.Array) -> jax.Array:
         return delta.reshape(-1, delta.shape[-1]).astype(jnp.float32)
 
-    layers = {i: list(zip(patches[i], map(flat, deltas[i]))) for i in taps}
-    return layers, {i: g.reshape(-1).astype(jnp.float32) for i, g in others.items()}
+    layers = {i: list(zip(patches[i], map(flat, deltas[i]))) for i in outputs}
+    return layers, {i: g.reshape(-1).astype(jnp.float32) for i, g in gradients.items()}
 
 
 def cotangent(
