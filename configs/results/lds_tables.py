@@ -168,10 +168,12 @@ def das() -> Lines:
         kinds = [("gauss-newton", 0), ("gauss-newton squared", 0)]
         kinds += [("das", count) for count in counts]
         cells = [pick(rows, **named, method=m, probes=c) for m, c in kinds]
-        own = pick(rows, **named, method="das by own kernels")
         less = interval(cells[-1]["less_signed"], "value")
-        lds = [number(row["lds"]) for row in (*cells, own)]
-        lines.append([*map(str, key), *lds[:-1], less, lds[-1]])
+        own = {"method": "das by own kernels"} | named
+        own = [row for row in rows if own.items() <= row.items()]
+        last = [number(row["lds"]) for row in own] or [""]
+        lds = [number(row["lds"]) for row in cells]
+        lines.append([*map(str, key), *lds, less, *last])
     return lines
 
 
