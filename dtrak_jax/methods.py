@@ -227,9 +227,7 @@ ROWS = (
         decomposed=True,
     ),
     Method(
-        "das",
-        "DAS",
-        das,
+        *("das", "DAS", das),
         "how far the output moves without the image, with that matrix",
         *(DAS, PROBES, "loss"),
         damping=Damping(GAUSS_NEWTON_DAMPING),
