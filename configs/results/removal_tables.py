@@ -156,6 +156,10 @@ TABLES = {
     ),
     "sets": functools.partial(sets, LARGE),
     "set differences": functools.partial(set_differences, LARGE),
+    "mnist sets": functools.partial(sets, "mnist_sets_counterfactual"),
+    "mnist set differences": functools.partial(
+        set_differences, "mnist_sets_counterfactual"
+    ),
     "small sets": functools.partial(sets, SMALL),
     "small set differences": functools.partial(set_differences, SMALL),
 }
