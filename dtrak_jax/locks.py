@@ -6,6 +6,7 @@ made from has changed.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -148,8 +149,12 @@ def samples_made_from(run: "Run") -> dict[str, np.ndarray]:
     return {"made_from": np.array(json.dumps(described)), "model": model}
 
 
+@functools.cache
 def schedule_digest(schedule) -> str:
-    """Returns the hash of all that a noise schedule is made of."""
+    """Returns the hash of all that a noise schedule is made of.
+
+    It is kept, since every path of features asks for that of a thousand numbers.
+    """
     return digest_tree(dataclasses.astuple(schedule))
 
 

@@ -2,7 +2,9 @@
 
 import atexit
 import dataclasses
+import gc
 import io
+import multiprocessing
 import os
 import shutil
 import socket
@@ -14,11 +16,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# The same operations in slower code, which takes a third less time to compile; and
+# The same operations in slower code, which takes half the time to compile; and
 # devices that wait for each other on a busy machine, as those of a command do.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=1000000",
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -125,6 +128,37 @@ def free_port():
         return free.getsockname()[1]
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""It forks processes from one that has imported this module, which takes seconds."""
+FORKS.set_forkserver_preload(["conftest"])
+
+
+def begin(work, arguments, environment, error, umask):
+    """What a process of `start_process` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.umask(umask)
+    for path, stream in ((os.devnull, 1), (error, 2)):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream)
+    try:
+        work(*arguments)
+    finally:
+        # By which processes of one run wait for each other; a fork leaves them out.
+        atexit._run_exitfuncs()
+
+
+def start_process(work, *arguments, environment, error=os.devnull, umask=0o22):
+    """A process that calls a function of a test's module; `error` is its stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        # The process that forks begins with the first one.
+        patch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+        given = (work, arguments, environment, error, umask)
+        process = FORKS.Process(target=begin, args=given, daemon=True)
+        process.start()
+    return process
+
+
 def environments(count, **changes):
     """The environment of each of `count` processes that share one run."""
     paths = DIGITS.parent.parent, Path(__file__).parent
@@ -180,11 +214,27 @@ def digits_command(stage, workdir, flags, changes):
     return line
 
 
+LONG = ("test_pipeline", "test_parallel", "test_stages", "test_base", "test_training")
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the longest files: none is left for one worker alone in the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_collection_finish():
+    """Leaves what was imported out of every search for garbage, and searches less often:
+    while JAX traces, that is a quarter of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
     """Programs of all modules together would take gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,8 @@ def serve() -> Iterator[Bucket]:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and content are two packets, of which the second would wait for 40 ms.
+    disable_nagle_algorithm = True
     server: Bucket
 
     def log_message(self, *_):

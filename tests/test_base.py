@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import use_two_devices
 
 from dtrak_jax import models, pipeline
 from dtrak_jax.config import (
@@ -45,12 +46,13 @@ def open_run(workdir, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Networks of a level less, which take a third of the time to compile."""
+    """Networks of a level less, which take a third of the time to compile; two devices."""
     shrink = {
         "autoencoder_config": ("DownEncoderBlock2D", "UpDecoderBlock2D"),
         "unet_config": ("DownBlock2D", "UpBlock2D"),
     }
     with pytest.MonkeyPatch.context() as patch:
+        use_two_devices(patch)
         for name, (down, up) in shrink.items():
             config = dataclasses.replace(
                 getattr(base, name)(8),

@@ -1,19 +1,17 @@
 """Conjugate gradients are right to what they promise, or refuse."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import free_port
+import tensorstore as ts
+from conftest import environments, start_process
 from test_attribution import features, ridge
 
 import dtrak_jax as dtrak
 from dtrak_jax import parallel
-from dtrak_jax.attribution import Scores, iterative, linalg
+from dtrak_jax.attribution import Kernels, Scores, iterative, linalg
 from dtrak_jax.config import AttributionConfig, Config
 
 
@@ -113,50 +111,42 @@ def test_devices_add_up_once_for_a_block_or_an_iteration():
         assert sums == [shape]
 
 
-TWO = """
-import sys
-import numpy as np
-import tensorstore as ts
-from dtrak_jax import Features, attribute, parallel
-from dtrak_jax.attribution import Kernels
-from dtrak_jax.attribution.linalg import gram_matrix
-parallel.start()
-given = np.load(sys.argv[1])
-results = {"gram": gram_matrix(given["phi"])}
-for solver in ("eigh", "cg"):
-    results[solver] = attribute(given["phi"], given["query"], solver=solver).scores
-ids = tuple(map(str, range(len(given["phi"]))))
-train = Features("loss", ids, ts.array(given["phi"]), None, None, {"noise": "common"})
-for name in ("written", "read"):
-    parallel.barrier(name)
-    results[name] = attribute(Kernels(train, sys.argv[3]), given["query"]).scores
-np.savez(sys.argv[2], **results)
-"""
+def share(given, out, folder):
+    """What each of two processes does."""
+    jax.config.update("jax_num_cpu_devices", 3)
+    parallel.start()
+    given = np.load(given)
+    results = {"gram": linalg.gram_matrix(given["phi"])}
+    for solver in ("eigh", "cg"):
+        found = dtrak.attribute(given["phi"], given["query"], solver=solver)
+        results[solver] = found.scores
+    ids = tuple(map(str, range(len(given["phi"]))))
+    phi = ts.array(given["phi"])
+    train = dtrak.Features("loss", ids, phi, None, None, {"noise": "common"})
+    for name in ("written", "read"):
+        parallel.barrier(name)
+        results[name] = dtrak.attribute(Kernels(train, folder), given["query"]).scores
+    np.savez(out, **results)
 
 
 def test_two_processes_share_the_products(tmp_path):
     """Three devices each, and columns left over; both get what one gets, to 2e-5."""
     phi, query = features(13, 101)
     np.savez(tmp_path / "given.npz", phi=phi, query=query)
-    port = free_port()
     files = [tmp_path / "given.npz", *(tmp_path / f"{i}.npz" for i in range(2))]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, files[0], files[1 + i], tmp_path / "kernels"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(i),
-                "JAX_NUM_CPU_DEVICES": "3",
-            },
+        start_process(
+            share,
+            *(files[0], files[1 + i], tmp_path / "kernels"),
+            environment=environment,
+            error=tmp_path / f"{i}.txt",
         )
-        for i in range(2)
+        for i, environment in enumerate(environments(2))
     ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    for process in processes:
+        process.join()
+    said = [(tmp_path / f"{i}.txt").read_text() for i in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], said
     alone = {s: dtrak.attribute(phi, query, solver=s).scores for s in ("eigh", "cg")}
     alone |= {name: alone["eigh"] for name in ("written", "read")}
     alone["gram"] = linalg.gram_matrix(phi)

@@ -1,9 +1,8 @@
 """Several processes do the same as one, share one fate, and lose nothing."""
 
+import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -14,13 +13,14 @@ from conftest import (
     draw_nothing,
     environments,
     run_arrays,
+    start_process,
     store_of,
     use_simple_network,
     use_two_devices,
 )
 
 import dtrak_jax as dtrak
-from dtrak_jax import cli, files, parallel
+from dtrak_jax import cli, files, parallel, training
 from dtrak_jax.run import Run
 
 FLAGS = {
@@ -49,25 +49,25 @@ FLAGS = {
 COMMANDS = ("lds", "ablate", "counterfactual", "report")
 """They make everything else first."""
 
-SEVERAL = """
-import os, sys, time
-import conftest, jax, pytest
-from dtrak_jax import cli, training
-jax.config.update("jax_num_cpu_devices", 1)
-conftest.use_simple_network(pytest.MonkeyPatch())
-conftest.draw_nothing(pytest.MonkeyPatch())
-pause, batch = float(os.environ["PAUSE"]), training.ensemble.batch
-def slow_batch(*arguments):
-    time.sleep(pause)
-    return batch(*arguments)
-training.ensemble.batch = slow_batch
-for command in sys.argv[1].split(","):
-    cli.main([command, *sys.argv[2:]])
-    # The processes are joined until they end.
-    os.environ.pop("DTRAK_DISTRIBUTED", None)
-"""
-"""Commands one after the other, so that a process starts and compiles once for all; of
-a network that compiles fast, and with a pause before each step of retraining."""
+
+def several(commands, line, pause):
+    """What a process does: commands one after the other, so that it compiles once for all;
+    of a network that compiles fast, and with a pause before each step of retraining."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    patch, batch = pytest.MonkeyPatch(), training.ensemble.batch
+    use_simple_network(patch)
+    draw_nothing(patch)
+
+    def slow_batch(*arguments):
+        time.sleep(pause)
+        return batch(*arguments)
+
+    patch.setattr(training.ensemble, "batch", slow_batch)
+    for command in commands:
+        cli.main([command, *line])
+        # The processes are joined until they end.
+        os.environ.pop("DTRAK_DISTRIBUTED", None)
+
 
 FULL = 4000
 """Bytes of the longest file on a full disk: less than a chunk of a store."""
@@ -88,18 +88,13 @@ def start():
 
     def start(count, workdir, *commands, full_disk=False, pause=0.0, heartbeat=None):
         _, *line = digits_command("", workdir, FLAGS, {})
-        changes = {"DTRAK_DISTRIBUTED": "1", "PAUSE": str(pause)}
+        changes = {"DTRAK_DISTRIBUTED": "1"}
         changes["DTRAK_HEARTBEAT"] = str(heartbeat or parallel.TIMEOUT)
         processes = []
         for i, environment in enumerate(environments(count, **changes)):
-            error = workdir.with_name(f"{workdir.name}-{i}.txt").open("w+")
-            process = subprocess.Popen(
-                [sys.executable, "-c", SEVERAL, ",".join(commands), *line],
-                stdout=subprocess.DEVNULL,
-                stderr=error,
-                env=environment,
-                umask=2 * i,
-            )
+            error = workdir.with_name(f"{workdir.name}-{i}.txt")
+            given = {"environment": environment, "error": error, "umask": 2 * i}
+            process = start_process(several, commands, line, pause, **given)
             process.error = error
             processes.append(process)
         started.extend(processes)
@@ -116,13 +111,19 @@ def start():
 
 def said(process):
     """What a process wrote to its standard error."""
-    process.error.seek(0)
-    return process.error.read()
+    return process.error.read_text()
+
+
+def code_of(process, timeout=None):
+    """Its exit code, once it has ended."""
+    process.join(timeout)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def succeed(processes):
     """Waits until all of them are through."""
-    codes = [process.wait() for process in processes]
+    codes = [code_of(process) for process in processes]
     assert not any(codes), [said(process) for process in processes]
 
 
@@ -136,7 +137,7 @@ def await_sign(processes, sign):
     deadline = time.time() + 600
     while not sign():
         assert time.time() < deadline
-        assert [p.poll() for p in processes] == [None] * len(processes), [
+        assert [p.exitcode for p in processes] == [None] * len(processes), [
             said(process) for process in processes
         ]
         time.sleep(0.002)
@@ -144,11 +145,11 @@ def await_sign(processes, sign):
 
 def kill(processes, victim):
     """kill -9 of one; returns how long the others lived on, and their codes."""
-    processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].kill()
     killed = time.time()
-    processes[victim].wait()
+    processes[victim].join()
     survivors = [process for process in processes if process is not processes[victim]]
-    codes = [process.wait(timeout=3 * parallel.TIMEOUT) for process in survivors]
+    codes = [code_of(process, 3 * parallel.TIMEOUT) for process in survivors]
     return time.time() - killed, codes
 
 
@@ -174,9 +175,9 @@ def cut(start, tmp_path_factory):
     """
     workdir = tmp_path_factory.mktemp("runs") / "cut"
     processes = start(2, workdir, "featurize", full_disk=True)
-    assert processes[1].wait() == 2, said(processes[1])
+    assert code_of(processes[1]) == 2, said(processes[1])
     failed = time.time()
-    assert processes[0].wait() != 0
+    assert code_of(processes[0]) != 0
     assert time.time() - failed < SOON, said(processes[0])
     assert "free space" in said(processes[1])
     (store,) = (workdir / "features").glob("*/train-*")

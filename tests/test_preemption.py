@@ -1,17 +1,16 @@
 """A signal to one of two processes stops both, and training continues from there."""
 
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import environments, init, losses, train_apply
+from conftest import environments, init, losses, start_process, train_apply
 
-from dtrak_jax import diffusion, files, training
+from dtrak_jax import diffusion, files, parallel, training
 from dtrak_jax.config import TrainConfig
 from dtrak_jax.training import checkpoint, loop
 
@@ -35,6 +34,8 @@ def retrain(images, folder, members):
 
 def work(folder):
     """What each of the two processes does, slowly; it leaves a file after each part."""
+    jax.config.update("jax_num_cpu_devices", 1)
+    parallel.start()
 
     def slow_batch(*arguments):
         time.sleep(0.02)
@@ -63,25 +64,12 @@ def work(folder):
     until_stopped("retrain 3", lambda: retrain(images, folder, MEMBERS))
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import jax
-jax.config.update("jax_num_cpu_devices", 1)
-from dtrak_jax import parallel
-parallel.start()
-import test_preemption
-test_preemption.work(Path(sys.argv[1]))
-"""
-
-
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, images):
     """(two processes of one device each that share the work, their folder)."""
     folder = tmp_path_factory.mktemp("two")
     files.write_npz(folder / "images.npz", images=images)
-    command = [sys.executable, "-c", SCRIPT, folder]
-    started = [subprocess.Popen(command, env=e) for e in environments(2)]
+    started = [start_process(work, folder, environment=e) for e in environments(2)]
     yield started, folder
     for process in started:
         process.kill()
@@ -92,7 +80,7 @@ def wait_until(happened, processes):
     deadline = time.monotonic() + 300
     while not happened():
         assert time.monotonic() < deadline
-        assert [process.poll() for process in processes] == [None, None]
+        assert [process.exitcode for process in processes] == [None, None]
         time.sleep(0.02)
 
 
@@ -117,7 +105,7 @@ def test_training_stops_at_a_step_that_all_agree_on(processes, images, monkeypat
         before = lines(folder)
         wait_until(lambda b=before: lines(folder) >= b + 3, started)
         for i in reached:
-            started[i].send_signal(sent)
+            os.kill(started[i].pid, sent)
         said = outcomes(processes, name)
         steps = [re.search(r"stopped after step (\d+) of 60", text)[1] for text in said]
         assert steps[0] == steps[1]
@@ -149,19 +137,21 @@ def test_retraining_stops_wherever_each_process_is(processes, images, monkeypatc
         return int(re.search(pattern, text)[1])
 
     wait_until(lambda: at("a"), started)
-    started[1].send_signal(signal.SIGTERM)
+    os.kill(started[1].pid, signal.SIGTERM)
     first, second = outcomes(processes, "retrain 1")
     assert 0 < stopped_at("a", first) < 60
     assert stopped_at("a", first) <= at("a")
     assert "stopped with 0 of 0 models trained; the same command" in second
 
     wait_until(lambda: at("b"), started)
-    started[0].send_signal(signal.SIGTERM)
+    os.kill(started[0].pid, signal.SIGTERM)
     _, second = outcomes(processes, "retrain 2")
     assert 0 < stopped_at("b", second) < 60
     assert stopped_at("b", second) <= at("b")
 
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    for process in started:
+        process.join(timeout=300)
+    assert [process.exitcode for process in started] == [0, 0]
     assert outcomes(processes, "retrain 3") == ["finished"] * 2
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)

@@ -8,7 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import digits_command, open_run, use_simple_network, use_two_devices
+from conftest import (
+    digits_command,
+    draw_nothing,
+    open_run,
+    use_simple_network,
+    use_two_devices,
+)
 
 import dtrak_jax as dtrak
 from dtrak_jax import attribution, cli, data, diffusion, features, files, training
@@ -78,8 +84,9 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def workdir(finished, tmp_path):
-    """A copy that a test may change."""
+def workdir(finished, tmp_path, monkeypatch):
+    """A copy that a test may change, in which figures are not drawn again."""
+    draw_nothing(monkeypatch)
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -320,12 +327,13 @@ def test_results_say_that_models_are_not_remade(workdir, recwarn):
     """The page, which looks at the same file, does too."""
     path, words = workdir / "counterfactual.json", "does not make this model again."
     result = files.read_json(path)
+    few = {"attribution__methods": "dtrak"}
     for moved, stages in ((0.0, "lds report"), (9.0, "lds ablate report")):
         for row in result["summary"]:
             row["median"] = moved if row["method"] == "everything" else 1.0
         files.write_json(path, result)
         for stage in stages.split():
-            type_in(stage, workdir)
+            type_in(stage, workdir, **few)
             noted = any(words in str(warning.message) for warning in recwarn)
             recwarn.clear()
             assert noted == bool(moved and stage != "report")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import use_two_devices
 from PIL import Image
 
 from dtrak_jax import data, models, pipeline, planning, training
@@ -35,6 +36,14 @@ from dtrak_jax.run import Run
 
 GOLDEN = Path(__file__).with_name("goldens") / "stable_diffusion.npz"
 HANDS = {"ada": (200, 40, 40), "ben": (40, 60, 200)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """Two of the devices: small work needs not be cut in eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_two_devices(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +304,7 @@ def test_adapters_that_another_program_made_are_attributed(run, tmp_path):
         )
 
 
-def test_members_share_the_base_and_equal_the_main_model(run, tmp_path):
+def test_members_share_the_base_and_equal_the_main_model(run, tmp_path, one_device):
     """Three in one batch on a device: each as if it were trained alone."""
     rows = np.arange(16)
     members = [
