@@ -112,7 +112,7 @@ def _check_kind(query: Features, probed: bool) -> None:
     elsewhere of a measurement of whole gradients."""
     name = query.measurement
     # A probe's program is its name.
-    is_probe = query.fingerprint["measurements"] == {name: name}
+    is_probe = query.fingerprint.get("measurements") == {name: name}
     needed = None
     if probed and not is_probe:
         needed = "das takes those of dtrak_jax.probes(count) as the task's measurement"

@@ -162,7 +162,8 @@ def check_values(
 ) -> None:
     """Raises a ValueError unless every measurement is a number of floating point."""
     x = jax.ShapeDtypeStruct(shape, np.float32)
-    given = x, x, jax.ShapeDtypeStruct((), np.int32), stream(0, "cotangent")
+    key = jax.eval_shape(lambda: stream(0, "cotangent"))
+    given = x, x, jax.ShapeDtypeStruct((), np.int32), key
     for name, f in measurements.items():
         value = jax.eval_shape(
             functools.partial(value_of, f, schedule=schedule), *given
