@@ -153,6 +153,8 @@ def start_process(work, *arguments, environment, error=os.devnull, umask=0o22):
     with pytest.MonkeyPatch.context() as patch:
         # The process that forks begins with the first one.
         patch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+        # One whose files are cut short would leave half of a module that it compiled.
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
         given = (work, arguments, environment, error, umask)
         process = FORKS.Process(target=begin, args=given, daemon=True)
         process.start()
