@@ -41,11 +41,13 @@ def attribute(
         what is decomposed with other calls.
       query: of the queries, [T, q, k] or [q, k], computed with the same task,
         parameters and projection; or several sets of them by name. Of "das", {probe:
-        features}, as `featurize` returns them for `dtrak_jax.probes(count)`.
+        features}, as `featurize` returns them for `dtrak_jax.probes(count)`, with the same
+        number of probes in every set.
       method: its name; None takes the kernel method of the features' measurement.
       damping: lambda_j in units of that kernel's mean eigenvalue,
         trace(Phi_j Phi_j^T) / min(n, k); or `absolute(lambda)` or `effective(share)`;
-        None is the method's own: 0.1, and `effective(0.05)` of "coverage".
+        None is the method's own: 0.1, `effective(0.05)` of "coverage", and 0.001 with a
+        curvature.
       solver: "eigh", one eigendecomposition of each kernel on the host; or "cg", where
         min(n, k) is too large for that: conjugate gradients on all devices, right to
         1e-5, at a price for every query (see `attribution.iterative.solve`).

@@ -148,6 +148,12 @@ class ReportConfig:
     def __post_init__(self):
         check_choices("report", self)
         distinct("report.methods", self.methods)
+        unsigned = [name for name in self.methods if not METHODS[name].signed]
+        if unsigned:
+            raise ValueError(
+                f"report.methods has {unsigned[0]!r}, whose scores have no sign; the report "
+                "shows signed ones. Its scores are in scores/ and in the export."
+            )
         at_least("report.queries", self.queries, 0)
         at_least("report.top", self.top, 1)
 

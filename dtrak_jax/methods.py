@@ -228,7 +228,7 @@ ROWS = (
     ),
     Method(
         *("das", "DAS", das),
-        "how far the output moves without the image, with that matrix",
+        "how far the output moves without the image, with the Gauss-Newton matrix",
         *(DAS, PROBES, "loss"),
         damping=Damping(GAUSS_NEWTON_DAMPING),
         decomposed=True,

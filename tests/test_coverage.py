@@ -8,7 +8,7 @@ import pytest
 
 import dtrak_jax as dtrak
 from dtrak_jax.attribution import Damping, Scores, coverage
-from dtrak_jax.config import AttributionConfig, Config
+from dtrak_jax.config import AttributionConfig, Config, ReportConfig
 from dtrak_jax.report.standing import standing
 from dtrak_jax.report.summary import summary
 
@@ -178,6 +178,10 @@ def test_scores_without_a_sign_say_so_and_are_not_reported(tmp_path):
     assert config.shown_methods == ("dtrak",)
     with pytest.raises(ValueError, match=r"\('coverage',\), which have no sign"):
         AttributionConfig(methods=("coverage",))
+    with pytest.raises(
+        ValueError, match="report.methods has 'coverage', whose scores ha"
+    ):
+        ReportConfig(methods=("dtrak", "coverage"))
 
 
 def test_nothing_opposes_without_a_sign(tmp_path):

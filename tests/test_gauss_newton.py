@@ -234,18 +234,24 @@ def test_attribute_takes_features_of_probes(params, both):
     assert scores.freedom and (scores.errors > 0).all()
     several = dtrak.attribute(train, {"a": query, "b": query}, **how)
     close(several["b"].scores, scores.scores)
-    with pytest.raises(ValueError, match="query has sets of 1 and 3 probes"):
+    with pytest.raises(ValueError, match="query has sets of 1 and 3 probes; those"):
         one = {"probe0": query["probe0"]}
         dtrak.attribute(train, {"a": query, "b": one}, **how)
-    with pytest.raises(TypeError, match="query is Features.*; it must be dict"):
+    with pytest.raises(TypeError, match=r"query is Features.*; das takes {probe: f"):
         dtrak.attribute(train, query["probe0"], **how)
     of_loss = dtrak.featurize(task, params, both[1], SKETCH)
     with pytest.raises(ValueError, match="'loss'; das takes those of dtrak_jax.probes"):
         dtrak.attribute(train, {"loss": of_loss}, **how)
     with pytest.raises(ValueError, match="'probe0'; only method 'das' takes those of"):
         dtrak.attribute(train, query, curvature=made)
-    with pytest.raises(ValueError, match="2 probes of different queries"):
-        others = dtrak.featurize(probed, params, both[0], SKETCH)
+    with pytest.raises(ValueError, match="query of 'a' has the same probe twice"):
+        twice = {"probe0": query["probe0"], "probe1": query["probe0"]}
+        dtrak.attribute(train, {"a": twice}, **how)
+    with pytest.raises(TypeError, match="are a dict of 'probe0', 'probe1', 'probe2'"):
+        dtrak.attribute(query, query, **how)
+    with pytest.raises(ValueError, match="query has probes of different queries"):
+        # Other pictures of the same ids.
+        others = dtrak.featurize(probed, params, both[0][:2], SKETCH)
         mixed = {"probe0": query["probe0"], "probe1": others["probe1"]}
         dtrak.attribute(train, mixed, **how)
     with pytest.raises(ValueError, match="das takes the Gauss-Newton matrix in place"):

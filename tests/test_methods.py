@@ -227,7 +227,7 @@ def test_attribute_says_what_a_method_needs(stored):
         ("trak-ensemble", "features of further models", "dtrak_jax.ensemble_mean, of"),
         ("trak-layers", "features of queries by layer", "`attribute`, method 'trak'"),
         ("gauss-newton", "features, and the Gauss-Newton", "attribute with curvature="),
-        ("das", "features of probes, and that matrix", "attribute with curvature="),
+        ("das", "features of probes, and the Gauss-N", "attribute with curvature="),
         ("pixel-dot", "images", "dtrak_jax.attribution.pixel_dot"),
         ("clip-dot", "CLIP's embeddings", "dtrak_jax.attribution.embedding_dot"),
         ("ekfac", "the curvature, and images", "dtrak_jax.attribution.ekfac_influence"),

@@ -13,15 +13,18 @@ A movement has no sign: it does not tell whether the image helps or harms. With 
 in the place of c it is the influence on the loss, and the mean over c without the square is 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dtrak_jax import files
 from dtrak_jax.attribution.damping import GAUSS_NEWTON_DAMPING, Damping
 from dtrak_jax.attribution.errors import PairSum
 from dtrak_jax.attribution.influence import solution
-from dtrak_jax.attribution.inputs import Array, by_pair, check_features
+from dtrak_jax.attribution.inputs import Array, by_pair, check_features, example_ids
 from dtrak_jax.attribution.kernel import Kernels
+from dtrak_jax.checks import shown
+from dtrak_jax.features import Features
 from dtrak_jax.switches import standard
 
 
@@ -64,3 +67,30 @@ def das(
             squares = squares + of_probe.scores(value) ** 2
         total.add(squares / (2 * len(rows)))
     return total.total
+
+
+def checked_probes(train: Array, query: object, name: str = "") -> list[Array]:
+    """Returns the features of each probe of a set of queries, given as {probe: features}.
+
+    Raises:
+      TypeError: they are given otherwise.
+      ValueError: they do not fit the training features, or are of different queries, or of
+        one probe twice.
+    """
+    given = (
+        "give what `featurize` returns for a task whose measurement is probes(count)"
+    )
+    where = f"query of {name!r}" if name else "query"
+    if not isinstance(query, Mapping) or not query:
+        raise TypeError(
+            f"{where} is {shown(query)}; das takes {{probe: features}}: {given}."
+        )
+    parts = [check_features(train, each, probed=True)[1] for each in query.values()]
+    kept = [part for part in parts if isinstance(part, Features)]
+    made_with = [part.fingerprint | {"measurements": None} for part in kept]
+    apart = any(files.differences(made_with[0], other) for other in made_with[1:])
+    if apart or len({tuple(example_ids(part)) for part in parts}) > 1:
+        raise ValueError(f"{where} has probes of different queries; {given}.")
+    if len({part.measurement for part in kept}) < len(kept):
+        raise ValueError(f"{where} has the same probe twice; {given}.")
+    return parts

@@ -4,7 +4,7 @@ They are [T, n, k], kept apart for each pair of a timestep and a noise draw, or 
 averaged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,10 @@ def as_features(features) -> Array:
     """Returns features as they are, or an array of what else NumPy reads as one."""
     if isinstance(features, Features):
         return features
+    if isinstance(features, Mapping):
+        raise TypeError(
+            f"features are a dict of {', '.join(map(repr, features))}; give one of them."
+        )
     array = np.asarray(features)
     if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise ValueError(f"features are {array.dtype}; they must be numbers.")

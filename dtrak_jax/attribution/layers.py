@@ -187,6 +187,12 @@ def _checked(by_layer: Mapping[str, Array]) -> list[Array]:
             f"by_layer has features of the groups {', '.join(given)}; they must be those "
             f"of each group once, {', '.join(groups)}: all parameters have a part."
         )
+    for name, group in zip(by_layer, given, strict=True):
+        if name in groups and name != group:
+            raise ValueError(
+                f"by_layer[{name!r}] has features of the group {group!r}; give each group "
+                "under its own name."
+            )
     return sets
 
 

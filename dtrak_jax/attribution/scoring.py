@@ -12,7 +12,7 @@ import numpy as np
 
 from dtrak_jax.attribution.coverage import coverage
 from dtrak_jax.attribution.damping import Damping
-from dtrak_jax.attribution.das import das
+from dtrak_jax.attribution.das import checked_probes, das
 from dtrak_jax.attribution.errors import PairSum, draws_of, summed
 from dtrak_jax.attribution.groups import check_columns
 from dtrak_jax.attribution.influence import influence
@@ -21,7 +21,6 @@ from dtrak_jax.attribution.kernel import Kernels
 from dtrak_jax.attribution.layers import TOP, layer_weights
 from dtrak_jax.attribution.mean import ensemble_mean
 from dtrak_jax.attribution.scores import Scores
-from dtrak_jax.checks import instance
 from dtrak_jax.features import Features, probes
 from dtrak_jax.training import kept_steps
 
@@ -64,12 +63,15 @@ def score(
     if not queries:
         raise ValueError("query is {}; it must have one set of queries or more.")
     sets = [
-        _parts(kernels.train, method, name, query) for name, query in queries.items()
+        checked_probes(kernels.train, query, name)
+        if method.probed
+        else [check_features(kernels.train, query)[1]]
+        for name, query in queries.items()
     ]
     if len(counts := {len(parts) for parts in sets}) > 1:
         raise ValueError(
-            f"query has sets of {' and '.join(map(str, sorted(counts)))} probes; all must "
-            "have as many."
+            f"query has sets of {' and '.join(map(str, sorted(counts)))} probes; those "
+            "that are scored together must have the same number."
         )
     train_ids = example_ids(kernels.train)
     columns = check_columns(groups, len(train_ids))
@@ -98,26 +100,6 @@ def score(
         _warn_of_equal(results[name].scores, ids)
         start = rows.stop
     return results
-
-
-def _parts(train: Array, method: "Method", name: str, query) -> list[Array]:
-    """Returns the features of a set of queries, as many as there are probes of it; else one.
-
-    Raises:
-      TypeError, ValueError: it is not what the method takes, or does not fit the training
-        features.
-    """
-    if not method.probed:
-        return [check_features(train, query)[1]]
-    instance("query", query, Mapping)
-    parts = [check_features(train, each, probed=True)[1] for each in query.values()]
-    if len({tuple(example_ids(part)) for part in parts}) != 1:
-        where = f" of {name!r}" if name else ""
-        raise ValueError(
-            f"query{where} has {len(parts)} probes of different queries; give what "
-            "`featurize` returns for a task whose measurement is dtrak_jax.probes(count)."
-        )
-    return parts
 
 
 def _warn_of_slots(train: Array) -> None:
@@ -296,7 +278,7 @@ GAUSS_NEWTON = Inputs(
     python="attribute with curvature=dtrak_jax.gauss_newton(...)",
 )
 PROBES = Inputs(
-    "features of probes, and that matrix",
+    "features of probes, and the Gauss-Newton matrix",
     _probes,
     folders=lambda config: ["", "probes"],
     python="attribute with curvature=dtrak_jax.gauss_newton(...)",
