@@ -75,8 +75,8 @@ def score(
         )
     train_ids = example_ids(kernels.train)
     columns = check_columns(groups, len(train_ids))
-    every = itertools.chain([kernels.train], *sets)
-    total = PairSum(draws_of(list(every), draws), columns)
+    every = [kernels.train, *itertools.chain(*sets)]
+    total = PairSum(draws_of(every, draws), columns)
     _warn_of_slots(kernels.train)
     query = list(map(joined, zip(*sets, strict=True)))
     query = query if method.probed else query[0]
@@ -128,21 +128,25 @@ def _warn_of_equal(rows: np.ndarray, query_ids: np.ndarray) -> None:
         )
 
 
+def _scored(
+    run: "Run", method: "Method", kernels: Kernels, queries: Mapping
+) -> dict[str, Scores]:
+    """Returns the scores of some features with the run's lambda and groups, see `score`."""
+    damping = run.config.attribution.damping_of(method)
+    return score(method, kernels, queries, damping, run.splits.train.groupings)
+
+
 def _one_model(run: "Run", method: "Method", folder: str = "") -> dict[str, Scores]:
     """Calls the function with (train, query), or (kernels, query, damping)."""
     measurement = method.measurement
     queries = {q: run.features(q, measurement, folder) for q in run.queries}
-    kernels, groups = run.kernels(measurement, folder), run.splits.train.groupings
-    damping = run.config.attribution.damping_of(method)
-    return score(method, kernels, queries, damping, groups)
+    return _scored(run, method, run.kernels(measurement, folder), queries)
 
 
 def _output_kernels(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls the function with (kernels, query, damping), these being of the output."""
     queries = {name: run.features(name, method.measurement) for name in run.queries}
-    damping = run.config.attribution.damping_of(method)
-    groups = run.splits.train.groupings
-    return score(method, run.output_kernels(), queries, damping, groups)
+    return _scored(run, method, run.output_kernels(), queries)
 
 
 def _probes(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -152,9 +156,7 @@ def _probes(run: "Run", method: "Method") -> dict[str, Scores]:
         name: {probe: run.features(name, probe, "probes") for probe in names}
         for name in run.queries
     }
-    damping = run.config.attribution.damping_of(method)
-    groups = run.splits.train.groupings
-    return score(method, run.output_kernels(), queries, damping, groups)
+    return _scored(run, method, run.output_kernels(), queries)
 
 
 def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
@@ -179,14 +181,14 @@ def _curvature(run: "Run", method: "Method") -> dict[str, Scores]:
 
 def _layers(run: "Run", method: "Method") -> dict[str, Scores]:
     """Calls it with (kernels, weighted query, damping), weights being of a set of queries."""
-    measurement, groups = method.measurement, run.splits.train.groupings
+    measurement = method.measurement
     kernels, results = run.kernels(measurement), {}
     damping = run.config.attribution.damping_of(method)
     top = min(TOP, len(run.splits.train.ids))
     for name in run.queries:
         by_layer = run.features_by_layer(name, measurement)
         fitted = layer_weights(kernels, by_layer, damping=damping, top=top)
-        made = score(method, kernels, {name: fitted.query}, damping, groups)
+        made = _scored(run, method, kernels, {name: fitted.query})
         layers = dict(
             zip(fitted.names, zip(fitted.weights, fitted.shares), strict=True)
         )
@@ -207,9 +209,8 @@ def _journey(run: "Run", method: "Method") -> dict[str, Scores]:
     journey = run.features("journey", method.measurement)
     # As an array, since a trajectory may have other timesteps than the training images.
     queries = {"generated": np.asarray(journey)}
-    kernels, groups = run.kernels(method.measurement), run.splits.train.groupings
-    damping = run.config.attribution.damping_of(method)
-    scores = score(method, kernels, queries, damping, groups)["generated"]
+    kernels = run.kernels(method.measurement)
+    scores = _scored(run, method, kernels, queries)["generated"]
     return {"generated": dataclasses.replace(scores, query_ids=np.array(journey.ids))}
 
 
