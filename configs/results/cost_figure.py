@@ -3,10 +3,10 @@
 python configs/results/cost_figure.py
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from cells import read
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ def main() -> None:
     """Draws the LDS against gradients, for both sets of queries."""
     plt.rcParams.update({"font.size": 11, "svg.hashsalt": "cost"})
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    rows, made = (read(name) for name in ("cost", "gauss_newton"))
+    rows, made = (shown(name) for name in ("cost", "gauss_newton"))
     for axes, (name, title) in zip(panels, SETS.items(), strict=True):
         draw(axes, *([r for r in of if r["queries"] == name] for of in (rows, made)))
         axes.set(title=title, xlabel="gradients of a training image", xscale="log")
@@ -37,9 +37,9 @@ def main() -> None:
     figure.savefig(HERE / "cost.svg", metadata={"Date": None})
 
 
-def read(name: str) -> list[dict]:
+def shown(name: str) -> list[dict]:
     """Returns the rows of a result on digits; of TRAK with cross-fitted lambda alone."""
-    rows = json.loads((HERE / f"{name}.json").read_text())["rows"]
+    rows = read(name)["rows"]
     if name == "cost":
         return [row for row in rows if row["damping_rule"] == "cross-fitted"]
     return [row for row in rows if row["data"] == "digits"]

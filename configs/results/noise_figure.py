@@ -3,10 +3,10 @@
 python configs/results/noise_figure.py
 """
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from cells import read
 from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def main() -> None:
 
 def load(name: str) -> dict:
     """Returns the linear, cross-fitted rows of held-out images, and their ceiling."""
-    result = json.loads((HERE / f"{name}_ablations.json").read_text())
+    result = read(f"{name}_ablations")
     rows = [
         row
         for row in result["rows"]

@@ -81,7 +81,8 @@ def layer_weights(
       -(mean of the `top` highest tau_w(q, .)) / ||tau_w(q, .)||_2 + ridge mean_m w_m^2,
 
     the highest chosen anew in each step: those layers count more in whose scores some
-    training images stand out from all others (arXiv 2506.05647; softmax weights). Contributions c_m are made once, [M, queries, n] in memory.
+    training images stand out from all others (arXiv 2506.05647; softmax weights).
+    Contributions c_m are made once, [M, queries, n] in memory.
 
     Args:
       train: features of the training set, of whole gradients, or their `Kernels`.
